@@ -1,0 +1,490 @@
+"""Images on disk: decode, re-encode in the format they came in, list a data set, write files whole, compare two images.
+
+Only what can be kept is accepted: a file whose depth or layout Pillow would silently change raises RadiotagError.
+"""
+
+import io
+import math
+import os
+import secrets
+import shutil
+import struct
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
+from PIL.TiffImagePlugin import TiffImageFile
+
+from radiotag import RadiotagError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B"})
+PNG_MODES = {"1": "L", "P": "RGB", "CMYK": "RGB"}  # what `--format png` writes instead: these would cost the mark
+PNG_CHUNKS = frozenset(
+    {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"pHYs", b"tIME"}
+)
+TIFF_COMPRESSIONS = frozenset({"raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd"})
+TIFF_LAYOUT = (  # tags that describe how pixels are stored, which the writer sets anew; ICC is passed on its own
+    *(254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 288, 289, 317, 320, 322, 323, 324, 325, 330),
+    *(338, 339, 340, 341, 347, 512, 513, 514, 530, 531, 532, 34675),
+)
+TURN_BACK = {  # Pillow turns a TIFF upright as it reads it, and nothing else: these undo it, by orientation tag
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+WEBP_QUALITY = 90  # a lossy WebP does not tell its quality; the usual 75-80 would wash out part of the mark
+SMALL, LARGE = 128, 320  # pixels on the long side of a picture in the contact sheet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Picture:
+    """A decoded image with everything that writing it again needs."""
+
+    name: str  # for error messages
+    rgb: NDArray[np.float32]  # (H, W, 3) in [0, 255]: what a network sees; 16-bit values are divided by 257
+    format: str  # one of FORMATS, by content and not by suffix
+    mode: str  # Pillow's mode to write
+    depth: int  # bits per sample to write: 1, 2, 4, 8 or 16
+    plane: NDArray[np.uint8] | None  # (H, W), kept aside: alpha, or the black ink of CMYK
+    options: dict[str, Any] = field(repr=False)  # Pillow's options that write the own format as it was
+    chunks: bytes = field(repr=False)  # a PNG's own metadata chunks, copied as they are
+    orientation: int  # of a TIFF, which Pillow has turned upright; 1 for the other formats, which it leaves as stored
+    obstacle: str  # why the own format cannot be written again; "" when it can
+
+
+def decode(data: bytes, name: str) -> Picture:
+    """Decode a whole image file; the pixels are those Pillow shows, so that orientation stays a tag except in TIFF.
+
+    RadiotagError names `name` for what is empty, truncated, no image, animated, too large, or cannot be kept.
+    Not for use from several threads at once (it sets warning filters).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # complaints on odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return _picture(_load(data, name), data, name)
+    except RadiotagError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        hint = f"reduce it to fewer than {Image.MAX_IMAGE_PIXELS} pixels, or leave it out"
+        raise RadiotagError(f"{name}: too many pixels, it may be a decompression bomb", hint) from error
+    except Exception as error:  # a broken file can raise anything inside a decoder: struct.error, SyntaxError, ...
+        raise RadiotagError(f"{name}: not an image that can be read ({error})", "replace or remove the file") from error
+
+
+def _load(data: bytes, name: str) -> Image.Image:
+    if not data:
+        raise RadiotagError(f"{name}: the file is empty", "replace or remove the file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # its own message shows only the address of a buffer
+        hint = f"the formats read are {', '.join(FORMATS)}; replace or remove the file"
+        raise RadiotagError(f"{name}: not an image, or a broken one", hint) from error
+    if getattr(image, "n_frames", 1) > 1:
+        raise RadiotagError(f"{name}: it holds several frames or pages", "keep one frame a file")
+    if isinstance(image, TiffImageFile):
+        image.info["orientation"] = image.tag_v2.get(274, 1)  # load() removes the tag
+    image.load()
+    return image
+
+
+def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
+    loss = _depth_loss(image, data)
+    if loss:
+        raise RadiotagError(f"{name}: {loss}", "convert it to 8 bits a channel, grey or RGB, first")
+    options, obstacle = _own_options(image, data)
+    depth = _depth(image, data)
+    if image.mode == "L" and depth < 8 and "transparency" in image.info:  # Pillow scales the pixels but not this key
+        image.info["transparency"] *= 255 // (2**depth - 1)
+    rgb, plane = _pixels(image)
+    mode = "I;16" if depth == 16 else image.mode
+    if plane is not None and mode in ("1", "L", "RGB"):  # one colour meant "transparent": marked pixels would leave it
+        mode, depth = ("RGBA" if mode == "RGB" else "LA"), 8
+    chunks = _png_chunks(data) if image.format == "PNG" else b""
+    return Picture(
+        name=name, rgb=rgb, format=str(image.format), mode=mode, depth=depth, plane=plane, options=options,
+        chunks=chunks, orientation=image.info.get("orientation", 1), obstacle=obstacle,
+    )  # fmt: skip
+
+
+def _depth_loss(image: Image.Image, data: bytes) -> str:
+    """Say why decoding alone would already lose something, or return ""."""
+    grey16 = image.mode.startswith("I;16")
+    if image.format == "PNG" and data[12:16] != b"IHDR":
+        return "a PNG whose header is not where it must be"
+    if image.format == "PNG" and data[24] == 16 and not grey16:
+        return "a 16-bit PNG with colour or alpha, which could only be kept at 8 bits"
+    if isinstance(image, TiffImageFile):
+        bits = max(image.tag_v2.get(258, (1,)))
+        if bits > 8 and not (grey16 and bits == 16):
+            return f"a TIFF of {bits} bits a sample, which cannot be kept"
+        if grey16 and image.tag_v2.get(262) == 0:
+            return "a 16-bit TIFF in which 0 is white, which cannot be kept"
+    if image.mode not in MODES or (grey16 and image.has_transparency_data):
+        return f"pixels of mode {image.mode} with this layout cannot be kept"
+    return ""
+
+
+def _depth(image: Image.Image, data: bytes) -> int:
+    if image.format == "PNG" and image.mode == "L":
+        return data[24]
+    return {"1": 1, "I;16": 16, "I;16B": 16}.get(image.mode, 8)
+
+
+def _pixels(image: Image.Image) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+    """Return the colours, (H, W, 3) in [0, 255], and the plane kept aside, (H, W), if there is one."""
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.float32) / np.float32(257)
+        return np.repeat(grey[..., None], 3, axis=2), None
+    if image.mode == "CMYK":
+        return np.asarray(image.convert("RGB")).astype(np.float32), np.asarray(image)[..., 3].copy()
+    rgba = np.asarray(image.convert("RGBA"))
+    alpha = rgba[..., 3].copy() if image.has_transparency_data else None
+    return rgba[..., :3].astype(np.float32), alpha
+
+
+def _own_options(image: Image.Image, data: bytes) -> tuple[dict[str, Any], str]:
+    """Return Pillow's save options for the image's own format, and what stands in the way of using them."""
+    kept = {key: image.info[key] for key in ("exif", "icc_profile", "xmp") if image.info.get(key)}
+    if isinstance(image, JpegImageFile):
+        return kept | _jpeg_options(image), _jpeg_obstacle(image)
+    if isinstance(image, TiffImageFile):
+        return _tiff_options(image)
+    if image.format == "WEBP":
+        lossless = _webp_is_lossless(data)
+        # `exact` keeps the colours under transparent pixels, which a network sees.
+        kept |= {"lossless": lossless, "exact": True, "quality": 80 if lossless else WEBP_QUALITY}
+    elif image.format == "BMP":
+        kept = {"dpi": image.info["dpi"]} if "dpi" in image.info else {}
+        return kept, "a BMP with alpha, which cannot be written again" if image.mode == "RGBA" else ""
+    elif image.format == "PNG":  # its metadata travel as chunks
+        kept = {"bits": data[24]} if image.mode == "L" else {}
+    return kept, ""
+
+
+def _jpeg_options(image: JpegImageFile) -> dict[str, Any]:
+    numbers = [layer[3] for layer in image.layer]  # which table each component uses
+    rgb = image.mode == "RGB" and [layer[0] for layer in image.layer] == list(b"RGB")
+    if len(set(numbers)) == 1 or (image.mode == "CMYK" and image.info.get("adobe_transform") == 2):
+        numbers = numbers[:1]  # YCCK is written as CMYK, whose inks must not get the coarse table of the chroma
+    elif numbers[1:2] == numbers[2:] and not rgb:
+        numbers = numbers[:2]
+    extra = [b"\xff\xed" + struct.pack(">H", len(body) + 2) + body for app, body in image.applist if app == "APP13"]
+    return {
+        "qtables": [list(image.quantization[number]) for number in numbers],
+        "subsampling": get_sampling(image),
+        "progressive": bool(image.info.get("progressive")),
+        "keep_rgb": rgb,
+        "extra": b"".join(extra),  # IPTC captions and copyright
+        "comment": image.info.get("comment", b""),
+        "dpi": image.info["dpi"] if image.info.get("jfif_unit") in (1, 2) else (0, 0),
+    }
+
+
+def _jpeg_obstacle(image: JpegImageFile) -> str:
+    if image.layers == 3 and get_sampling(image) == -1:
+        return "a JPEG whose chroma subsampling cannot be written again"
+    return ""
+
+
+def _tiff_options(image: TiffImageFile) -> tuple[dict[str, Any], str]:
+    compression = image.info.get("compression", "raw")
+    predictor = image.tag_v2.get(317)
+    exif = image.getexif()
+    nested = [tag for tag in (0x8769, 0x8825, 0xA005) if tag in exif]
+    for tag in TIFF_LAYOUT:
+        exif.pop(tag, None)
+    if predictor == 2 and compression in ("tiff_lzw", "tiff_adobe_deflate", "tiff_deflate"):
+        exif[317] = predictor
+    options = {
+        "compression": compression,
+        "exif": exif.tobytes() if len(exif) else b"",
+        "icc_profile": image.info.get("icc_profile"),
+    }
+    if compression not in TIFF_COMPRESSIONS:
+        return options, f"a TIFF with compression {compression}, which cannot be written again"
+    if nested and compression != "raw":
+        return options, "a compressed TIFF with EXIF or GPS data, which cannot be written again"
+    return options, ""
+
+
+def _webp_is_lossless(data: bytes) -> bool:
+    position = 12
+    while position + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, position)
+        if kind in (b"VP8L", b"VP8 "):
+            return bool(kind == b"VP8L")
+        position += 8 + size + size % 2
+    return False
+
+
+def _png_chunks(data: bytes) -> bytes:
+    kept, position = [], 8
+    while position + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, position)
+        if kind in PNG_CHUNKS:
+            kept.append(data[position : position + 12 + size])
+        position += 12 + size
+    return b"".join(kept)
+
+
+def encode(picture: Picture, rgb: NDArray[Any], format: str = "keep") -> bytes:
+    """Write `rgb`, (H, W, 3) in [0, 255], rounded and clipped, with the picture's format, depth and metadata.
+
+    `format="png"` writes a PNG whatever came in. RadiotagError if the own format cannot be written faithfully.
+    """
+    if rgb.shape != picture.rgb.shape or format not in ("keep", "png"):
+        raise ValueError(f"format {format!r}, pixels {rgb.shape} for an image of {picture.rgb.shape}")
+    if format == "keep" and picture.obstacle:
+        raise RadiotagError(f"{picture.name}: {picture.obstacle}", "write PNG files instead: --format png")
+    try:
+        return _write(picture, rgb, format)
+    except Exception as error:  # an encoder refuses metadata it cannot hold by any of a dozen types
+        hint = "write PNG files instead: --format png" if format == "keep" else "leave the file out"
+        raise RadiotagError(f"{picture.name}: cannot be written again ({error})", hint) from error
+
+
+def _write(picture: Picture, rgb: NDArray[Any], format: str) -> bytes:
+    mode, depth, options, target = picture.mode, picture.depth, picture.options, picture.format
+    if format == "png":
+        target, depth = "PNG", max(8, depth)
+        # The profile of CMYK inks says nothing about the RGB pixels that replace them.
+        kept = ("exif",) if mode == "CMYK" else ("exif", "icc_profile")
+        options = {key: options[key] for key in kept if options.get(key)}
+        mode = "RGBA" if mode == "P" and picture.plane is not None else PNG_MODES.get(mode, mode)
+    image = _image(rgb, mode, depth, picture.plane)
+    if target == "TIFF" and picture.orientation in TURN_BACK:
+        image = image.transpose(TURN_BACK[picture.orientation])
+        options = options | {"exif": _with_orientation(options["exif"], picture.orientation)}
+    file = io.BytesIO()
+    image.save(file, target, **options)
+    data = file.getvalue()
+    return data[:33] + picture.chunks + data[33:] if picture.chunks else data  # after the signature and IHDR
+
+
+def _with_orientation(data: bytes, orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    if data:
+        exif.load(data)
+    exif[274] = orientation
+    return exif
+
+
+def _image(rgb: NDArray[Any], mode: str, depth: int, plane: NDArray[np.uint8] | None) -> Image.Image:
+    colours = np.clip(rgb, 0, 255)  # (H, W, 3)
+    if mode == "CMYK" and plane is not None:
+        return _cmyk(np.rint(colours), plane)
+    if mode == "P":
+        return _palette(np.rint(colours).astype(np.uint8), plane)
+    if mode in ("1", "L", "LA", "I;16"):
+        colours = colours.mean(axis=2, dtype=np.float64)  # (H, W)
+    top = 2**depth - 1
+    levels = np.rint(colours * (top / 255))
+    if depth == 16:
+        return Image.fromarray(levels.astype(np.uint16))
+    samples = (levels * (255 // top)).astype(np.uint8)
+    if mode in ("LA", "RGBA") and plane is not None:
+        samples = np.dstack([samples, plane])
+    image = Image.fromarray(samples)
+    return image.convert("1", dither=Image.Dither.NONE) if mode == "1" else image
+
+
+def _cmyk(rgb: NDArray[Any], black: NDArray[np.uint8]) -> Image.Image:
+    """Invert Pillow's CMYK to RGB exactly, with the black ink kept unless a brighter colour needs less."""
+    white = np.maximum(255 - black.astype(np.float64), rgb.max(axis=2))[..., None]  # (H, W, 1)
+    inks = np.where(white > 0, 255 - 255 * rgb / np.maximum(white, 1), 0)
+    return Image.fromarray(np.rint(np.concatenate([inks, 255 - white], axis=2)).astype(np.uint8), "CMYK")
+
+
+def _palette(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> Image.Image:
+    """Quantise to at most 256 colours; each level of alpha gets its share of them, so that alpha stays exact."""
+    pixels = rgb.reshape(-1, 3)
+    flat = np.full(len(pixels), 255, np.uint8) if alpha is None else alpha.ravel()
+    levels, counts = np.unique(flat, return_counts=True)
+    indices, colours, opacity = np.empty(len(pixels), np.uint8), b"", b""
+    for level, count in zip(levels, counts, strict=True):
+        share = 1 + int((256 - len(levels)) * count) // len(pixels)
+        # k-means until 1 pixel in 1000 moves: 3 dB over plain median cut on a photograph.
+        part = Image.fromarray(pixels[flat == level][None]).quantize(share, kmeans=1 + int(count) // 1000)
+        indices[flat == level] = np.asarray(part)[0] + len(opacity)
+        table = bytes(part.getpalette() or [])
+        colours, opacity = colours + table, opacity + bytes([level]) * (len(table) // 3)
+    image = Image.fromarray(indices.reshape(rgb.shape[:2]))
+    image.putpalette(colours)
+    if alpha is not None:
+        image.info["transparency"] = opacity
+    return image
+
+
+def roundtrip(picture: Picture, rgb: NDArray[Any], format: str = "keep") -> NDArray[np.float32]:
+    """Return (H, W, 3) in [0, 255]: what a reader of the written file sees."""
+    return decode(encode(picture, rgb, format), picture.name).rgb
+
+
+def extension(path: PurePath, format: str = "keep") -> PurePosixPath:
+    """Return the output's relative path: unchanged, or ending in .png (two names may then fall together)."""
+    out = PurePosixPath(path)
+    return out if format == "keep" or out.suffix.lower() == ".png" else out.with_suffix(".png")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One image of a data set."""
+
+    path: PurePosixPath  # relative to the source
+    label: str  # the class folder's name; "" in a flat folder
+    row: int  # index of the class in sorted order, as torchvision's ImageFolder counts; 0 in a flat folder
+
+
+def scan(source: Path) -> tuple[list[Item], list[str], list[PurePosixPath]]:
+    """Return the images by path, the sorted class names ([""] for a flat folder), and the other files to copy.
+
+    A class is a first-level folder that holds images at any depth. Hidden files, and files in hidden folders, count as
+    other files; names that end in .part are left out. RadiotagError for a missing, empty or ambiguous folder, a link
+    out of it, a broken link, and a link to a folder.
+    """
+    if not source.is_dir():
+        raise RadiotagError(f"{source}: " + ("not a folder" if source.exists() else "no such folder"), "check the path")
+    try:
+        images, others = _walk(source)
+    except OSError as error:
+        raise RadiotagError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
+    if not images:
+        raise RadiotagError(f"no images in {source}", f"files are taken by suffix: {' '.join(sorted(SUFFIXES))}")
+    names = sorted({path.parts[0] for path in images if len(path.parts) > 1})
+    loose = min((path for path in images if len(path.parts) == 1), default=None)
+    if names and loose:
+        hint = "move the images beside the class folders into one of them"
+        raise RadiotagError(f"{source}: images both in class folders ({names[0]}) and beside them ({loose})", hint)
+    if not names:
+        return [Item(path=path, label="", row=0) for path in images], [""], others
+    rows = {name: row for row, name in enumerate(names)}
+    return [Item(path=path, label=path.parts[0], row=rows[path.parts[0]]) for path in images], names, others
+
+
+def _walk(source: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    root, pending = source.resolve(), [PurePosixPath()]
+    images: list[PurePosixPath] = []
+    others: list[PurePosixPath] = []
+    while pending:
+        folder = pending.pop()
+        with os.scandir(source / folder) as entries:
+            for entry in entries:
+                path = folder / entry.name
+                if entry.is_symlink():
+                    _check_link(Path(entry.path), root)
+                if entry.is_dir():
+                    pending.append(path)
+                elif entry.is_file() and not entry.name.endswith(".part"):
+                    (images if _is_image(path) else others).append(path)
+    return sorted(images, key=lambda path: path.parts), sorted(others, key=lambda path: path.parts)
+
+
+def _is_image(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
+
+
+def _check_link(link: Path, root: Path) -> None:
+    hint = "replace the link with a copy of what it points to, or remove it"
+    try:
+        target = link.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # Python 3.11 and 3.12 raise RuntimeError for a link that loops
+        raise RadiotagError(f"{link}: a symbolic link that leads nowhere", hint) from error
+    if not target.is_relative_to(root):
+        raise RadiotagError(f"{link}: a symbolic link to something outside the data set", hint)
+    if target.is_dir():
+        raise RadiotagError(f"{link}: a symbolic link to a folder", hint)
+
+
+def write_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Write a file whole or not at all; `mode` sets its permissions, which otherwise follow the umask."""
+    _fill_atomically(path, lambda file: file.write(data), mode)
+
+
+def copy_atomically(source: Path, target: Path) -> None:
+    """Copy a file's bytes, whole or not at all, without holding them in memory."""
+    try:
+        original = source.open("rb")
+    except OSError as error:
+        raise RadiotagError(f"cannot read {source}: {error.strerror}", "check the file and its permissions") from error
+    with original:
+        _fill_atomically(target, lambda file: shutil.copyfileobj(original, file), None)
+
+
+def _fill_atomically(path: Path, fill: Callable[[IO[bytes]], object], mode: int | None) -> None:
+    # The name does not build on the target's, which may already have all the 255 bytes that a name can have.
+    part = path.parent / f".{secrets.token_hex(8)}.part"
+    try:
+        part.touch(mode=0o666 if mode is None else 0o600, exist_ok=False)
+        with part.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            part.chmod(mode)
+        part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            hint = "check that the folder exists, is writable and has space"
+            raise RadiotagError(f"cannot write {path}: {error.strerror or error}", hint) from error
+        raise
+
+
+def psnr(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Return the peak signal-to-noise ratio in dB for a data range of 255; infinite for equal arrays.
+
+    >>> round(psnr(np.zeros(4), np.full(4, 2.55)), 6)
+    40.0
+    """
+    error = float(np.mean((a.astype(np.float64) - b) ** 2))
+    return 10 * math.log10(255**2 / error) if error > 0 else math.inf
+
+
+def linf(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Return the largest absolute difference."""
+    return float(np.abs(a.astype(np.float64) - b).max())
+
+
+def contact_sheet(rows: list[tuple[NDArray[Any], NDArray[Any], str]]) -> bytes:
+    """Return a PNG, a row each: original | marked | difference x 10, (H, W, 3) in [0, 255], over its caption."""
+    cells = [[_fit(a), _fit(b), _fit(128 + 10 * (b.astype(np.float64) - a))] for a, b, _ in rows]
+    width = max((cell.width for line in cells for cell in line), default=SMALL)
+    gap, text = 8, 24
+    height = text + gap + sum(line[0].height + text + gap for line in cells)
+    sheet = Image.new("RGB", (3 * width + 4 * gap, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for column, title in enumerate(("original", "marked", "difference x 10")):
+        draw.text((gap + column * (width + gap), gap), title, "black", font)
+    top = text + gap
+    for line, (_, _, caption) in zip(cells, rows, strict=True):
+        for column, cell in enumerate(line):
+            sheet.paste(cell, (gap + column * (width + gap), top))
+        draw.text((gap, top + line[0].height + 3), caption, "dimgray", font)
+        top += line[0].height + text + gap
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()
+
+
+def _fit(pixels: NDArray[Any]) -> Image.Image:
+    """Enlarge a small image by a whole factor, so that its pixels stay visible, and reduce a large one."""
+    image = Image.fromarray(np.rint(np.clip(pixels, 0, 255)).astype(np.uint8))
+    side = max(image.size)
+    if side < SMALL:
+        factor = -(-SMALL // side)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((LARGE, LARGE), Image.Resampling.LANCZOS)  # does nothing to an image that fits
+    return image

@@ -1,0 +1,467 @@
+"""Radioactive data: carriers, keys, the marking loss and the tests. All the science of radiotag, next to the paper.
+
+    Sablayrolles, Douze, Schmid, Jégou, "Radioactive data: tracing through training", ICML 2020, arXiv:2002.00937.
+
+φ is the marking network up to its penultimate layer, u_c the secret carrier of class c, drawn uniformly on the unit
+sphere of R^d. Marking moves φ(x) towards u_c; a model trained on marked images learns to answer along u_c. Under the
+null hypothesis (the suspect does not depend on the carriers) every vector w_c computed from the suspect is independent
+of u_c, so cos(w_c, u_c) is distributed like one coordinate of a uniform unit vector, whatever the suspect: the p-value
+is exact. The choice of w_c is only a matter of power, and each key declares it before a suspect is seen.
+
+Vectors are float64 where a p-value depends on them; probabilities are natural logarithms unless named log10.
+"""
+
+import hashlib
+import hmac
+import json
+import math
+import os
+import random
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from scipy import special
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from radiotag import RadiotagError
+from radiotag.images import write_atomically
+from radiotag.networks import Network, State, from_state, spec_from, to_metadata, unpack
+
+FORMAT = 1  # of key files
+STATISTIC = "response+ridge"  # what new keys declare
+STATISTICS = {"response+ridge": "response and ridge alignment, unit vectors summed; Stouffer over classes"}
+NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
+ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
+GRADIENTS = 4000  # response gradients in all, shared among the classes
+Floats = NDArray[np.float64]
+
+
+# ---------------------------------------------------------------- carriers and keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """A secret key: what marking and verification need, and nothing else."""
+
+    carriers: Tensor  # (C, d) float32, unit rows
+    secret: bytes  # 32 bytes that choose which images are marked and how they are augmented
+    weights: State  # the marking network, as stored (int8 weights have a scale beside them)
+    metadata: dict[str, Any]  # format, statistic, network (a Spec), class_names or None
+    fingerprint: str  # SHA-256 over all of the above, hexadecimal
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names in carrier order; None if the key only counts its classes."""
+        names: list[str] | None = self.metadata["class_names"]
+        return names
+
+    @property
+    def statistic(self) -> str:
+        """The declared verification statistic."""
+        return str(self.metadata["statistic"])
+
+    def network(self, device: str = "cpu") -> Network:
+        """The marking network φ, ready to run."""
+        spec = spec_from(self.metadata["network"])
+        if spec is None:
+            raise RadiotagError("the key's marking network is not described")
+        return from_state(unpack(self.weights), spec).to(device)
+
+
+def uniform_carriers(classes: int, dimension: int, entropy: Callable[[int], bytes] = os.urandom) -> Tensor:
+    """(C, d) float32 carriers, uniform on the unit sphere (section 4.1): normalised Gaussian vectors.
+
+    Every number comes from 64 fresh bits of `entropy`, by default the operating system's: no seed exists that could be
+    guessed or leaked.
+    """
+    bits = np.frombuffer(entropy(8 * classes * dimension), dtype=np.uint64) >> np.uint64(11)
+    gaussian = special.ndtri((bits + 0.5) * 2.0**-53).reshape(classes, dimension)
+    return torch.from_numpy(gaussian / np.linalg.norm(gaussian, axis=1, keepdims=True)).float()
+
+
+def new_key(weights: State, network: dict[str, Any], dimension: int, classes: int | Sequence[str]) -> Key:
+    """Draw a key for a marking network (weights as stored, its Spec as plain values) and a number or list of classes."""
+    names = None if isinstance(classes, int) else list(classes)
+    count = classes if isinstance(classes, int) else len(classes)
+    if count < 1:
+        raise RadiotagError("a key needs at least one class")
+    metadata = {"format": FORMAT, "statistic": STATISTIC, "network": network, "class_names": names}
+    carriers, secret = uniform_carriers(count, dimension), os.urandom(32)
+    print_ = fingerprint(carriers, secret, weights, metadata)
+    return Key(carriers=carriers, secret=secret, weights=weights, metadata=metadata, fingerprint=print_)
+
+
+def fingerprint(carriers: Tensor, secret: bytes, weights: State, metadata: dict[str, Any]) -> str:
+    """SHA-256 over canonical content, not file bytes: it commits to the carriers and, hiding 256 bits, reveals nothing."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted({**weights, "carriers": carriers}.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    digest.update(secret)
+    return digest.hexdigest()
+
+
+def save_key(path: Path, key: Key) -> None:
+    """Write the key file, readable by its owner only (0600), whole or not at all."""
+    tensors = {f"network.{name}": tensor.contiguous() for name, tensor in key.weights.items()}
+    tensors["carriers"] = key.carriers
+    tensors["secret"] = torch.tensor(list(key.secret), dtype=torch.uint8)
+    metadata = {"radiotag": json.dumps(key.metadata, sort_keys=True)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata), mode=0o600)
+
+
+def load_key(path: Path) -> Key:
+    """Read a key file. Raises RadiotagError if it is missing, readable by others, damaged or of a later format."""
+    try:
+        mode = path.stat().st_mode
+        if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
+            raise RadiotagError(f"{path} can be read by others", f"chmod 600 {path}")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = json.loads((file.metadata() or {})["radiotag"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        carriers, secret = tensors.pop("carriers"), bytes(tensors.pop("secret").tolist())
+    except FileNotFoundError as error:
+        raise RadiotagError(f"no key at {path}", f"make one: radiotag keygen -o {path}") from error
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RadiotagError(f"{path} is not a radiotag key: {error}", "make one: radiotag keygen") from error
+    if metadata.get("format") != FORMAT or metadata.get("statistic") not in STATISTICS:
+        raise RadiotagError(f"{path} is of a format that this version does not know", "pip install -U radiotag")
+    weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
+    print_ = fingerprint(carriers, secret, weights, metadata)
+    return Key(carriers=carriers, secret=secret, weights=weights, metadata=metadata, fingerprint=print_)
+
+
+def choose(key: Key, paths: Sequence[str], fraction: float) -> set[str]:
+    """Which of one class's paths to mark: round(fraction·n), at least one if fraction > 0, in an order only the key knows."""
+    count = min(len(paths), max(1, round(fraction * len(paths)))) if fraction > 0 else 0
+    return set(sorted(paths, key=lambda p: hmac.digest(key.secret, os.fsencode(p), "sha256"))[:count])
+
+
+def image_random(key: Key, path: str, seed: int) -> random.Random:
+    """The generator of one image's augmentations: it depends on nothing else in the folder."""
+    return random.Random(hmac.digest(key.secret, f"augment\0{seed}\0".encode() + os.fsencode(path), "sha256"))
+
+
+# ---------------------------------------------------------------- marking (section 4.2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marking:
+    """How to mark. Pixels in units of 1/255."""
+
+    epsilon: float = 10.0  # L∞ radius R, the paper's
+    min_psnr: float | None = None  # dB; None: `default_psnr` of each image
+    steps: int = 20  # along the normalised gradient, 15–20 decaying steps reach what 80 do
+    reach: float = 3.0  # length of the whole path, in radii of the L2 ball
+    lambda_pixel: float = 0.0005  # λ1, squared, in normalised pixels
+    lambda_feature: float = 0.01  # λ2, plain norm
+    crop_scale: tuple[float, float] = (0.4, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+def default_psnr(height: int, width: int) -> float:
+    """34 dB up to 64 pixels, 40 dB from 224: small images need more amplitude, and hide more."""
+    share = math.log2(max(min(height, width), 1) / 64) / math.log2(224 / 64)
+    return 34.0 + 6.0 * min(1.0, max(0.0, share))
+
+
+def marking_loss(shift: Tensor, carriers: Tensor, pixel_shift: Tensor, marking: Marking) -> Tensor:
+    """Equation 6 of the paper for each image: (B, d) feature shifts, (B, d) carriers, (B,) ‖x̃ − x‖² → (B,).
+
+    −⟨φ(F(x̃)) − φ(F(x)), u⟩ + λ1‖x̃ − x‖² + λ2‖φ(F(x̃)) − φ(F(x))‖
+    """
+    along = (shift * carriers).sum(1)
+    length = (shift.square().sum(1) + 1e-12).sqrt()  # the norm has no gradient at zero, where every image starts
+    return -along + marking.lambda_pixel * pixel_shift + marking.lambda_feature * length
+
+
+def random_crop(height: int, width: int, draw: random.Random, marking: Marking) -> tuple[int, int, int, int, bool]:
+    """(top, left, height, width, flip) of a random resized crop, as torchvision's RandomResizedCrop draws it."""
+    for _ in range(10):
+        area = height * width * draw.uniform(*marking.crop_scale)
+        ratio = math.exp(draw.uniform(*map(math.log, marking.crop_ratio)))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            break
+    else:
+        h = w = min(height, width)
+    top, left = int(draw.random() * (height - h + 1)), int(draw.random() * (width - w + 1))
+    return top, left, h, w, draw.random() < 0.5
+
+
+def augmented(pair: Tensor, crop: tuple[int, int, int, int, bool], size: int) -> Tensor:
+    """F: one crop and flip for x and x̃ alike, resized to the network's input. (2, 3, H, W) → (2, 3, S, S)."""
+    top, left, height, width, flip = crop
+    out = pair[:, :, top : top + height, left : left + width]
+    if out.shape[-2:] != (size, size):
+        out = F.interpolate(out, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return out.flip(3) if flip else out
+
+
+def mark_images(
+    network: Network,
+    images: Sequence[Tensor],
+    carriers: Tensor,
+    draws: Sequence[random.Random],
+    marking: Marking,
+    read_back: Callable[[int, Tensor], Tensor] | None = None,
+) -> list[Tensor]:
+    """Mark images of any sizes together: each (3, H, W) in [0, 255] → (3, H, W) float, within ε and the PSNR.
+
+    carriers is (B, d), draws one generator an image. `read_back(i, image)` is what a reader of the written file would
+    see of image i; the loss is taken there and its gradient passed straight through.
+    """
+    device = carriers.device
+    clean = [x.to(device) for x in images]
+    delta = [torch.zeros_like(x) for x in clean]
+    radius = [l2_radius(x, marking) for x in clean]
+    std = network.get_buffer("std")[0] * 255  # (3, 1, 1)
+    for step in range(marking.steps):
+        size = marking.reach * 2 * (1 - step / marking.steps) / (marking.steps + 1)  # decays linearly, sums to `reach`
+        moved = [(x + d).clamp_(0, 255).requires_grad_() for x, d in zip(clean, delta, strict=True)]
+        views = []
+        for i, (x, y) in enumerate(zip(clean, moved, strict=True)):
+            seen = y if read_back is None else y + (read_back(i, y.detach()).to(device) - y.detach())
+            crop = random_crop(x.shape[1], x.shape[2], draws[i], marking)
+            views.append(augmented(torch.stack([x, seen]), crop, network.spec.image_size) / 255)
+        inputs = _pad(torch.stack(views, dim=1))  # (2, B', 3, S, S)
+        with torch.no_grad():
+            before = network.features(inputs[0])  # (B', d)
+        shift = (network.features(inputs[1]) - before)[: len(images)]  # (B, d)
+        pixels = torch.stack([((y - x) / std).square().sum() for x, y in zip(clean, moved, strict=True)])
+        gradients = torch.autograd.grad(marking_loss(shift, carriers, pixels, marking).sum(), moved)
+        for i, g in enumerate(gradients):
+            stepped = moved[i].detach() - clean[i] - size * radius[i] * g / g.norm().clamp_min(1e-20)
+            delta[i] = project(stepped, radius[i], marking.epsilon)
+    return [(x + d).clamp(0, 255).cpu() for x, d in zip(clean, delta, strict=True)]
+
+
+def _pad(inputs: Tensor) -> Tensor:
+    """Fill the batch (2, B, …) up to a multiple of 16: the convolutions then round alike whatever stands beside an image.
+
+    Otherwise the bytes of a marked file would depend on the batch size, and on where an earlier run was interrupted.
+    """
+    missing = -inputs.shape[1] % 16
+    return torch.cat([inputs, inputs.new_zeros(2, missing, *inputs.shape[2:])], dim=1) if missing else inputs
+
+
+def l2_radius(image: Tensor, marking: Marking) -> float:
+    """Radius of the L2 ball, in units of 1/255, whose surface has the wanted PSNR."""
+    psnr = default_psnr(image.shape[1], image.shape[2]) if marking.min_psnr is None else marking.min_psnr
+    return 255 * 10 ** (-psnr / 20) * math.sqrt(image.numel())
+
+
+def project(delta: Tensor, radius: float, epsilon: float) -> Tensor:
+    """Onto the L2 ball, then the L∞ ball (clamping only shortens, so both hold)."""
+    scale = min(1.0, radius / max(float(delta.norm()), 1e-20))
+    return (delta * scale).clamp(-epsilon, epsilon)
+
+
+# ---------------------------------------------------------------- exact p-values, in log space
+
+
+def cosine_log_sf(cosine: Floats | float, dimension: int) -> Floats:
+    """log P(cos ≥ t) between a fixed and a uniform direction of R^d: ½·I_{1−t²}((d−1)/2, ½) for t ≥ 0 (section 4.3).
+
+    Accurate far below the smallest float: where the incomplete beta function underflows, its series is summed in logs.
+    A cosine of exactly ±1 is taken as the nearest float inside.
+    """
+    t = np.atleast_1d(np.asarray(cosine, dtype=np.float64))
+    if dimension < 2 or np.isnan(t).any():
+        raise ValueError("cosine_log_sf needs a dimension of at least 2 and cosines that are numbers")
+    x = np.clip((1 - np.abs(t)) * (1 + np.abs(t)), 2.0**-53, 1.0)  # 1 − t², no cancellation
+    a = (dimension - 1) / 2
+    tail = special.betainc(a, 0.5, x) / 2
+    upper = np.where(tail > 1e-290, np.log(np.maximum(tail, 1e-300)), [_log_tail(a, v) for v in x.ravel()])
+    return np.where(t >= 0, upper, np.log1p(-tail))
+
+
+def _log_tail(a: float, x: float) -> float:
+    """log of ½·I_x(a, ½) = ½ x^a (1−x)^½ / (a B(a, ½)) · Σ_n x^n Π_{k<n} (a + ½ + k)/(a + 1 + k)."""
+    total, term, n = 1.0, 1.0, 0
+    while term > 1e-17 * total and n < 100_000:
+        term *= x * (a + 0.5 + n) / (a + 1 + n)
+        total, n = total + term, n + 1
+    front = a * math.log(x) + 0.5 * math.log1p(-x) if x < 1 else 0.0
+    return float(front - math.log(2 * a) - special.betaln(a, 0.5) + math.log(total))
+
+
+def fisher(log_p: Floats) -> float:
+    """log p of Fisher's combination: −2Σ log p is χ² with 2C degrees, whose tail is a finite sum, exact at any size."""
+    half = -float(np.sum(log_p))  # half the χ²
+    if half <= 0:
+        return 0.0
+    k = np.arange(len(log_p))
+    return min(0.0, float(-half + special.logsumexp(k * math.log(half) - special.gammaln(k + 1))))
+
+
+def stouffer(log_p: Floats) -> float:
+    """log p of Stouffer's combination: the mean of the normal scores times √C is standard normal."""
+    scores = -special.ndtri_exp(np.minimum(log_p, -1e-300))
+    return float(special.log_ndtr(-scores.sum() / math.sqrt(len(scores))))
+
+
+def holm(log_p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of natural-log p-values for testing several suspects with one key."""
+    corrected, running = [0.0] * len(log_p), -math.inf
+    for rank, i in enumerate(sorted(range(len(log_p)), key=lambda i: log_p[i])):
+        running = max(running, log_p[i] + math.log(len(log_p) - rank))
+        corrected[i] = min(0.0, running)
+    return corrected
+
+
+# ---------------------------------------------------------------- what a suspect answers
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention in elementary operations: the fused kernels have no forward-mode derivative."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@torch.no_grad()
+def features(network: Network, pixels: Tensor, batch_size: int) -> Tensor:
+    """(N, 3, H, W) in [0, 1] → (N, d) float64 on the CPU."""
+    device = network.get_buffer("mean").device
+    parts = [network.features(batch.to(device)).double().cpu() for batch in pixels.split(batch_size)]
+    return torch.cat(parts)
+
+
+def aligned_rows(phi: Tensor, psi: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """The suspect's class rows carried into the marking space: w_c = M·W_c with ψ ≈ φ·M (section 4.4).
+
+    phi (N, d), psi (N, k), weight (C, k) float64. ridge is relative to the Gram matrix's mean diagonal; 0 is the
+    paper's least squares (minimum norm, so rank-deficient features do no harm). Returns (C, d) and R² of the fit.
+    """
+    if ridge == 0:
+        matrix = torch.linalg.lstsq(phi, psi, driver="gelsd").solution  # (d, k)
+    else:
+        gram = phi.T @ phi  # (d, d)
+        gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-12)
+        matrix = torch.linalg.solve(gram, phi.T @ psi)
+    spread = float((psi - psi.mean(0)).square().sum())
+    r2 = 1 - float((psi - phi @ matrix).square().sum()) / spread if spread > 0 else 0.0
+    return weight @ matrix.T, r2
+
+
+def responses(
+    marker: Network, suspect: Network, pixels: Tensor, outputs: Sequence[int], batch_size: int
+) -> Tensor:
+    """Which way φ moves when an image moves up the suspect's gradient for a class.
+
+    r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x log softmax f(x)_c: (N, 3, H, W) in [0, 1] → (C, d) float64.
+    It asks for no alignment, no linear head and no features of the suspect.
+    """
+    device = marker.get_buffer("mean").device
+    total = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64)
+    with _plain_attention():
+        for batch in pixels.split(batch_size):
+            x = batch.to(device).requires_grad_()
+            scores = suspect(x).log_softmax(1)  # (B, C')
+            for i, output in enumerate(outputs):
+                (g,) = torch.autograd.grad(scores[:, output].sum(), x, retain_graph=i + 1 < len(outputs))
+                scale = g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+                pushed = torch.func.jvp(marker.features, (x.detach(),), (g / scale,))[1]  # (B, d)
+                total[i] += F.normalize(pushed.detach().double(), dim=1).sum(0).cpu()
+    return total / len(pixels)
+
+
+def project_off(rows: Tensor, basis: Tensor) -> Tensor:
+    """Rows (C, d) less their part in the span of `basis` (K, d): what this suspect has that others have not.
+
+    Of a basis that would fill more than an eighth of the space only the strongest directions are taken.
+    """
+    _, strength, directions = torch.linalg.svd(F.normalize(basis, dim=1), full_matrices=False)
+    keep = min(len(strength), max(1, basis.shape[1] // 8))
+    directions = directions[:keep][strength[:keep] > 1e-8 * float(strength[0])]  # (K', d), orthonormal
+    return rows - (rows @ directions.T) @ directions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """What was computed from one suspect without the carriers: class vectors in the marking space."""
+
+    declared: Tensor  # (C, d) float64
+    paper: Tensor | None  # (C, d) float64; None without a linear head
+    r2: float | None  # of the least-squares alignment
+    classes: tuple[int, ...]  # carrier row of each vector
+
+
+def suspect_rows(
+    marker: Network,
+    suspect: Network,
+    pixels: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    batch_size: int = 64,
+) -> Rows:
+    """The declared statistic's vectors and the paper's, for (suspect output, carrier row) pairs. Carriers play no part.
+
+    pixels: (N, 3, H, W) in [0, 1], unmarked; the first ones serve the response, all serve the alignment.
+    """
+    outputs = [output for output, _ in pairs]
+    probes = pixels[: min(len(pixels), max(8, min(400, GRADIENTS // len(outputs))))]
+    own = range(min(marker.spec.classes, 64))
+    answer = responses(marker, suspect, probes, outputs, batch_size)
+    common = responses(marker, marker, probes[: max(8, GRADIENTS // 4 // len(own))], list(own), batch_size)
+    declared = F.normalize(project_off(answer, common), dim=1)  # (C, d)
+    paper, r2 = None, None
+    if suspect.head is not None and marker.head is not None:
+        phi, psi = features(marker, pixels, batch_size), features(suspect, pixels, batch_size)
+        weight = suspect.head.weight.double().cpu()[outputs]
+        paper, r2 = aligned_rows(phi, psi, weight, 0.0)
+        ridge, _ = aligned_rows(phi, psi, weight, 0.1)
+        ridge = project_off(ridge, marker.head.weight.double().cpu())
+        declared = declared + F.normalize(ridge, dim=1)
+    return Rows(declared=declared, paper=paper, r2=r2, classes=tuple(row for _, row in pairs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a key says of a suspect."""
+
+    log_p: float  # natural log, of the declared statistic
+    paper_log_p: float | None
+    mean_cosine: float  # of the declared vectors with the carriers
+    per_class: tuple[float, ...]  # natural-log p of each class
+
+
+def evidence(rows: Rows, carriers: Tensor) -> Evidence:
+    """Test the vectors against carriers (C', d): exact per-class p-values, combined. Carriers (all) in key order."""
+    chosen = carriers.double()[list(rows.classes)]  # (C, d)
+    cosines = _cosines(rows.declared, chosen)
+    log_p = cosine_log_sf(cosines, chosen.shape[1])
+    paper = None
+    if rows.paper is not None:
+        paper = fisher(cosine_log_sf(_cosines(rows.paper, chosen), chosen.shape[1]))
+    return Evidence(
+        log_p=stouffer(log_p), paper_log_p=paper, mean_cosine=float(cosines.mean()), per_class=tuple(log_p.tolist())
+    )
+
+
+def _cosines(rows: Tensor, carriers: Tensor) -> Floats:
+    """Cosines of (C, d) and (C, d), without the rows of zeros: a dead output has no direction, and says nothing.
+
+    Dropping them looks at the suspect alone, so the remaining p-values stay exact. RadiotagError if none remains.
+    """
+    alive = rows.norm(dim=1) > 0
+    if not alive.any():
+        raise RadiotagError("the suspect's outputs do not depend on its input")
+    cosines: Floats = F.cosine_similarity(rows[alive], carriers[alive], dim=1, eps=1e-300).clamp(-1, 1).numpy()
+    return cosines

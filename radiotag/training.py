@@ -1,0 +1,259 @@
+"""Training a classifier on a folder, as someone who found the data would: plain SGD, crops and flips.
+
+The data pipeline is one uint8 tensor in memory and batched augmentation; nothing else is needed up to a few million
+small images. Every epoch's order and augmentation depend on (seed, epoch) alone, so a resumed run repeats an
+undisturbed one.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from radiotag import RadiotagError
+from radiotag.images import decode, scan
+from radiotag.networks import Network, Spec, build, find_head, load, save_checkpoint, small_stem
+
+IN_MEMORY = 6 * 2**30  # bytes of decoded images; beyond, they lie in a temporary file that the system pages in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How to train. The defaults reach about 85 % on CIFAR-10 with resnet10 in ten epochs."""
+
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 0.1  # peak, for batches of 128; scaled linearly with the batch
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.2  # share of the steps in which the rate climbs; it falls linearly to zero after
+    seed: int = 0
+    head_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """Images (N, 3, S, S) uint8, labels (N,) int64, class names in label order."""
+
+    images: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+
+
+def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | None = None) -> Dataset:
+    """Decode a folder of class sub-folders; each image is resized and centre-cropped to S×S pixels."""
+    from PIL import Image
+
+    items, found, _ = scan(source)
+    names = names or tuple(found) or ("",)
+    unknown = sorted({item.label for item in items} - set(names))
+    if unknown:
+        raise RadiotagError(f"{source}: the class '{unknown[0]}' is not one of the model's")
+    size = image_size or natural_size(source / items[0].path)
+    images = _empty_images(len(items), size)
+    for i, item in enumerate(items):
+        rgb = decode((source / item.path).read_bytes(), str(source / item.path)).rgb
+        picture = Image.fromarray(np.rint(rgb).astype(np.uint8))
+        images[i] = torch.from_numpy(np.array(_fit(picture, size))).permute(2, 0, 1)
+    labels = torch.tensor([names.index(item.label) for item in items])
+    return Dataset(images=images, labels=labels, names=names)
+
+
+def natural_size(path: Path) -> int:
+    """Input size (pixels) that suits an image: its own short side up to 64, else 224."""
+    height, width, _ = decode(path.read_bytes(), str(path)).rgb.shape
+    short = int(min(height, width))
+    return short if short <= 64 else 224
+
+
+def _fit(picture: Any, size: int) -> Any:
+    if picture.size == (size, size):
+        return picture
+    scale = size / min(picture.size)
+    width, height = (max(size, round(s * scale)) for s in picture.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.resize((width, height), 2).crop((left, top, left + size, top + size))
+
+
+def _empty_images(count: int, size: int) -> Tensor:
+    shape = (count, 3, size, size)
+    if math.prod(shape) <= IN_MEMORY:
+        return torch.empty(shape, dtype=torch.uint8)
+    with tempfile.NamedTemporaryFile(prefix="radiotag-") as file:  # unlinked at once; the mapping keeps it alive
+        return torch.from_numpy(np.memmap(file.name, dtype=np.uint8, mode="w+", shape=shape))
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, 3, S, S) uint8 → float in [0, 1]: reflected padding of S/8, random crop, random flip, one draw an image."""
+    batch, _, size, _ = images.shape
+    pad = max(1, size // 8)
+    padded = F.pad(images.float() / 255, (pad,) * 4, mode="reflect")  # (B, 3, S+2p, S+2p)
+    top, left = torch.randint(0, 2 * pad + 1, (2, batch, 1), generator=generator)
+    steps = torch.arange(size)
+    columns = left + steps  # (B, S)
+    flip = torch.rand((batch, 1), generator=generator) < 0.5
+    columns = torch.where(flip, columns.flip(1), columns)
+    rows = (top + steps)[:, None, :, None]  # (B, 1, S, 1)
+    index = torch.arange(batch)[:, None, None, None]
+    return padded[index, torch.arange(3)[None, :, None, None], rows, columns[:, None, None, :]]
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Triangle: up over the warm-up, then linearly to zero."""
+    peak = recipe.lr * recipe.batch_size / 128
+    warm = max(1, round(recipe.warmup * steps))
+    return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+
+
+def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: int) -> Network:
+    """A fresh network for these images, normalised by their own statistics; the weights depend on the seed alone."""
+    sample = data.images[:: max(1, len(data.images) // 5000)].float() / 255
+    size = int(data.images.shape[-1])
+    spec = Spec(
+        architecture=architecture,
+        classes=len(data.names),
+        small_stem=small_stem(size) if stem is None else stem,
+        image_size=size,
+        mean=tuple(round(float(v), 4) for v in sample.mean((0, 2, 3))),
+        std=tuple(max(0.01, round(float(v), 4)) for v in sample.std((0, 2, 3))),
+        class_names=data.names if data.names != ("",) else None,
+    )
+    with torch.random.fork_rng(devices=[]):  # torchvision initialises from the global generator
+        torch.manual_seed(seed)
+        return Network(build(spec), spec)
+
+
+def initialised_from(path: Path, data: Dataset, *, seed: int, architecture: str | None = None) -> Network:
+    """The network of a checkpoint, with a fresh last layer where its classes are not those of the data."""
+    network = load(path, architecture=architecture)
+    names = data.names if data.names != ("",) else None
+    if network.spec.classes == len(data.names):
+        network.spec = replace(network.spec, class_names=names)
+        return network
+    if network.head is None:
+        raise RadiotagError(f"{path} does not end in a linear layer, so its classes cannot be changed")
+    network.spec = replace(network.spec, classes=len(data.names), class_names=names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = nn.Linear(network.head.in_features, len(data.names))
+    name = next(n for n, m in network.module.named_modules() if m is network.head)
+    parent, _, child = name.rpartition(".")
+    setattr(network.module.get_submodule(parent), child, fresh)
+    return network
+
+
+def train(
+    network: Network,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    teacher: Network | None = None,
+    validation: Dataset | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: Callable[[int, float, float], None] = lambda *_: None,
+) -> float | None:
+    """Train in place, writing `output` after every epoch. Returns accuracy on `validation` in [0, 1], or None.
+
+    `progress(epoch, share of the epoch done, running loss)` is called after every step.
+    """
+    network.to(device)
+    network.head = find_head(network)
+    if recipe.head_only and network.head is None:
+        raise RadiotagError(f"{network.spec.architecture} does not end in a linear layer", "leave out --head-only")
+    trained = network.head if recipe.head_only and network.head else network.module
+    trained.requires_grad_(True)
+    optimiser = _optimiser(trained, recipe)
+    first = _resume(output, network, optimiser) if resume and output else 0
+    for epoch in range(first, recipe.epochs):
+        trained.train()
+        _epoch(network, data, recipe, epoch, optimiser, teacher, device, progress)
+        network.eval()
+        if output:
+            extra = {"optimiser": optimiser.state_dict(), "epoch": epoch + 1, "recipe": _plain(recipe)}
+            save_checkpoint(output, network.module, network.spec, extra)
+    network.eval().requires_grad_(False)
+    return accuracy(network, validation, device) if validation else None
+
+
+def _optimiser(trained: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    decayed = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay}]
+    plain = [p for p in parameters if p.dim() <= 1]  # biases and normalisation are not decayed
+    groups = decayed + ([{"params": plain, "weight_decay": 0.0}] if plain else [])
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in Recipe.__slots__}
+
+
+def _resume(output: Path, network: Network, optimiser: torch.optim.SGD) -> int:
+    if not output.exists():
+        return 0
+    if output.suffix == ".safetensors":
+        raise RadiotagError(f"{output} holds no optimiser state", "resume from a .pt checkpoint")
+    content = torch.load(output, map_location="cpu", weights_only=True)
+    try:
+        network.module.load_state_dict(content["model"])
+        optimiser.load_state_dict(content["optimiser"])
+        return int(content["epoch"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise RadiotagError(f"{output} is not a checkpoint of this training: {error}", "choose another -o") from error
+
+
+def _epoch(
+    network: Network,
+    data: Dataset,
+    recipe: Recipe,
+    epoch: int,
+    optimiser: torch.optim.SGD,
+    teacher: Network | None,
+    device: str,
+    progress: Callable[[int, float, float], None],
+) -> None:
+    generator = torch.Generator().manual_seed(recipe.seed * 100003 + epoch)
+    count = len(data.images)
+    order = torch.randperm(count, generator=generator)
+    batches = [b for b in order.split(recipe.batch_size) if len(b) > 1]  # batch norm needs two
+    average = math.nan
+    for i, batch in enumerate(batches):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(epoch * len(batches) + i, recipe.epochs * len(batches), recipe)
+        pixels = augment(data.images[batch], generator).to(device)
+        loss = _loss(network, pixels, data.labels[batch].to(device), teacher)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        value = float(loss)
+        if not math.isfinite(value):
+            raise RadiotagError("the training diverged", "use a lower --lr or another --seed")
+        average = value if i == 0 else 0.98 * average + 0.02 * value
+        progress(epoch, (i + 1) / len(batches), average)
+
+
+def _loss(network: Network, pixels: Tensor, labels: Tensor, teacher: Network | None) -> Tensor:
+    logits = network(pixels)
+    if teacher is None:
+        return F.cross_entropy(logits, labels)
+    with torch.no_grad():
+        soft = teacher(pixels).softmax(1)  # the suspect's outputs are all that a student sees
+    return F.cross_entropy(logits, soft)
+
+
+@torch.no_grad()
+def accuracy(network: Network, data: Dataset, device: str = "cpu", batch_size: int = 256) -> float:
+    """Share of images classified right, in [0, 1]."""
+    network.to(device)
+    hits = 0
+    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
+        hits += int((network(images.to(device).float() / 255).argmax(1).cpu() == labels).sum())
+    return hits / len(data.images)
