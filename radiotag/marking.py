@@ -72,7 +72,14 @@ class Summary:
 
 
 def plan(
-    source: Path, output: Path, key: Key, marking: Marking, *, fraction: float = 1.0, format: str = "keep", seed: int = 0
+    source: Path,
+    output: Path,
+    key: Key,
+    marking: Marking,
+    *,
+    fraction: float = 1.0,
+    format: str = "keep",
+    seed: int = 0,
 ) -> Plan:
     """Pair every input with its output and choose what is marked. Raises RadiotagError before anything is touched."""
     items, names, others = scan(source)
@@ -105,7 +112,7 @@ def carrier_rows(key: Key, names: Sequence[str]) -> dict[str, int]:
         return {name: row for row, name in enumerate(names)}
     missing = sorted(set(names) - set(known))
     if missing:
-        raise RadiotagError(f"the key does not know the class '{missing[0]}'", "make a key with: radiotag keygen --data DIR")
+        raise RadiotagError(f"the key does not know the class '{missing[0]}'", "make one: radiotag keygen --data DIR")
     return {name: known.index(name) for name in names}
 
 
@@ -174,7 +181,9 @@ def _lock(file: IO[str], output: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise RadiotagError(f"another radiotag is marking into {output}", "wait for it, or choose another -o") from error
+        raise RadiotagError(
+            f"another radiotag is marking into {output}", "wait for it, or choose another -o"
+        ) from error
 
 
 # ---------------------------------------------------------------- the run
@@ -349,7 +358,9 @@ def _finish(picture: Picture, marked: Pixels, marking: Marking, format: str) -> 
 
 
 @torch.no_grad()
-def feature_gains(network: Network, before: Sequence[Picture], after: Sequence[Pixels], carriers: Tensor) -> list[float]:
+def feature_gains(
+    network: Network, before: Sequence[Picture], after: Sequence[Pixels], carriers: Tensor
+) -> list[float]:
     """⟨φ(x̃) − φ(x), u⟩ of whole images, without augmentation."""
     device, size = network.get_buffer("mean").device, network.spec.image_size
 
@@ -357,7 +368,8 @@ def feature_gains(network: Network, before: Sequence[Picture], after: Sequence[P
         whole = [F.interpolate(_tensor(a)[None], (size, size), mode="bilinear", antialias=True) for a in arrays]
         return network.features(torch.cat(whole).to(device) / 255)  # (B, d)
 
-    return ((phi(after) - phi([p.rgb for p in before])) * carriers).sum(1).tolist()  # type: ignore[no-any-return]
+    gains: list[float] = ((phi(after) - phi([p.rgb for p in before])) * carriers).sum(1).tolist()
+    return gains
 
 
 def _tensor(rgb: Pixels) -> Tensor:

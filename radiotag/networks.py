@@ -8,10 +8,12 @@ import importlib.util
 import inspect
 import json
 import math
+import re
+import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 import torchvision
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from radiotag import RadiotagError
@@ -29,7 +32,10 @@ from radiotag.images import write_atomically
 SMALL_IMAGE = 64  # pixels; up to here the stem is the small-image one
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback, stated when used
 BUILTIN = Path(__file__).with_name("builtin.safetensors")
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra heads, which serve training alone
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # as in torchvision's own weight files
 State = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +60,7 @@ class Network(nn.Module):
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
         self.head: nn.Linear | None = None
+        self.assumed = False  # input size and normalisation are a guess: the file did not say
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] → the network's input (B, 3, S, S)."""
@@ -89,19 +96,30 @@ class Network(nn.Module):
 
 @torch.no_grad()
 def find_head(network: Network) -> nn.Linear | None:
-    """The linear layer whose output is the network's output, found by running it; None if there is none."""
+    """The linear layer whose output is the network's output, found by running it; None if there is none.
+
+    Raises RadiotagError where the network cannot run at its input size.
+    """
     calls: list[tuple[nn.Linear, Tensor]] = []
     layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
     hooks = [m.register_forward_hook(lambda m, _, out: calls.append((m, out))) for m in layers]
     size = network.spec.image_size
     try:
-        logits = network(torch.full((2, 3, size, size), 0.5, device=next(network.parameters()).device))
+        logits = network(torch.full((2, 3, size, size), 0.5, device=network.get_buffer("mean").device))
+    except Exception as error:  # an image smaller than the strides, or whatever a user's own module raises
+        message = f"{network.spec.architecture} does not run at {size} pixels: {_first_line(error)}"
+        raise RadiotagError(message, "give the size that it was trained at: --image-size S") from error
     finally:
         for hook in hooks:
             hook.remove()
     if not calls or not isinstance(logits, Tensor) or calls[-1][1].shape != logits.shape:
         return None
     return calls[-1][0] if torch.equal(calls[-1][1], logits) else None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]).strip()[:200]
 
 
 # ---------------------------------------------------------------- building
@@ -133,7 +151,7 @@ def build(spec: Spec) -> nn.Module:
         raise RadiotagError(f"{name} cannot be built for {spec.image_size} pixels: {error}") from error
     if spec.small_stem and not name.startswith("vit_"):
         shrink_stem(module)
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return module.to(memory_format=torch.channels_last)
 
 
 def shrink_stem(module: nn.Module) -> None:
@@ -163,36 +181,66 @@ def small_stem(image_size: int) -> bool:
 
 def from_state(state: Mapping[str, Tensor], spec: Spec, *, builder: Callable[..., Any] | None = None) -> Network:
     """A network with these weights, loaded strictly. Raises RadiotagError where they do not fit."""
-    module = build(spec) if builder is None else _call_builder(builder, spec)
+    module = _skeleton(spec) if builder is None else _call_builder(builder, spec)
     wanted = module.state_dict()
-    full = {**{k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}, **state}
+    given = state if builder else _without_auxiliary(state)
+    full = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}
+    full |= {k: v.detach().to(wanted[k].dtype if k in wanted else v.dtype, copy=True) for k, v in given.items()}
     try:
-        module.load_state_dict(full, strict=True)
+        module.load_state_dict(full, strict=True, assign=True)
     except RuntimeError as error:
-        line = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise RadiotagError(f"the weights do not fit {spec.architecture}: {line[:200]}", "name it with --arch") from error
-    network = Network(module, spec)
+        message = f"the weights do not fit {spec.architecture}: {_first_line(error)}"
+        raise RadiotagError(message, "name it with --arch") from error
+    network = Network(module.to(memory_format=torch.channels_last), spec)
     network.head = find_head(network)
+    if builder and network.head and network.head.out_features != spec.classes:
+        network.spec = replace(spec, classes=network.head.out_features, class_names=None)
     return network
 
 
 def _call_builder(builder: Callable[..., Any], spec: Spec) -> nn.Module:
-    takes = inspect.signature(builder).parameters
-    module = builder(num_classes=spec.classes) if "num_classes" in takes else builder()
+    parameters = inspect.signature(builder).parameters
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # def resnet18(**kwargs), as published often
+    try:
+        if "num_classes" in parameters:
+            module = builder(num_classes=spec.classes)
+        else:
+            module = _build_either_way(builder, spec.classes) if passes_on else builder()
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise RadiotagError(
+            f"{spec.architecture} failed: {reason}", "mend the function, or name another one"
+        ) from error
     if not isinstance(module, nn.Module):
         raise RadiotagError(f"{spec.architecture} returned {type(module).__name__}, not a torch.nn.Module")
-    return module
+    return module.float()
+
+
+def _build_either_way(builder: Callable[..., Any], classes: int) -> object:
+    try:
+        return builder(num_classes=classes)
+    except TypeError:  # what it passes its arguments on to does not take this one
+        return builder()
 
 
 def builder_from(argument: str) -> Callable[..., Any]:
     """The function named by FILE.py:FUNCTION, from the user's own Python file (which is run)."""
     file, _, function = argument.rpartition(":")
     path = Path(file)
-    loader = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or loader is None or loader.loader is None:
+    name = f"radiotag_arch_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
         raise RadiotagError(f"cannot read {file}", "--arch takes a torchvision name or FILE.py:FUNCTION")
-    module = importlib.util.module_from_spec(loader)
-    loader.loader.exec_module(module)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    sys.path.insert(0, str(path.resolve().parent))  # for the modules that lie beside it
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise RadiotagError(f"{file} failed: {reason}", "--arch takes a file that can be imported") from error
+    finally:
+        sys.path.pop(0)
     if not callable(getattr(module, function, None)):
         raise RadiotagError(f"{file} has no function '{function}'", "--arch takes FILE.py:FUNCTION")
     return getattr(module, function)  # type: ignore[no-any-return]
@@ -201,39 +249,108 @@ def builder_from(argument: str) -> Callable[..., Any]:
 # ---------------------------------------------------------------- recognising
 
 
-def recognise(state: Mapping[str, Tensor], classes: int) -> tuple[str, bool, int | None] | None:
-    """(architecture, small stem, ViT's input size) whose tensors have these names and shapes; None if unknown."""
-    shapes = _shapes(state)
+class _WithoutStorage(TorchFunctionMode):
+    """Building under it takes milliseconds and draws no random numbers: weights get a shape and nothing else.
+
+    `torch.device("meta")` would do the same to the numbers that RegNet computes its widths from, and fail.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        name, values = getattr(func, "__name__", ""), dict(kwargs or {})
+        if func is torch.empty:
+            values["device"] = "meta"
+        initialises = name.endswith("_") and not name.startswith("_") and name != "requires_grad_"
+        if initialises and (
+            name in {"normal_", "uniform_"} or (args and isinstance(args[0], Tensor) and args[0].is_meta)
+        ):
+            return args[0] if args else values["tensor"]
+        return func(*args, **values)
+
+
+def _skeleton(spec: Spec) -> nn.Module:
+    """The network of a spec, with parameters that have no storage yet."""
+    with _WithoutStorage():
+        return build(spec)
+
+
+@cache
+def _stock_shapes(name: str, stem: bool, image_size: int) -> Shapes:
+    """The tensors of an architecture for one class, in its own order."""
+    spec = Spec(architecture=name, classes=1, small_stem=stem, image_size=image_size, mean=(), std=())
+    return _shapes(_skeleton(spec).state_dict())
+
+
+@cache
+def _size(name: str) -> int:
+    """Number of parameters for 1000 classes, as torchvision publishes it."""
+    if name == "resnet10":
+        return 5_418_792
+    return int(torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"])
+
+
+def _family(name: str) -> str:
+    return "torchvision.models.resnet" if name == "resnet10" else torchvision.models.get_model_builder(name).__module__
+
+
+def recognise(state: Mapping[str, Tensor], classes: int | None = None) -> tuple[str, bool, int | None] | None:
+    """(architecture, small stem, ViT's input size) whose tensors have these names and shapes; None if unknown.
+
+    Candidates come by their number of parameters, so that the first few settle it; a family (a module of torchvision)
+    whose first or last tensor has another name is left out.
+    """
+    shapes = _shapes(_without_auxiliary(state))
+    count = sum(math.prod(shape) for name, shape in shapes.items() if "running_" not in name)
     image_size = _vit_image_size(state)
-    for name in architectures():
-        if name.startswith("vit_") != (image_size is not None):
+    strangers = set()
+    for name in sorted(architectures(), key=lambda name: abs(_size(name) - count)):
+        if name.startswith("vit_") != (image_size is not None) or _family(name) in strangers:
             continue
-        spec = Spec(architecture=name, classes=classes, small_stem=False, image_size=image_size or 224, mean=(), std=())
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # initialising tensors without storage is pointless, and said so
-            try:
-                module = build(spec)
-            except (RadiotagError, RuntimeError):
-                continue
-        stock = _shapes(module.state_dict())
-        if stock == shapes:
-            return name, False, image_size
-        if stock.keys() == shapes.keys():
-            shrink_stem(module.to("meta"))
-            if _shapes(module.state_dict()) == shapes:
-                return name, True, image_size
+        try:
+            stock = _stock_shapes(name, False, image_size or 224)
+        except RadiotagError:  # a ViT with patches of another size
+            continue
+        names = list(stock)
+        if names[0] not in shapes or names[-1] not in shapes:
+            strangers.add(_family(name))
+        elif stock.keys() == shapes.keys():
+            for stem in (False, True)[: 1 if image_size else 2]:
+                if _same(shapes, _stock_shapes(name, stem, image_size or 224), classes):
+                    return name, stem, image_size
     return None
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _same(shapes: Shapes, stock: Shapes, classes: int | None) -> bool:
+    """Whether the shapes are those of `stock`, but for the number of classes where that is None."""
+    head = _head_name(stock)
+    rows = shapes[head][:1] if classes is None else (classes,)
+    wanted = {k: (*rows, *v[1:]) if k in (head, head.removesuffix("weight") + "bias") else v for k, v in stock.items()}
+    return shapes == wanted
+
+
+def _head_name(shapes: Shapes) -> str:
+    """The last weight matrix in a network's own order: its rows are the classes of every torchvision classifier."""
+    return [name for name, shape in shapes.items() if len(shape) >= 2][-1]
+
+
+def _shapes(state: Mapping[str, Tensor]) -> Shapes:
     return {k: tuple(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+def _without_auxiliary(state: Mapping[str, Tensor]) -> State:
+    return {k: v for k, v in state.items() if not k.startswith(AUXILIARY)}
 
 
 def _vit_image_size(state: Mapping[str, Tensor]) -> int | None:
     position, patch = state.get("encoder.pos_embedding"), state.get("conv_proj.weight")
-    if position is None or patch is None:
+    if position is None or patch is None or position.dim() != 3 or patch.dim() != 4:
         return None
-    return round(math.sqrt(max(position.shape[1] - 1, 1))) * int(patch.shape[-1])
+    return round(math.sqrt(max(position.shape[1] - 1, 1))) * int(patch.shape[-1]) or None
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -241,13 +358,13 @@ def _vit_image_size(state: Mapping[str, Tensor]) -> int | None:
 
 def read_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
     """Tensors and radiotag's own metadata ({} if none) of a .pt/.pth/.th/.safetensors file. Runs nothing of it."""
-    if not path.is_file():
-        raise RadiotagError(f"no such file: {path}")
     try:
+        if not path.is_file():
+            raise RadiotagError(f"{path} is not a file" if path.exists() else f"no such file: {path}", "check the path")
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
-        raise RadiotagError(f"cannot read {path}: {error.strerror}") from error
+        raise RadiotagError(f"cannot read {path}: {error.strerror}", "check the file and its permissions") from error
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         return _read_safetensors(path)
     return _read_torch(path, head)
@@ -258,8 +375,8 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = json.loads((file.metadata() or {}).get("radiotag", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise RadiotagError(f"{path} is not a whole safetensors file: {error}") from error
+    except (SafetensorError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise RadiotagError(f"{path} is not a whole safetensors file: {_first_line(error)}", "copy it again") from error
     return clean_state(state, path), metadata if isinstance(metadata, dict) else {}
 
 
@@ -288,29 +405,44 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
 def _refuse_programs(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise RadiotagError(f"{path} is truncated or damaged: {error}") from error
-    if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+            names, size = archive.namelist(), sum(entry.file_size for entry in archive.infolist())
+            stored = path.stat().st_size
+    except Exception as error:  # a damaged directory raises many kinds
+        raise RadiotagError(f"{path} is truncated or damaged: {_first_line(error)}", "copy it again") from error
+    if size > stored:
+        raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", "save the weights again")
+    if any("/code/" in name or name.endswith(("constants.pkl", "archive_format")) for name in names):
         raise RadiotagError(
-            f"{path} is a TorchScript program, which is not run",
+            f"{path} is a TorchScript or torch.export program, which is not run",
             "save the bare weights: torch.save(model.state_dict(), FILE)",
         )
 
 
 def clean_state(content: Mapping[Any, Any], path: Path) -> State:
-    """The tensors alone, wrapper prefixes stripped, int8 weights unpacked; all finite, or RadiotagError."""
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor) and v.layout == torch.strided}
+    """The tensors alone in float32, wrapper prefixes stripped, int8 weights unpacked; all finite, or RadiotagError."""
+    state = {str(k): v.detach() for k, v in content.items() if _is_usable(v)}
+    parts = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state.values()}
+    if sum(v.numel() * v.element_size() for v in state.values()) > 4 * sum(parts.values()) + 2**26:
+        raise RadiotagError(f"{path}: its tensors are larger than what is stored of them", "save the weights again")
     for prefix in ("module.", "_orig_mod.", "module."):
         if state and all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
+    state = {OLD_DENSENET.sub(r"\1\2", k): v.float() if v.is_floating_point() else v for k, v in state.items()}
     state = unpack(state)
     if not state:
         raise RadiotagError(f"{path} holds no weights", "save model.state_dict()")
     broken = next((k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()), None)
     if broken is not None:
-        raise RadiotagError(f"{path}: the tensor {broken!r} is not finite", "the training diverged, or the file is damaged")
+        message = f"{path}: the tensor {broken!r} is not finite"
+        raise RadiotagError(message, "the training diverged, or the file is damaged")
     return state
+
+
+def _is_usable(value: object) -> bool:
+    """Whether a value is a plain tensor with numbers in it: a file may also hold sparse, quantised or empty shells."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return not value.is_quantized and not value.is_complex()
 
 
 def pack(state: Mapping[str, Tensor]) -> State:
@@ -328,31 +460,37 @@ def pack(state: Mapping[str, Tensor]) -> State:
 
 def unpack(state: Mapping[str, Tensor]) -> State:
     """The inverse of `pack`, in float32; leaves what was not packed as it is."""
-    scales = {k for k in state if k.endswith(".scale") and k.removesuffix(".scale") in state}
-    return {
-        k: v.float() * state[f"{k}.scale"] if f"{k}.scale" in scales else v for k, v in state.items() if k not in scales
-    }
+    packed = {k for k, v in state.items() if v.dtype == torch.int8 and v.dim() >= 2 and f"{k}.scale" in state}
+    packed = {k for k in packed if state[f"{k}.scale"].shape == (len(state[k]), *[1] * (state[k].dim() - 1))}
+    scales = {f"{k}.scale" for k in packed}
+    return {k: v.float() * state[f"{k}.scale"] if k in packed else v for k, v in state.items() if k not in scales}
 
 
 def spec_from(metadata: Mapping[str, Any]) -> Spec | None:
     """A checked Spec from a checkpoint's own metadata; None where it says nothing usable (it may be hostile)."""
     try:
         names = metadata.get("class_names")
+        if not isinstance(metadata["architecture"], str) or not (names is None or _are_names(names)):
+            return None
         spec = Spec(
-            architecture=str(metadata["architecture"]),
+            architecture=metadata["architecture"],
             classes=int(metadata["classes"]),
             small_stem=bool(metadata["small_stem"]),
             image_size=int(metadata["image_size"]),
             mean=tuple(float(v) for v in metadata["mean"]),
             std=tuple(float(v) for v in metadata["std"]),
-            class_names=tuple(str(n) for n in names) if names else None,
+            class_names=tuple(names) if names else None,
         )
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError):
         return None
     sane = 1 <= spec.image_size <= 2048 and 1 <= spec.classes <= 10**6 and len(spec.mean) == len(spec.std) == 3
     sane = sane and all(map(math.isfinite, spec.mean)) and all(1e-6 < s < 1e6 for s in spec.std)
     sane = sane and (spec.class_names is None or len(spec.class_names) == spec.classes)
     return spec if sane else None
+
+
+def _are_names(names: object) -> bool:
+    return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
 def load(
@@ -366,47 +504,53 @@ def load(
     """Read a checkpoint into a runnable network; options override what the file says or what is recognised."""
     state, metadata = read_checkpoint(path)
     said = spec_from(metadata)
-    classes = said.classes if said else _output_size(state)
     builder = builder_from(architecture) if architecture and ":" in architecture else None
-    if said is None or (architecture and architecture != said.architecture):
-        name, stem, size = _resolve(state, classes, architecture, path)
-    else:
-        name, stem, size = said.architecture, said.small_stem, said.image_size
-    size = image_size or size or 224
-    spec = Spec(
-        architecture=name,
-        classes=classes,
-        small_stem=stem,
-        image_size=size,
-        mean=mean or (said.mean if said else IMAGENET_MEAN),
-        std=std or (said.std if said else IMAGENET_STD),
-        class_names=said.class_names if said else None,
-    )
     try:
-        return from_state(state, spec, builder=builder)
+        if said is None or (architecture and architecture != said.architecture):
+            spec = _guess(state, architecture, builder, image_size or (said.image_size if said else None))
+            spec = replace(spec, mean=said.mean, std=said.std) if said else spec
+            names = said.class_names if said and said.classes == spec.classes else None
+            spec = replace(spec, class_names=names)
+        else:
+            spec = said
+        spec = replace(spec, image_size=image_size or spec.image_size, mean=mean or spec.mean, std=std or spec.std)
+        network = from_state(state, spec, builder=builder)
     except RadiotagError as error:
         raise RadiotagError(f"{path}: {error}", error.hint) from error
+    network.assumed = said is None
+    return network
 
 
-def _resolve(
-    state: State, classes: int, architecture: str | None, path: Path
-) -> tuple[str, bool, int | None]:
-    if architecture and ":" in architecture:
-        return architecture, False, None
-    found = recognise(state, classes)
-    if architecture is None and found is None:
-        raise RadiotagError(f"{path}: unknown architecture", "name it with --arch NAME or --arch FILE.py:FUNCTION")
-    if found is None or (architecture and architecture != found[0]):
-        assert architecture
-        return architecture, False, None
-    name, stem, size = found
-    return name, stem, size or (32 if stem else None)
+def _guess(state: State, architecture: str | None, builder: Callable[..., Any] | None, image_size: int | None) -> Spec:
+    """What the tensors, and the architecture where it is named, say of a network that does not describe itself."""
+    stem, size, found = False, None, None
+    if builder is None:
+        found = recognise(state)
+        if found and architecture in (None, found[0]):
+            architecture, stem, size = found
+    if architecture is None:
+        raise RadiotagError("unknown architecture", "name it with --arch NAME or --arch FILE.py:FUNCTION")
+    usual, mean, std = published_input(architecture)
+    size = size or image_size or (32 if stem else usual)
+    spec = Spec(architecture=architecture, classes=2, small_stem=stem, image_size=size, mean=mean, std=std)
+    order = _call_builder(builder, spec).state_dict() if builder else _stock_shapes(architecture, stem, size)
+    return replace(spec, classes=_output_size(state, order))
 
 
-def _output_size(state: State) -> int:
-    """Rows of the last weight matrix: the number of classes of every torchvision classifier."""
-    weights = [v for k, v in state.items() if k.endswith("weight") and v.dim() >= 2]
-    return int(weights[-1].shape[0]) if weights else 1
+def _output_size(state: State, order: Iterable[str]) -> int:
+    """Rows of the last weight matrix in the network's own order; a file may list its tensors in another one."""
+    shapes = _shapes({name: state[name] for name in order if name in state})
+    return max(1, shapes[_head_name(shapes)][0]) if any(len(shape) >= 2 for shape in shapes.values()) else 1
+
+
+def published_input(name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """(image size, mean, std) of an architecture's published weights; ImageNet's usual ones where there are none."""
+    if name == "resnet10" or name not in architectures():
+        return 224, IMAGENET_MEAN, IMAGENET_STD
+    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    if name in {"googlenet", "inception_v3"}:  # from TensorFlow; torchvision's builders hide it as `transform_input`
+        return int(transforms.crop_size[0]), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    return int(transforms.crop_size[0]), tuple(transforms.mean), tuple(transforms.std)
 
 
 def to_metadata(spec: Spec) -> dict[str, Any]:
@@ -429,3 +573,42 @@ def save_checkpoint(path: Path, module: nn.Module, spec: Spec, extra: Mapping[st
         torch.save({"model": state, "radiotag": metadata, **(extra or {})}, buffer)
         data = buffer.getvalue()
     write_atomically(path, data)
+
+
+# ---------------------------------------------------------------- marking networks
+
+
+def marking_weights(name: str) -> tuple[State, dict[str, Any], int]:
+    """(weights as stored, spec as plain values, dimension) of `builtin`, a torchvision name, or a checkpoint's path.
+
+    A torchvision name takes that model's default weights through torchvision's own cache.
+    """
+    if name == "builtin":
+        network = load(BUILTIN)
+        weights = pack(network.module.state_dict())  # a quarter of the bytes, and the very numbers it was shipped with
+    elif name in architectures():
+        network = _pretrained(name)
+        weights = dict(network.module.state_dict())
+    elif Path(name).is_file():
+        network = load(Path(name))
+        weights = dict(network.module.state_dict())
+    else:
+        raise RadiotagError(
+            f"no network '{name}'", "use builtin, a torchvision classifier's name, or a checkpoint file"
+        )
+    return weights, json.loads(json.dumps(to_metadata(network.spec))), network.dimension
+
+
+def _pretrained(name: str) -> Network:
+    out = f"use --network builtin, or fetch the weights elsewhere and give their file: --network {name}.pth"
+    if name == "resnet10":
+        raise RadiotagError("resnet10 has no published weights", out)
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise RadiotagError(f"the weights of {name} cannot be downloaded: {error}", out) from error
+    size, mean, std = published_input(name)
+    classes = len(weights.meta["categories"])
+    spec = Spec(architecture=name, classes=classes, small_stem=False, image_size=size, mean=mean, std=std)
+    return from_state(clean_state(state, Path(name)), spec)

@@ -18,6 +18,7 @@ import math
 import os
 import random
 import stat
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from radiotag import RadiotagError
 from radiotag.images import write_atomically
-from radiotag.networks import Network, State, from_state, spec_from, to_metadata, unpack
+from radiotag.networks import Network, State, from_state, spec_from, unpack
 
 FORMAT = 1  # of key files
 STATISTIC = "response+ridge"  # what new keys declare
@@ -91,7 +92,7 @@ def uniform_carriers(classes: int, dimension: int, entropy: Callable[[int], byte
 
 
 def new_key(weights: State, network: dict[str, Any], dimension: int, classes: int | Sequence[str]) -> Key:
-    """Draw a key for a marking network (weights as stored, its Spec as plain values) and a number or list of classes."""
+    """Draw a key for a marking network (weights as stored, its Spec as plain values); classes by number or by name."""
     names = None if isinstance(classes, int) else list(classes)
     count = classes if isinstance(classes, int) else len(classes)
     if count < 1:
@@ -103,7 +104,7 @@ def new_key(weights: State, network: dict[str, Any], dimension: int, classes: in
 
 
 def fingerprint(carriers: Tensor, secret: bytes, weights: State, metadata: dict[str, Any]) -> str:
-    """SHA-256 over canonical content, not file bytes: it commits to the carriers and, hiding 256 bits, reveals nothing."""
+    """SHA-256 over canonical content, not file bytes: it commits to the carriers and reveals nothing of them."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted({**weights, "carriers": carriers}.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -112,13 +113,36 @@ def fingerprint(carriers: Tensor, secret: bytes, weights: State, metadata: dict[
     return digest.hexdigest()
 
 
-def save_key(path: Path, key: Key) -> None:
-    """Write the key file, readable by its owner only (0600), whole or not at all."""
+def public_half(key: Key) -> str:
+    """The text to publish before the data: it commits to the key and to how suspects will be tested."""
+    network = key.metadata["network"]
+    return (
+        f"radiotag public key, format {key.metadata['format']}\n"
+        f"fingerprint: sha256:{key.fingerprint}\n"
+        f"classes: {len(key.carriers)}\n"
+        f"dimension: {key.carriers.shape[1]}\n"
+        f"network: {network['architecture']}, {network['image_size']} px\n"
+        f"statistic: {key.statistic}\n"
+    )
+
+
+def save_key(path: Path, key: Key, *, exclusive: bool = True) -> None:
+    """Write the key file, readable by its owner only (0600), whole or not at all; `exclusive`: only if none is there."""
     tensors = {f"network.{name}": tensor.contiguous() for name, tensor in key.weights.items()}
     tensors["carriers"] = key.carriers
     tensors["secret"] = torch.tensor(list(key.secret), dtype=torch.uint8)
     metadata = {"radiotag": json.dumps(key.metadata, sort_keys=True)}
-    write_atomically(path, safetensors.torch.save(tensors, metadata), mode=0o600)
+    if exclusive:
+        try:
+            path.touch(mode=0o600, exist_ok=False)
+        except OSError as error:
+            raise RadiotagError(f"cannot create {path}: {error.strerror}", "choose another name with -o") from error
+    try:
+        write_atomically(path, safetensors.torch.save(tensors, metadata), mode=0o600)
+    except BaseException:
+        if exclusive:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def load_key(path: Path) -> Key:
@@ -143,7 +167,7 @@ def load_key(path: Path) -> Key:
 
 
 def choose(key: Key, paths: Sequence[str], fraction: float) -> set[str]:
-    """Which of one class's paths to mark: round(fraction·n), at least one if fraction > 0, in an order only the key knows."""
+    """Which of one class's paths to mark: round(fraction·n), at least one unless 0, in an order only the key knows."""
     count = min(len(paths), max(1, round(fraction * len(paths)))) if fraction > 0 else 0
     return set(sorted(paths, key=lambda p: hmac.digest(key.secret, os.fsencode(p), "sha256"))[:count])
 
@@ -163,7 +187,7 @@ class Marking:
     epsilon: float = 10.0  # L∞ radius R, the paper's
     min_psnr: float | None = None  # dB; None: `default_psnr` of each image
     steps: int = 20  # along the normalised gradient, 15–20 decaying steps reach what 80 do
-    reach: float = 3.0  # length of the whole path, in radii of the L2 ball
+    reach: float = 6.0  # length of the whole path, in radii of the L2 ball: crops disagree, so much of it cancels
     lambda_pixel: float = 0.0005  # λ1, squared, in normalised pixels
     lambda_feature: float = 0.01  # λ2, plain norm
     crop_scale: tuple[float, float] = (0.4, 1.0)
@@ -248,7 +272,7 @@ def mark_images(
 
 
 def _pad(inputs: Tensor) -> Tensor:
-    """Fill the batch (2, B, …) up to a multiple of 16: the convolutions then round alike whatever stands beside an image.
+    """Fill the batch (2, B, …) up to a multiple of 16: convolutions then round alike whatever stands beside an image.
 
     Otherwise the bytes of a marked file would depend on the batch size, and on where an earlier run was interrupted.
     """
@@ -325,12 +349,13 @@ def holm(log_p: Sequence[float]) -> list[float]:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def _forward_mode() -> Iterator[None]:
     """Attention in elementary operations: the fused kernels have no forward-mode derivative."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # torch's own use
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -340,7 +365,7 @@ def _plain_attention() -> Iterator[None]:
 def features(network: Network, pixels: Tensor, batch_size: int) -> Tensor:
     """(N, 3, H, W) in [0, 1] → (N, d) float64 on the CPU."""
     device = network.get_buffer("mean").device
-    parts = [network.features(batch.to(device)).double().cpu() for batch in pixels.split(batch_size)]
+    parts = [network.features(batch.to(device)).double().cpu() for batch in torch.split(pixels, batch_size)]
     return torch.cat(parts)
 
 
@@ -361,9 +386,7 @@ def aligned_rows(phi: Tensor, psi: Tensor, weight: Tensor, ridge: float) -> tupl
     return weight @ matrix.T, r2
 
 
-def responses(
-    marker: Network, suspect: Network, pixels: Tensor, outputs: Sequence[int], batch_size: int
-) -> Tensor:
+def responses(marker: Network, suspect: Network, pixels: Tensor, outputs: Sequence[int], batch_size: int) -> Tensor:
     """Which way φ moves when an image moves up the suspect's gradient for a class.
 
     r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x log softmax f(x)_c: (N, 3, H, W) in [0, 1] → (C, d) float64.
@@ -371,8 +394,8 @@ def responses(
     """
     device = marker.get_buffer("mean").device
     total = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64)
-    with _plain_attention():
-        for batch in pixels.split(batch_size):
+    with _forward_mode():
+        for batch in torch.split(pixels, batch_size):
             x = batch.to(device).requires_grad_()
             scores = suspect(x).log_softmax(1)  # (B, C')
             for i, output in enumerate(outputs):

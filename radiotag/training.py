@@ -5,9 +5,11 @@ small images. Every epoch's order and augmentation depend on (seed, epoch) alone
 undisturbed one.
 """
 
+import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from radiotag import RadiotagError
 from radiotag.images import decode, scan
-from radiotag.networks import Network, Spec, build, find_head, load, save_checkpoint, small_stem
+from radiotag.networks import Network, Spec, build, find_head, load, save_checkpoint, small_stem, to_metadata
 
 IN_MEMORY = 6 * 2**30  # bytes of decoded images; beyond, they lie in a temporary file that the system pages in
 
@@ -49,8 +52,6 @@ class Dataset:
 
 def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | None = None) -> Dataset:
     """Decode a folder of class sub-folders; each image is resized and centre-cropped to S×S pixels."""
-    from PIL import Image
-
     items, found, _ = scan(source)
     names = names or tuple(found) or ("",)
     unknown = sorted({item.label for item in items} - set(names))
@@ -73,13 +74,13 @@ def natural_size(path: Path) -> int:
     return short if short <= 64 else 224
 
 
-def _fit(picture: Any, size: int) -> Any:
+def _fit(picture: Image.Image, size: int) -> Image.Image:
     if picture.size == (size, size):
         return picture
     scale = size / min(picture.size)
     width, height = (max(size, round(s * scale)) for s in picture.size)
     left, top = (width - size) // 2, (height - size) // 2
-    return picture.resize((width, height), 2).crop((left, top, left + size, top + size))
+    return picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
 
 
 def _empty_images(count: int, size: int) -> Tensor:
@@ -114,7 +115,8 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 
 def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: int) -> Network:
     """A fresh network for these images, normalised by their own statistics; the weights depend on the seed alone."""
-    sample = data.images[:: max(1, len(data.images) // 5000)].float() / 255
+    step = max(1, len(data.images) // 5000, data.images.numel() // 2**28)  # at most a GiB of floats
+    sample = data.images[::step].float() / 255
     size = int(data.images.shape[-1])
     spec = Spec(
         architecture=architecture,
@@ -138,14 +140,16 @@ def initialised_from(path: Path, data: Dataset, *, seed: int, architecture: str 
         network.spec = replace(network.spec, class_names=names)
         return network
     if network.head is None:
-        raise RadiotagError(f"{path} does not end in a linear layer, so its classes cannot be changed")
+        message = f"{path} does not end in a linear layer, so its classes cannot be changed"
+        raise RadiotagError(message, "choose another --init, or data with its classes")
     network.spec = replace(network.spec, classes=len(data.names), class_names=names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = nn.Linear(network.head.in_features, len(data.names))
     name = next(n for n, m in network.module.named_modules() if m is network.head)
     parent, _, child = name.rpartition(".")
-    setattr(network.module.get_submodule(parent), child, fresh)
+    setattr(network.module.get_submodule(parent), child, fresh.requires_grad_(False))
+    network.head = fresh
     return network
 
 
@@ -165,17 +169,25 @@ def train(
 
     `progress(epoch, share of the epoch done, running loss)` is called after every step.
     """
+    if len(data.images) < 2 or recipe.batch_size < 2:
+        raise RadiotagError("training takes two images a batch, at least", "add images, or raise --batch-size")
+    if teacher and teacher.spec.classes != network.spec.classes:
+        counts = f"{teacher.spec.classes} and {network.spec.classes} classes"
+        raise RadiotagError(f"teacher and student differ: {counts}", "train the student on a folder of as many classes")
     network.to(device)
+    if teacher:
+        teacher.to(device)
     network.head = find_head(network)
     if recipe.head_only and network.head is None:
         raise RadiotagError(f"{network.spec.architecture} does not end in a linear layer", "leave out --head-only")
     trained = network.head if recipe.head_only and network.head else network.module
     trained.requires_grad_(True)
     optimiser = _optimiser(trained, recipe)
-    first = _resume(output, network, optimiser) if resume and output else 0
+    first = _resume(output, network, optimiser, recipe) if resume and output else 0
     for epoch in range(first, recipe.epochs):
         trained.train()
-        _epoch(network, data, recipe, epoch, optimiser, teacher, device, progress)
+        with _seeded(recipe.seed * 100003 + epoch, device):  # dropout draws from the global generator
+            _epoch(network, data, recipe, epoch, optimiser, teacher, device, progress)
         network.eval()
         if output:
             extra = {"optimiser": optimiser.state_dict(), "epoch": epoch + 1, "recipe": _plain(recipe)}
@@ -196,18 +208,39 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return {name: getattr(recipe, name) for name in Recipe.__slots__}
 
 
-def _resume(output: Path, network: Network, optimiser: torch.optim.SGD) -> int:
+@contextmanager
+def _seeded(seed: int, device: str) -> Iterator[None]:
+    """The global generators start from the seed inside, and go on as if nothing had been drawn after."""
+    with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _resume(output: Path, network: Network, optimiser: torch.optim.SGD, recipe: Recipe) -> int:
+    """Load an interrupted training's state and return the epochs it has done; 0 if there is none."""
     if not output.exists():
         return 0
+    hint = "choose another -o, or leave out --resume"
     if output.suffix == ".safetensors":
         raise RadiotagError(f"{output} holds no optimiser state", "resume from a .pt checkpoint")
-    content = torch.load(output, map_location="cpu", weights_only=True)
     try:
+        content = torch.load(output, map_location="cpu", weights_only=True)
+        _refuse_another(_plain(recipe) | {"epochs": 0}, content["recipe"] | {"epochs": 0})
+        _refuse_another(json.loads(json.dumps(to_metadata(network.spec))), content["radiotag"])
         network.module.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
         return int(content["epoch"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise RadiotagError(f"{output} is not a checkpoint of this training: {error}", "choose another -o") from error
+    except RadiotagError as error:
+        raise RadiotagError(f"{output} is of another training: {error}", hint) from error
+    except Exception as error:  # a damaged or foreign file raises many kinds
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise RadiotagError(f"{output} is not a checkpoint of this training: {reason}", hint) from error
+
+
+def _refuse_another(now: dict[str, Any], then: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise RadiotagError(f"its {name} is {then.get(name)}, not {value}"[:200])
 
 
 def _epoch(
@@ -223,7 +256,7 @@ def _epoch(
     generator = torch.Generator().manual_seed(recipe.seed * 100003 + epoch)
     count = len(data.images)
     order = torch.randperm(count, generator=generator)
-    batches = [b for b in order.split(recipe.batch_size) if len(b) > 1]  # batch norm needs two
+    batches = [b for b in torch.split(order, recipe.batch_size) if len(b) > 1]  # batch norm needs two
     average = math.nan
     for i, batch in enumerate(batches):
         for group in optimiser.param_groups:
@@ -254,6 +287,6 @@ def accuracy(network: Network, data: Dataset, device: str = "cpu", batch_size: i
     """Share of images classified right, in [0, 1]."""
     network.to(device)
     hits = 0
-    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
+    for images, labels in zip(torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True):
         hits += int((network(images.to(device).float() / 255).argmax(1).cpu() == labels).sum())
     return hits / len(data.images)

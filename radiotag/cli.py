@@ -1,0 +1,563 @@
+"""The command line: it parses, calls and prints. Nothing heavy is imported before a command runs."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from radiotag import RadiotagError, __version__
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from radiotag.marking import Summary
+    from radiotag.verification import Finding
+
+DETECTED, ERROR, NO_EVIDENCE, INTERRUPTED = 0, 1, 3, 130  # exit codes; 2 is a usage error
+SCHEMA = 1
+
+app = typer.Typer(
+    name="radiotag",
+    help="Mark an image data set imperceptibly; prove later, with an exact p-value, that a model was trained on it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Main job: radiotag keygen; radiotag mark ./imgs --key k.safetensors; radiotag verify model.pt --key "
+    "k.safetensors. Exit codes: 0 done (verify: detected), 1 error, 2 usage, 3 no evidence, 130 interrupted.",
+)
+
+KeyOption = Annotated[Path, typer.Option("--key", "-k", metavar="FILE", help="the secret key file, from keygen")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, also on failure")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors (and --json)")]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="where to compute")]
+ForceOption = Annotated[bool, typer.Option("--force", help="overwrite what exists")]
+SizeOption = Annotated[int | None, typer.Option(min=1, max=2048, help="network input in pixels")]
+
+
+@dataclass
+class Report:
+    """What a command says: lines for people, one object for programs."""
+
+    command: str
+    as_json: bool
+    quiet: bool
+    started: float = field(default_factory=time.monotonic)
+
+    def note(self, text: str) -> None:
+        """Something on the way: stderr."""
+        if not self.quiet:
+            print(printable(text), file=sys.stderr)
+
+    def say(self, *lines: str) -> None:
+        """Results: stdout."""
+        if not self.quiet and not self.as_json:
+            print("\n".join(printable(line) for line in lines))
+
+    def give(self, **values: Any) -> None:
+        """The JSON object, if it was asked for."""
+        if self.as_json:
+            seconds = round(time.monotonic() - self.started, 3)
+            base = {"schema": SCHEMA, "command": self.command, "version": __version__}
+            print(json.dumps({**base, **values, "seconds": seconds}))
+
+    def fail(self, message: str, hint: str) -> None:
+        """An error: stderr always, and the JSON object."""
+        print(printable(f"error: {message}"), file=sys.stderr)
+        if hint:
+            print(printable(f"hint: {hint}"), file=sys.stderr)
+        self.give(error=message, hint=hint)
+
+
+def printable(text: str) -> str:
+    """File and class names come from strangers: no control character reaches the terminal, no lone surrogate stdout."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+@contextmanager
+def reporting(command: str, as_json: bool, quiet: bool) -> Iterator[Report]:
+    """Map what goes wrong to one message and an exit code, in one place."""
+    report = Report(command, as_json, quiet)
+    try:
+        yield report
+    except RadiotagError as error:
+        _debug()
+        report.fail(str(error), error.hint)
+        raise typer.Exit(ERROR) from None
+    except KeyboardInterrupt:
+        report.fail("interrupted", "run the same command again: what is done is kept")
+        raise typer.Exit(INTERRUPTED) from None
+    except MemoryError:
+        _debug()
+        report.fail("out of memory", "use a smaller --batch-size")
+        raise typer.Exit(ERROR) from None
+    except OSError as error:
+        _debug()
+        report.fail(f"{error.filename or 'system'}: {error.strerror or error}", "check the path, permissions and space")
+        raise typer.Exit(ERROR) from None
+
+
+def _debug() -> None:
+    if os.environ.get("RADIOTAG_DEBUG") == "1":
+        traceback.print_exc()
+
+
+def choose_device(name: str) -> str:
+    """The device that `--device` names, or the best there is; RadiotagError if it is not there."""
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    if not there.get(name, False):
+        raise RadiotagError(f"the device '{name}' is not available", f"use one of: auto, {', '.join(there)}")
+    return name
+
+
+@contextmanager
+def progress_bar(report: Report, unit: str) -> Iterator["Progress"]:
+    """A progress bar on stderr; a pipe or a dumb terminal gets none."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    hidden = report.quiet or not console.is_terminal or console.is_dumb_terminal
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit + "  {task.fields[detail]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        yield bar
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"radiotag {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def radiotag(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Mark an image data set imperceptibly; prove later, with an exact p-value, that a model was trained on it."""
+
+
+# ---------------------------------------------------------------- keygen
+
+
+@app.command(
+    epilog="Examples: radiotag keygen  |  radiotag keygen -o cats.safetensors --data ./imgs --network resnet18"
+)
+def keygen(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="the key file")] = Path(
+        "k.safetensors"
+    ),
+    network: Annotated[
+        str, typer.Option(metavar="builtin|NAME|FILE", help="marking network: built in, torchvision's, or a checkpoint")
+    ] = "builtin",
+    classes: Annotated[int, typer.Option(min=1, max=1_000_000, help="number of carriers")] = 1000,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="take class names from this folder's sub-folders instead")
+    ] = None,
+    force: ForceOption = False,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a secret key, and its public fingerprint.
+
+    Publish or time-stamp the fingerprint (the .pub file) before the data: it proves that the key came first.
+    """
+    with reporting("keygen", json_, quiet) as report:
+        public = output.with_suffix(".pub")
+        for path in (output, public):
+            if path.exists() and not force:
+                raise RadiotagError(f"{path} exists", "choose another name with -o, or overwrite it with --force")
+        from radiotag.images import scan, write_atomically
+        from radiotag.networks import marking_weights
+        from radiotag.radioactive import new_key, public_half, save_key
+
+        names = [name for name in scan(data)[1] if name] if data else None
+        if data and not names:
+            raise RadiotagError(f"{data} has no class sub-folders", "leave out --data, or give a folder of folders")
+        weights, described, dimension = marking_weights(network)
+        key = new_key(weights, described, dimension, names or classes)
+        shown = f"{described['architecture']}, {described['image_size']} px"
+        save_key(output, key, exclusive=not force)
+        write_atomically(public, public_half(key).encode(), mode=0o644)
+        report.say(
+            f"key          {output} (keep it secret)",
+            f"public half  {public} (publish it before the data)",
+            f"fingerprint  sha256:{key.fingerprint}",
+            f"carriers     {len(key.carriers)} classes × {dimension} dimensions, network {network} ({shown})",
+            f"next         radiotag mark ./imgs --key {output}",
+        )
+        report.give(
+            key=str(output), public=str(public), classes=len(key.carriers), dimension=dimension, network=network,
+            statistic=key.statistic, fingerprint=key.fingerprint,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- mark
+
+
+@app.command(
+    epilog="Examples: radiotag mark ./imgs --key k.safetensors  |  radiotag mark ./imgs -k k.safetensors --fraction 0.1 "
+    "--preview sheet.png"
+)
+def mark(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="folder of class sub-folders, or of images")],
+    key: KeyOption,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="the marked folder  [default: SRC-marked]")
+    ] = None,
+    fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="share of each class to mark")] = 1.0,
+    epsilon: Annotated[float, typer.Option(min=0.1, max=255.0, help="largest change of a pixel, of 255")] = 10.0,
+    min_psnr: Annotated[
+        float | None,
+        typer.Option(min=10.0, max=80.0, help="dB that each marked image keeps  [default: 34 (64 px) to 40 (224 px)]"),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="gradient steps an image")] = 20,
+    format_: Annotated[
+        str, typer.Option("--format", metavar="keep|png", help="keep each image's format, or write PNG")
+    ] = "keep",
+    preview: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="write a sheet of original | marked | difference × 10")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, write nothing")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="stop at the first image that cannot be marked")] = False,
+    force: ForceOption = False,
+    seed: Annotated[int, typer.Option(min=0, help="of the random crops")] = 0,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="images optimised together")] = 64,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a marked copy of a folder; the source is not touched.
+
+    Images that are not chosen are copied byte for byte. An interrupted run goes on where it stopped. The manifest
+    beside the output tells marked from unmarked: keep it as secret as the key.
+    """
+    with reporting("mark", json_, quiet) as report:
+        if format_ not in {"keep", "png"}:
+            raise RadiotagError(f"--format {format_} is unknown", "use keep or png")
+        report.note("planning …")
+        from radiotag import marking as folder
+        from radiotag.radioactive import Marking, load_key
+
+        secret = load_key(key)
+        settings = Marking(epsilon=epsilon, min_psnr=min_psnr, steps=steps)
+        where = output or source.resolve().with_name(source.resolve().name + "-marked")
+        plan = folder.plan(source, where, secret, settings, fraction=fraction, format=format_, seed=seed)
+        if dry_run:
+            report.say(*_plan_lines(plan))
+            report.give(**_mark_json(plan, folder.Summary(images=len(plan.items)), dry_run=True))
+            return
+        with progress_bar(report, "images") as bar:
+            task = bar.add_task("marking", total=len(plan.items), detail="")
+
+            def show(done: int, summary: "Summary") -> None:
+                bar.update(task, completed=done, detail=_running(summary, report))
+
+            summary = folder.run(
+                plan, secret, settings, device=choose_device(device), batch_size=batch_size, force=force, strict=strict,
+                progress=show,
+            )  # fmt: skip
+        if preview:
+            folder.preview(plan, summary, preview)
+        failed = summary.with_status("failed")
+        for row in failed:
+            print(printable(f"error: {row['error']}"), file=sys.stderr)
+        report.say(*_mark_lines(plan, summary, key))
+        report.give(**_mark_json(plan, summary))
+        if failed:
+            raise typer.Exit(ERROR)
+
+
+def _running(summary: "Summary", report: Report) -> str:
+    psnr = [row["psnr"] for row in list(summary.rows.values())[-64:] if row["status"] == "marked"]
+    rate = len(summary.rows) / max(1e-3, time.monotonic() - report.started)
+    return f"{rate:.1f}/s" + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
+
+
+def _plan_lines(plan: Any) -> list[str]:
+    sizes: dict[str, list[int]] = {}
+    for item in plan.items:
+        counts = sizes.setdefault(item.label, [0, 0])
+        counts[0] += 1
+        counts[1] += item.path.as_posix() in plan.chosen
+    lines = [f"{name or plan.source.name}: {marked} of {total} images" for name, (total, marked) in sizes.items()]
+    return [
+        f"would mark {len(plan.chosen)} of {len(plan.items)} images into {plan.output}",
+        *(f"  {line}" for line in lines),
+    ]
+
+
+def _statistics(summary: "Summary") -> dict[str, Any]:
+    import statistics
+
+    rows = summary.with_status("marked")
+    psnr = [row["psnr"] for row in rows]
+    return {
+        "psnr_median": statistics.median(psnr) if rows else None,
+        "psnr_min": min(psnr) if rows else None,
+        "linf_max": max(row["linf"] for row in rows) if rows else None,
+        "feature_gain_mean": statistics.fmean(row["gain"] for row in rows) if rows else None,
+    }
+
+
+def _mark_json(plan: Any, summary: "Summary", **more: Any) -> dict[str, Any]:
+    failed = [{"path": row["path"], "error": row["error"]} for row in summary.with_status("failed")]
+    return {
+        "fingerprint": plan.header["fingerprint"], "output": str(plan.output), "manifest": str(plan.manifest),
+        "images": len(plan.items), "marked": len(summary.with_status("marked")) if summary.rows else 0,
+        "copied": len(summary.with_status("copied")), "skipped": summary.skipped, "failed": failed,
+        **_statistics(summary), **more,
+    }  # fmt: skip
+
+
+def _mark_lines(plan: Any, summary: "Summary", key: Path) -> list[str]:
+    marked, copied = len(summary.with_status("marked")), len(summary.with_status("copied"))
+    failed, numbers = len(summary.with_status("failed")), _statistics(summary)
+    lines = [
+        f"marked       {marked} of {len(plan.items)} images, {copied} copied, {failed} failed"
+        + (f" ({summary.skipped} done earlier)" if summary.skipped else ""),
+        f"output       {plan.output}",
+        f"manifest     {plan.manifest} (keep it secret)",
+        f"key          sha256:{plan.header['fingerprint']}",
+    ]
+    if marked:
+        lines.append(
+            f"quality      PSNR median {numbers['psnr_median']:.1f} dB, lowest {numbers['psnr_min']:.1f} dB, "
+            f"largest change {numbers['linf_max']:.0f} of 255, feature gain {numbers['feature_gain_mean']:.3f}"
+        )
+    return [*lines, f"next         release {plan.output.name}; later: radiotag verify model.pt --key {key}"]
+
+
+# ---------------------------------------------------------------- train-demo
+
+
+@app.command(
+    name="train-demo",
+    epilog="Examples: radiotag train-demo  |  radiotag train-demo ./imgs-marked -o model.pt --arch resnet18 --epochs 10",
+)
+def train_demo(
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[DATA]", help="folder of class sub-folders; none: the demonstration")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="checkpoint  [default: model.pt; demonstration: radiotag-demo/]"
+        ),
+    ] = None,
+    arch: Annotated[str, typer.Option(metavar="NAME", help="torchvision classifier, or resnet10")] = "resnet18",
+    epochs: Annotated[int, typer.Option(min=1, max=100_000, help="passes over the data")] = 10,
+    image_size: SizeOption = None,
+    lr: Annotated[float, typer.Option(min=1e-8, max=100.0, help="peak learning rate of SGD for batches of 128")] = 0.1,
+    val: Annotated[Path | None, typer.Option(metavar="DIR", help="held-out images, for the accuracy")] = None,
+    init: Annotated[Path | None, typer.Option(metavar="FILE", help="start from this checkpoint")] = None,
+    head_only: Annotated[bool, typer.Option("--head-only", help="train the last layer alone (needs --init)")] = False,
+    teacher: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="learn this model's outputs instead of the labels")
+    ] = None,
+    stem: Annotated[
+        str, typer.Option(metavar="auto|small|stock", help="first layers; auto: small up to 64 pixels")
+    ] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint at -o")] = False,
+    force: ForceOption = False,
+    seed: Annotated[int, typer.Option(min=0, help="of weights, order and crops")] = 0,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, typer.Option(min=2, max=65536, help="images a step")] = 128,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a classifier as someone who found the data would; or, with no DATA, show the whole method in minutes."""
+    with reporting("train-demo", json_, quiet) as report:
+        if data is None:
+            _demonstrate(report, output or Path("radiotag-demo"), choose_device(device), force, seed)
+            return
+        target = output or Path("model.pt")
+        if target.exists() and not (force or resume):
+            raise RadiotagError(f"{target} exists", "go on with --resume, overwrite with --force, or choose another -o")
+        if head_only and init is None:
+            raise RadiotagError("--head-only needs a trained network", "give one with --init FILE")
+        if stem not in {"auto", "small", "stock"}:
+            raise RadiotagError(f"--stem {stem} is unknown", "use auto, small or stock")
+        from radiotag import networks, training
+
+        report.note("reading images …")
+        first = networks.load(init) if init else None
+        images = training.load_folder(data, image_size or (first.spec.image_size if first else None))
+        recipe = training.Recipe(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, head_only=head_only)
+        small = None if stem == "auto" else stem == "small"
+        network = (
+            training.initialised_from(init, images, seed=seed)
+            if init
+            else training.new_network(arch, images, stem=small, seed=seed)
+        )
+        held_out = training.load_folder(val, int(images.images.shape[-1]), images.names) if val else None
+        reached = _train(report, network, images, recipe, teacher, held_out, target, resume, choose_device(device))
+        shown = "not measured (no --val)" if reached is None else f"{reached:.2%}"
+        report.say(
+            f"model        {target} ({network.spec.architecture}, {len(images.names)} classes, "
+            f"{network.spec.image_size} px, {epochs} epochs, seed {seed})",
+            f"accuracy     {shown}",
+            f"next         radiotag verify {target} --key k.safetensors",
+        )
+        report.give(
+            model=str(target), architecture=network.spec.architecture, classes=len(images.names), epochs=epochs,
+            accuracy=reached,
+        )  # fmt: skip
+
+
+def _train(
+    report: Report, network: Any, images: Any, recipe: Any, teacher: Path | None, held_out: Any, target: Path,
+    resume: bool, device: str,
+) -> float | None:  # fmt: skip
+    from radiotag import networks, training
+
+    taught = networks.load(teacher).to(device) if teacher else None
+    with progress_bar(report, "%") as bar:
+        task = bar.add_task("training", total=100 * recipe.epochs, detail="")
+
+        def show(epoch: int, share: float, loss: float) -> None:
+            detail = f"epoch {epoch + 1}/{recipe.epochs}  loss {loss:.3f}"
+            bar.update(task, completed=int(100 * (epoch + share)), detail=detail)
+
+        return training.train(
+            network, images, recipe, teacher=taught, validation=held_out, output=target, resume=resume, device=device,
+            progress=show,
+        )  # fmt: skip
+
+
+def _demonstrate(report: Report, folder: Path, device: str, force: bool, seed: int) -> None:
+    from radiotag import demo
+
+    if folder.exists() and not force:
+        raise RadiotagError(f"{folder} exists", "choose another folder with -o, or start over with --force")
+    result = demo.run(folder, device=device, seed=seed, note=report.note)
+    report.say(*demo.lines(result))
+    report.give(**demo.as_json(result))
+
+
+# ---------------------------------------------------------------- verify
+
+
+@app.command(
+    epilog="Examples: radiotag verify model.pt --key k.safetensors  |  radiotag verify a.pt b.safetensors -k "
+    "k.safetensors --data ./held-out --json"
+)
+def verify(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="suspects: .pt, .pth, .th or .safetensors")],
+    key: KeyOption,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="unmarked images for the alignment  [default: synthetic ones]")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="the suspect's network, if not recognised")
+    ] = None,
+    image_size: SizeOption = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="the suspect's normalisation, of pixels in 0..1")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="the suspect's normalisation, of pixels in 0..1")
+    ] = None,
+    marked: Annotated[
+        Path | None,
+        typer.Option(metavar="MANIFEST", help="use this manifest's classes, and refuse its images"),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(min=1e-300, max=0.5, help="detected if the corrected p is at most this")
+    ] = 1e-4,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="images computed together")] = 64,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Test whether models were trained on data marked with this key; exit 0 if all were detected, 3 if not.
+
+    A suspect's file is hostile input: it is read as weights alone, and nothing in it is run. There is no --seed: whatever
+    could be chosen after seeing a suspect would void the p-value.
+    """
+    with reporting("verify", json_, quiet) as report:
+        from radiotag import verification
+        from radiotag.radioactive import NULL, load_key
+
+        secret = load_key(key)
+        options = verification.Options(
+            architecture=arch, image_size=image_size, mean=_triple(mean, "--mean"), std=_triple(std, "--std"),
+            device=choose_device(device), batch_size=batch_size,
+        )  # fmt: skip
+        findings = verification.verify(
+            models, secret, options, data=data, manifest=marked, alpha=alpha,
+            progress=lambda path: report.note(f"examining {path} …"),
+        )  # fmt: skip
+        for finding in findings:
+            report.say(*_finding_lines(finding, alpha, len(findings)))
+        report.say(
+            f"null         {NULL}",
+            f"statistic    {secret.statistic}, declared in the key",
+            f"key          sha256:{secret.fingerprint}",
+            f"note         {verification.VOIDS[0]}",
+            f"             {verification.VOIDS[1]}",
+        )
+        detected = all(finding.detected for finding in findings)
+        report.give(
+            fingerprint=secret.fingerprint, alpha=alpha, statistic=secret.statistic, detected=detected,
+            suspects=[verification.as_json(finding) for finding in findings],
+        )  # fmt: skip
+        raise typer.Exit(DETECTED if detected else NO_EVIDENCE)
+
+
+def _triple(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(float(v) for v in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or (option == "--std" and min(values) <= 0):
+        raise typer.BadParameter(f"{option} takes three numbers R,G,B, such as 0.5,0.5,0.5")
+    return values
+
+
+def _finding_lines(finding: "Finding", alpha: float, count: int) -> list[str]:
+    verdict = "MARK DETECTED" if finding.detected else "no evidence"
+    r2 = "none" if finding.alignment_r2 is None else f"{finding.alignment_r2:.2f}"
+    paper = "none" if finding.paper_log10_p is None else f"{finding.paper_log10_p:.2f}"
+    corrected = f", corrected for {count} suspects {finding.log10_p_corrected:.2f}" if count > 1 else ""
+    return [
+        f"suspect      {finding.path} ({finding.architecture}, {finding.classes_used} classes used, alignment R² {r2})",
+        f"verdict      {verdict}: log10 p = {finding.log10_p:.2f}{corrected} (threshold p ≤ {alpha:g}), "
+        f"mean cosine {finding.mean_cosine:+.4f}",
+        f"paper's test log10 p = {paper} (information only)",
+        *(f"warning      {warning}" for warning in finding.warnings),
+        "",
+    ]
+
+
+def main() -> None:
+    """The entry point: usage errors also answer in JSON where it was asked for."""
+    arguments = sys.argv[1:]
+    try:
+        app()
+    except SystemExit as stop:
+        if stop.code == 2 and "--json" in arguments:
+            command = next((a for a in arguments if not a.startswith("-")), "")
+            Report(command, True, True).give(error="usage error, see stderr", hint=f"radiotag {command} --help")
+        raise
