@@ -215,8 +215,8 @@ def keygen(
 
 
 @app.command(
-    epilog="Examples: radiotag mark ./imgs --key k.safetensors  |  radiotag mark ./imgs -k k.safetensors --fraction 0.1 "
-    "--preview sheet.png"
+    epilog="Examples: radiotag mark ./imgs --key k.safetensors  |  radiotag mark ./imgs -k k.safetensors "
+    "--fraction 0.1 --preview sheet.png"
 )
 def mark(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="folder of class sub-folders, or of images")],
@@ -352,7 +352,7 @@ def _mark_lines(plan: Any, summary: "Summary", key: Path) -> list[str]:
 
 @app.command(
     name="train-demo",
-    epilog="Examples: radiotag train-demo  |  radiotag train-demo ./imgs-marked -o model.pt --arch resnet18 --epochs 10",
+    epilog="Examples: radiotag train-demo  |  radiotag train-demo ./imgs-marked -o model.pt --arch resnet18",
 )
 def train_demo(
     data: Annotated[
@@ -491,8 +491,8 @@ def verify(
 ) -> None:
     """Test whether models were trained on data marked with this key; exit 0 if all were detected, 3 if not.
 
-    A suspect's file is hostile input: it is read as weights alone, and nothing in it is run. There is no --seed: whatever
-    could be chosen after seeing a suspect would void the p-value.
+    A suspect's file is hostile input: it is read as weights alone, and nothing in it is run. There is no --seed:
+    whatever could be chosen after seeing a suspect would void the p-value.
     """
     with reporting("verify", json_, quiet) as report:
         from radiotag import verification

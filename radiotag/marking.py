@@ -98,7 +98,8 @@ def plan(
     }  # fmt: skip
     return Plan(
         source=source, output=output, manifest=output.with_name(output.name + ".manifest.jsonl"), items=tuple(items),
-        names=tuple(names), rows=carrier_rows(key, names), chosen=chosen, others=tuple(map(Path, others)), header=header,
+        names=tuple(names), rows=carrier_rows(key, names), chosen=chosen, others=tuple(map(Path, others)),
+        header=header,
     )  # fmt: skip
 
 

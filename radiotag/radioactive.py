@@ -127,7 +127,7 @@ def public_half(key: Key) -> str:
 
 
 def save_key(path: Path, key: Key, *, exclusive: bool = True) -> None:
-    """Write the key file, readable by its owner only (0600), whole or not at all; `exclusive`: only if none is there."""
+    """Write the key file, readable by its owner only (0600), whole or not at all; `exclusive`: never over another."""
     tensors = {f"network.{name}": tensor.contiguous() for name, tensor in key.weights.items()}
     tensors["carriers"] = key.carriers
     tensors["secret"] = torch.tensor(list(key.secret), dtype=torch.uint8)
@@ -414,7 +414,8 @@ def project_off(rows: Tensor, basis: Tensor) -> Tensor:
     _, strength, directions = torch.linalg.svd(F.normalize(basis, dim=1), full_matrices=False)
     keep = min(len(strength), max(1, basis.shape[1] // 8))
     directions = directions[:keep][strength[:keep] > 1e-8 * float(strength[0])]  # (K', d), orthonormal
-    return rows - (rows @ directions.T) @ directions
+    remainder: Tensor = rows - (rows @ directions.T) @ directions
+    return remainder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1074 @@
+"""Every torchvision classifier is rebuilt from its tensors alone, and no file can do more than fail with a clear error."""
+
+import io
+import json
+import math
+import os
+import pickle
+import struct
+import time
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+from radiotag import RadiotagError, networks
+from radiotag.networks import (
+    Network,
+    Spec,
+    architectures,
+    build,
+    builder_from,
+    find_head,
+    from_state,
+    load,
+    pack,
+    read_checkpoint,
+    recognise,
+    save_checkpoint,
+    shrink_stem,
+    small_stem,
+    spec_from,
+    to_metadata,
+    unpack,
+)
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+SPEC = Spec(
+    architecture="mnasnet0_5", classes=3, small_stem=False, image_size=32, mean=MEAN, std=STD, class_names=("a", "b", "c")
+)  # fmt: skip
+FAMILIES = {  # name: (pixels, features), one of each of torchvision's modules
+    "alexnet": (64, 4096),
+    "convnext_tiny": (32, 768),
+    "densenet121": (32, 1024),
+    "efficientnet_b0": (32, 1280),
+    "googlenet": (32, 1024),
+    "inception_v3": (75, 2048),
+    "maxvit_t": (224, 512),
+    "mnasnet0_5": (32, 1280),
+    "mobilenet_v2": (32, 1280),
+    "mobilenet_v3_small": (32, 1024),
+    "regnet_x_400mf": (32, 400),
+    "regnet_y_400mf": (32, 440),
+    "resnet18": (32, 512),
+    "resnext50_32x4d": (32, 2048),
+    "shufflenet_v2_x0_5": (32, 1024),
+    "swin_t": (32, 768),
+    "swin_v2_t": (32, 768),
+    "vgg11_bn": (32, 4096),
+    "vit_b_32": (64, 768),
+    "wide_resnet50_2": (32, 2048),
+}
+LARGE = {"maxvit_t", "vgg11_bn", "vit_b_32", "wide_resnet50_2", "alexnet"}
+
+
+def original(name, classes=7, **options):
+    """torchvision's own network, with running statistics that a forgotten buffer would betray."""
+    if name in {"googlenet", "inception_v3"}:
+        options = {"init_weights": False, "aux_logits": False, **options}
+    torch.manual_seed(0)
+    module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options).eval()
+    for key, value in module.state_dict().items():
+        if key.endswith("running_mean"):
+            value.normal_(0, 0.1)
+        elif key.endswith("running_var"):
+            value.uniform_(0.5, 2)
+    return module.requires_grad_(False)
+
+
+def pixels(size, count=3, seed=0):
+    return torch.rand((count, 3, size, size), generator=torch.Generator().manual_seed(seed))
+
+
+def normalised(x):
+    return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+
+
+def meta_state(name, classes=7, small=False, image_size=224):
+    return networks._skeleton(
+        Spec(architecture=name, classes=classes, small_stem=small, image_size=image_size, mean=MEAN, std=STD)
+    ).state_dict()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A trained-like small network: (its torchvision module, its state)."""
+    module = original("mnasnet0_5", 3)
+    return module, module.state_dict()
+
+
+def saved(tmp_path, content, name="model.pt", **options):
+    path = tmp_path / name
+    torch.save(content, path, **options)
+    return path
+
+
+def same_network(network, module, size=32):
+    x = pixels(size)
+    expected = module(normalised(x))
+    assert expected.std(0).min() > 0  # the comparison below would pass for constant outputs
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def loads(path, **options):
+    return load(path, **{"image_size": 32, "mean": MEAN, "std": STD, **options})
+
+
+# ---------------------------------------------------------------- every architecture
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in FAMILIES])
+def test_a_family_is_rebuilt_from_its_tensors(name, monkeypatch):
+    size, dimension = FAMILIES[name]
+    module = original(name, **({"image_size": size} if name.startswith("vit") else {}))
+    state = module.state_dict()
+    monkeypatch.setattr(networks, "read_checkpoint", lambda path: (state, {}))  # files have tests of their own
+    network = loads(Path("x.pt"), image_size=size)
+    assert network.spec.architecture == name
+    assert network.spec.classes == 7
+    assert network.dimension == dimension == network.head.in_features
+    same_network(network, module, size)
+    x = pixels(size)
+    head = [key for key, value in state.items() if value.dim() == 2 and len(value) == 7][-1]
+    bias = state.get(head.removesuffix("weight") + "bias", torch.zeros(7))
+    features = network.features(x)
+    assert features.shape == (3, dimension)
+    torch.testing.assert_close(features @ state[head].T + bias, network(x), rtol=1e-4, atol=1e-5)
+
+
+def test_squeezenet_has_no_linear_head(monkeypatch):
+    module = original("squeezenet1_1")
+    monkeypatch.setattr(networks, "read_checkpoint", lambda path: (module.state_dict(), {}))
+    network = loads(Path("x.pt"))
+    assert network.head is None
+    same_network(network, module)
+    with pytest.raises(RadiotagError, match="squeezenet1_1 does not end in a linear layer"):
+        network.features(pixels(32))
+    with pytest.raises(RadiotagError, match="does not end in a linear layer"):
+        _ = network.dimension
+
+
+def test_architectures_are_all_of_torchvision():
+    assert set(architectures()) == {"resnet10", *torchvision.models.list_models(module=torchvision.models)}
+
+
+@pytest.mark.parametrize("classes", [1, 7, 1000])
+def test_every_architecture_is_recognised(classes):
+    for name in architectures():
+        state = meta_state(name, classes)
+        size = 224 if name.startswith("vit_") else None
+        assert recognise(state) == recognise(state, classes) == (name, False, size)
+        assert recognise(state, classes + 1) is None
+        assert networks._output_size(state, state) == classes
+        shuffled = dict(sorted(state.items()))  # as a safetensors file lists them
+        assert recognise(shuffled) == (name, False, size)
+
+
+def test_the_skeleton_has_the_shapes_of_the_real_network_and_draws_no_random_numbers():
+    for name in ("regnet_x_400mf", "swin_v2_t", "densenet121", "convnext_tiny", "mobilenet_v3_small", "googlenet"):
+        before = torch.get_rng_state()
+        skeleton = networks._shapes(meta_state(name))
+        assert torch.equal(torch.get_rng_state(), before)
+        real = {k: tuple(v.shape) for k, v in original(name).state_dict().items() if "num_batches" not in k}
+        assert skeleton == real
+        assert list(skeleton) == list(real)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_v2_s", "resnet101", "inception_v3", "vit_l_16", "densenet201"])
+def test_recognition_takes_less_than_three_seconds(name):
+    state = meta_state(name)
+    networks._stock_shapes.cache_clear()
+    start = time.process_time()
+    assert recognise(state)[0] == name
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet18", "vgg11", "vit_b_32"])
+def test_a_tensor_too_many_too_few_or_of_another_shape_is_not_recognised(name):
+    state = meta_state(name)
+    middle = list(state)[len(state) // 2 // 2 * 2]
+    assert recognise({**state, "extra.weight": torch.empty(3, 3)}) is None
+    assert recognise({k: v for k, v in state.items() if k != middle}) is None
+    assert recognise({**state, middle: torch.empty(1, 2, 3)}) is None
+    assert recognise({}) is None
+
+
+def test_the_published_number_of_parameters_orders_the_candidates():
+    for name in ("resnet10", "resnet18", "vit_b_16", "swin_t", "regnet_y_400mf"):
+        skeleton = build_meta(name, 1000)
+        assert networks._size(name) == sum(p.numel() for p in skeleton.parameters())
+
+
+def build_meta(name, classes):
+    spec = Spec(architecture=name, classes=classes, small_stem=False, image_size=224, mean=MEAN, std=STD)
+    return networks._skeleton(spec)
+
+
+def test_families_share_their_first_and_last_tensor():
+    """What recognise() relies on when it leaves a whole family out."""
+    ends = {}
+    for name in architectures():
+        shapes = list(networks._stock_shapes(name, False, 224))
+        ends.setdefault(networks._family(name), set()).add((shapes[0], shapes[-1].rpartition(".")[2]))
+    assert all(len(found) == 1 for found in ends.values())
+    last = {}
+    for name in architectures():
+        last.setdefault(networks._family(name), set()).add(list(networks._stock_shapes(name, False, 224))[-1])
+    assert all(len(found) == 1 for found in last.values())
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_stock_files_with_auxiliary_heads_load(name, monkeypatch):
+    size = FAMILIES[name][0]
+    module = original(name, 11, aux_logits=True)
+    state = module.state_dict()
+    assert any(key.startswith(networks.AUXILIARY) for key in state)
+    monkeypatch.setattr(networks, "read_checkpoint", lambda path: (state, {}))
+    network = loads(Path("x.pt"), image_size=size)
+    assert (network.spec.architecture, network.spec.classes) == (name, 11)
+    same_network(network, module, size)
+    assert load(Path("x.pt")).spec.image_size == {"googlenet": 224, "inception_v3": 299}[name]
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_the_published_input_of_networks_from_tensorflow_is_what_transform_input_does(name):
+    """A pretrained GoogLeNet takes ImageNet-normalised pixels and undoes that itself; a state dict cannot say so."""
+    module = original(name, transform_input=True)
+    size, mean, std = networks.published_input(name)
+    x = pixels(size, 1)
+    imagenet = (x - torch.tensor(networks.IMAGENET_MEAN).view(1, 3, 1, 1)) / torch.tensor(networks.IMAGENET_STD).view(
+        1, 3, 1, 1
+    )
+    ours = (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    torch.testing.assert_close(module._transform_input(imagenet), ours, rtol=1e-5, atol=1e-5)
+
+
+def test_published_inputs_are_those_of_torchvision_and_used_for_a_bare_file(tmp_path, small):
+    assert networks.published_input("efficientnet_b3")[0] == 300
+    assert networks.published_input("efficientnet_v2_l") == (480, (0.5,) * 3, (0.5,) * 3)
+    assert networks.published_input("resnet18") == (224, networks.IMAGENET_MEAN, networks.IMAGENET_STD)
+    network = load(saved(tmp_path, small[1]))
+    assert network.assumed
+    assert network.spec == Spec(
+        architecture="mnasnet0_5", classes=3, small_stem=False, image_size=224, mean=networks.IMAGENET_MEAN,
+        std=networks.IMAGENET_STD,
+    )  # fmt: skip
+
+
+def test_old_densenet_names_load(tmp_path):
+    module = original("densenet121")
+    state = {k.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): v for k, v in module.state_dict().items()}
+    assert any("denselayer1.norm.1." in key for key in state)
+    same_network(loads(saved(tmp_path, state)), module)
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 384])
+def test_a_vit_tells_its_input_size(size):
+    state = meta_state("vit_b_32", image_size=size)
+    assert recognise(state) == ("vit_b_32", False, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", architectures())
+def test_every_architecture_runs_with_real_weights(name):
+    """At 224 pixels, with torchvision's own module beside it."""
+    if name in {"regnet_y_128gf", "vit_h_14"}:
+        pytest.skip("2.5 GB of weights")
+    spec = Spec(architecture=name, classes=7, small_stem=False, image_size=224, mean=MEAN, std=STD)
+    if name == "resnet10":
+        torch.manual_seed(0)
+        module = build(spec).eval().requires_grad_(False)
+    else:
+        module = original(name)
+    network = from_state(module.state_dict(), spec)
+    x = pixels(224, 2)
+    expected = module(normalised(x))
+    torch.testing.assert_close(network(x), expected, rtol=1e-3, atol=1e-4)
+    if name.startswith("squeezenet"):
+        assert network.head is None
+        return
+    bias = 0 if network.head.bias is None else network.head.bias
+    features = network.features(x)
+    assert features.shape == (2, network.dimension)
+    torch.testing.assert_close(features @ network.head.weight.T + bias, expected, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------- the network's own input
+
+
+def test_forward_resizes_as_pillow_does_and_normalises():
+    network = Network(nn.Identity(), SPEC)
+    x = pixels(50, 1)
+    channels = [Image.fromarray(c.numpy()).resize((32, 32), Image.Resampling.BILINEAR) for c in x[0]]
+    expected = normalised(torch.from_numpy(np.stack([np.asarray(c) for c in channels]))[None])
+    torch.testing.assert_close(network(x), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(network(x[..., :32, :32]), normalised(x[..., :32, :32]))
+
+
+def test_features_leave_no_hook_and_the_network_frozen(small):
+    network = from_state(small[1], SPEC)
+    network.features(pixels(32))
+    assert not network.head._forward_pre_hooks
+    assert not network.module.training
+    assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_features_carry_gradients_to_the_pixels(small):
+    x = pixels(32).requires_grad_(True)
+    from_state(small[1], SPEC).features(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_loaded_weights_are_copies(small):
+    state = {k: v.clone() for k, v in small[1].items()}
+    network = from_state(state, SPEC)
+    for parameter in network.module.parameters():
+        parameter.add_(1)
+    assert all(torch.equal(v, small[1][k]) for k, v in state.items())
+
+
+def test_find_head_takes_the_layer_that_makes_the_output():
+    class Two(nn.Module):
+        def __init__(self, change):
+            super().__init__()
+            self.last = nn.Linear(4, 3)  # registered first, called last
+            self.first = nn.Linear(3, 4)
+            self.change = change
+
+        def forward(self, x):
+            return self.last(self.first(x.mean((2, 3)))) * self.change
+
+    network = Network(Two(1), SPEC)
+    assert find_head(network) is network.module.last
+    assert find_head(Network(Two(2), SPEC)) is None
+    assert find_head(Network(nn.Flatten(), SPEC)) is None
+
+
+# ---------------------------------------------------------------- small images
+
+
+class Maps:
+    """The sizes of a module's feature maps."""
+
+    def __init__(self, module, size):
+        seen = []
+        hooks = [
+            m.register_forward_hook(lambda m, _, out: seen.append(out))
+            for m in module.modules()
+            if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.SiLU, nn.LayerNorm))
+        ]
+        with torch.no_grad():
+            self.output = module.eval()(pixels(size, 2))
+        for hook in hooks:
+            hook.remove()
+        maps = [o for o in seen if o.dim() == 4]
+        last = maps[-1]
+        areas = [m.shape[1] * m.shape[2] if m.shape[-1] == last.shape[-1] and m.shape[1] == m.shape[2] else
+                 m.shape[2] * m.shape[3] for m in maps if min(m.shape[2:]) > 1 or m is last]  # fmt: skip
+        self.last = areas[-1]
+
+
+SMALL = {  # name: (side of the last map at 32 pixels with the stock stem, and with the small one)
+    "resnet18": (1, 2),
+    "densenet121": (1, 2),
+    "mobilenet_v3_small": (1, 2),
+    "vgg11_bn": (1, 2),
+    "convnext_tiny": (1, 2),
+    "efficientnet_b0": (1, 2),
+    "shufflenet_v2_x1_0": (1, 2),
+    "regnet_y_400mf": (1, 2),
+    "swin_t": (1, 2),
+}
+
+
+def last_side(module):
+    """Side of the map that the classifier averages, at 32 pixels."""
+    sides = []
+    kinds = (nn.Conv2d, nn.AdaptiveAvgPool2d, nn.LayerNorm)
+    pooled = [m for m in module.modules() if isinstance(m, nn.AdaptiveAvgPool2d)]
+    watched = pooled[-1:] or [m for m in module.modules() if isinstance(m, kinds)][-1:]
+    hooks = [m.register_forward_hook(lambda m, inputs, out: sides.append(inputs[0].shape)) for m in watched]
+    if not pooled:  # DenseNet and ShuffleNet average by a function: their last normalised or convolved map
+        last = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))][-1]
+        hooks = [last.register_forward_hook(lambda m, inputs, out: sides.append(out.shape))]
+    with torch.no_grad():
+        output = module.eval()(pixels(32, 2))
+    for hook in hooks:
+        hook.remove()
+    assert output.shape == (2, 7)
+    assert sides[-1][2] == sides[-1][3]
+    return sides[-1][2]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_small_stem_leaves_a_larger_map(name):
+    spec = Spec(architecture=name, classes=7, small_stem=False, image_size=32, mean=MEAN, std=STD)
+    stock, module = networks._skeleton(spec), networks._skeleton(networks.replace(spec, small_stem=True))
+    before = {k: tuple(v.shape) for k, v in stock.state_dict().items()}
+    after = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    assert before.keys() == after.keys()
+    real = [m.to_empty(device="cpu") for m in (stock, module)]
+    for part in (p for m in real for p in (*m.parameters(), *m.buffers()) if p.is_floating_point()):
+        part.data.fill_(0.01)
+    for part in (b for m in real for k, b in m.named_buffers() if k.endswith("relative_position_index")):
+        part.zero_()
+    sides = [last_side(m) for m in real]
+    assert sides[1] == 2 * sides[0]
+    found = recognise(networks._skeleton(networks.replace(spec, small_stem=True)).state_dict())
+    assert found == (name, before != after, None)
+
+
+def test_the_small_stem_is_initialised_and_its_kernel_is_three():
+    torch.manual_seed(0)
+    module = original("resnet18")
+    shrink_stem(module)
+    assert module.conv1.weight.shape == (64, 3, 3, 3)
+    assert module.conv1.weight.std() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.1)
+    assert isinstance(module.maxpool, nn.Identity)
+    assert [small_stem(size) for size in (32, 64, 65, 224)] == [True, True, False, False]
+
+
+def test_a_small_stem_file_runs_at_32_pixels_by_default(tmp_path):
+    spec = Spec(architecture="resnet10", classes=4, small_stem=True, image_size=32, mean=MEAN, std=STD)
+    module = build(spec).eval()
+    network = load(saved(tmp_path, module.state_dict()), mean=MEAN, std=STD)
+    assert network.spec == spec
+    with torch.no_grad():
+        same_network(network, module)
+
+
+# ---------------------------------------------------------------- formats
+
+
+WRAPPERS = {
+    "bare": lambda s: s,
+    "ordered": OrderedDict,
+    "model": lambda s: {"model": s, "epoch": 3, "args": {"lr": 0.1}},
+    "state_dict": lambda s: {"epoch": 3, "state_dict": s, "best_acc1": 12.5},
+    "model_state_dict": lambda s: {"model_state_dict": s, "optimizer": {"state": {}, "param_groups": []}},
+    "parallel": lambda s: {f"module.{k}": v for k, v in s.items()},
+    "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "compiled parallel": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+    "parallel compiled": lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
+    "parameters": lambda s: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in s.items()},
+    "shuffled": lambda s: dict(sorted(s.items(), reverse=True)),
+    "no counters": lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
+    "with other values": lambda s: {**s, "epoch": 3, "names": ["a"], "none": None, 5: "five"},
+    "double": lambda s: {k: v.double() if v.is_floating_point() else v for k, v in s.items()},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_state_dicts_load_however_they_are_wrapped(wrapper, tmp_path, small):
+    same_network(loads(saved(tmp_path, WRAPPERS[wrapper](small[1]))), small[0])
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.pth", "m.th", "m"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_load_under_every_suffix_and_in_both_formats(name, zipped, tmp_path, small):
+    path = saved(tmp_path, small[1], name, _use_new_zipfile_serialization=zipped)
+    assert path.read_bytes().startswith(b"PK") == zipped
+    same_network(loads(path), small[0])
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])  # known by content too
+def test_safetensors_load(name, tmp_path, small):
+    path = tmp_path / name
+    safetensors.torch.save_file(small[1], path)
+    network = loads(path)
+    assert network.spec.classes == 3  # though the file lists its tensors in another order
+    same_network(network, small[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_half_precision_runs_in_float32(dtype, suffix, tmp_path, small):
+    halved = {k: v.to(dtype) if v.is_floating_point() else v for k, v in small[1].items()}
+    path = tmp_path / f"m{suffix}"
+    safetensors.torch.save_file(halved, path) if suffix == ".safetensors" else torch.save(halved, path)
+    network = loads(path)
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert all(torch.equal(v, halved[k].to(v.dtype)) for k, v in network.module.state_dict().items())
+    torch.testing.assert_close(network(pixels(32)), small[0](normalised(pixels(32))), rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_save_checkpoint_gives_the_spec_back(suffix, tmp_path, small):
+    path = tmp_path / f"m{suffix}"
+    save_checkpoint(path, small[0], SPEC)
+    network = load(path)
+    assert network.spec == SPEC
+    assert not network.assumed
+    same_network(network, small[0])
+    assert read_checkpoint(path)[1] == json.loads(json.dumps(to_metadata(SPEC)))
+    assert loads(path, image_size=48).spec.image_size == 48
+    assert load(path, mean=(0.1, 0.2, 0.3)).spec.mean == (0.1, 0.2, 0.3)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_extra_values_travel_in_a_torch_file(tmp_path, small):
+    save_checkpoint(tmp_path / "m.pt", small[0], SPEC, {"epoch": 4})
+    assert torch.load(tmp_path / "m.pt", weights_only=True)["epoch"] == 4
+    assert load(tmp_path / "m.pt").spec == SPEC
+
+
+@pytest.mark.parametrize("spread", [1e-8, 1.0, 1e6])
+def test_packing_errs_by_half_a_step_of_each_row(spread):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.logspace(-3, 0, 6).view(-1, 1, 1, 1) * spread
+    state = {
+        "conv.weight": torch.randn(6, 4, 3, 3, generator=generator) * rows,
+        "fc.weight": torch.randn(5, 8, generator=generator) * spread,
+        "zero.weight": torch.zeros(3, 3),
+        "fc.bias": torch.randn(5, generator=generator),
+        "count": torch.tensor(7),
+    }
+    packed = pack(state)
+    assert {k for k, v in packed.items() if v.dtype == torch.int8} == {"conv.weight", "fc.weight", "zero.weight"}
+    back = unpack(packed)
+    assert back.keys() == state.keys()
+    for name, value in state.items():
+        if value.dim() < 2:
+            assert torch.equal(back[name], value)
+            continue
+        bound = value.flatten(1).abs().amax(1) / 254  # per output channel
+        error = (back[name] - value).flatten(1).abs().amax(1)
+        assert (error <= bound * 1.001 + 1e-14).all()
+        assert back[name].dtype == torch.float32
+    assert sum(v.numel() * v.element_size() for v in pack({"w": torch.randn(64, 64)}).values()) == 64 * 64 + 4 * 64
+    assert all(torch.equal(v, back[k]) for k, v in unpack(pack(back)).items() if v.dim() < 2)
+
+
+def test_a_packed_checkpoint_loads_as_the_shipped_network_does(tmp_path, small):
+    packed = pack(small[1])
+    path = tmp_path / "builtin.safetensors"
+    metadata = {"radiotag": json.dumps(to_metadata(SPEC), sort_keys=True)}
+    safetensors.torch.save_file(packed, path, metadata)
+    network = load(path)
+    assert network.spec == SPEC
+    exact = unpack(packed)
+    assert all(torch.equal(v, exact[k].to(v.dtype)) for k, v in network.module.state_dict().items())
+    torch.testing.assert_close(network(pixels(32)), small[0](normalised(pixels(32))), rtol=0.2, atol=0.1)
+
+
+def test_only_what_was_packed_is_unpacked():
+    state = {
+        "a": torch.ones(3, 2), "a.scale": torch.full((3, 1), 2.0),  # not int8: a parameter's own name
+        "b": torch.ones(3, 2, dtype=torch.int8), "b.scale": torch.ones(1, 10**6),  # would blow up by broadcasting
+        "c": torch.ones(3, 2, dtype=torch.int8),
+    }  # fmt: skip
+    assert unpack(state).keys() == state.keys()
+    assert torch.equal(unpack(state)["a"], torch.ones(3, 2))
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("where", ["alone", "beside", "inside", "metadata", "plain pickle"])
+def test_a_pickle_is_never_run(where, zipped, tmp_path, small):
+    target = tmp_path / "created"
+    bomb = Bomb(target)
+    content = {
+        "alone": bomb,
+        "beside": {**small[1], "optimizer": bomb},
+        "inside": {"model": {**small[1], "x": [bomb]}},
+        "metadata": {"model": small[1], "radiotag": {"architecture": bomb}},
+        "plain pickle": bomb,
+    }[where]
+    if where == "plain pickle":
+        path = tmp_path / "m.pt"
+        path.write_bytes(pickle.dumps(content))
+    else:
+        path = saved(tmp_path, content, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(RadiotagError, match=r"m\w*\.pt holds a pickle that is more than weights; it was not run") as error:
+        load(path)
+    assert "torch.save(model.state_dict(), FILE)" in error.value.hint
+    assert not target.exists()
+    pickle.loads(pickle.dumps(bomb))  # the bomb does work
+    assert target.exists()
+
+
+def test_a_whole_module_is_refused(tmp_path):
+    with pytest.raises(RadiotagError, match="more than weights"):
+        load(saved(tmp_path, nn.Linear(2, 2)))
+
+
+def archive(path, names, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, data in names.items():
+            file.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("entry", ["model/constants.pkl", "model/code/__torch__.py", "model/archive_format"])
+def test_programs_are_refused(entry, tmp_path):
+    path = archive(tmp_path / "m.pt", {"model/data.pkl": b"x", "model/version": b"3", entry: b"x"})
+    with pytest.raises(RadiotagError, match="a TorchScript or torch.export program, which is not run"):
+        read_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_real_torchscript_archive_is_refused(tmp_path):
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "m.pt")
+    with pytest.raises(RadiotagError, match="TorchScript"):
+        load(tmp_path / "m.pt")
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, small):
+    path = archive(tmp_path / "m.pt", {"m/data.pkl": b"0" * 10**6}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(RadiotagError, match="unpacks to more than itself"):
+        read_checkpoint(path)
+
+
+def test_tensors_that_only_claim_to_be_large_are_refused(tmp_path):
+    views = {"a": torch.zeros(1).expand(10**12)}
+    path = saved(tmp_path, views)
+    assert path.stat().st_size < 10**5
+    with pytest.raises(RadiotagError, match="larger than what is stored"):
+        read_checkpoint(path)
+
+
+def test_views_of_one_storage_are_no_obstacle(tmp_path):
+    base = torch.arange(12.0)
+    state, _ = read_checkpoint(saved(tmp_path, {"a": base, "b": base.view(3, 4), "c": base[:4]}))
+    assert torch.equal(state["b"], base.view(3, 4))
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_truncated_files_are_refused(kind, tmp_path, small):
+    path = tmp_path / ("m.safetensors" if kind == "safetensors" else "m.pt")
+    if kind == "safetensors":
+        safetensors.torch.save_file(small[1], path)
+    else:
+        torch.save(small[1], path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    for length in (0, 1, 7, 8, 9, 16, 40, 1000, len(whole) // 2, len(whole) - 50, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(RadiotagError, match=r"m\.\w+ (is|holds)"):
+            load(path)
+    path.write_bytes(whole)
+    same_network(loads(path), small[0])
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damaged_files_fail_with_one_kind_of_error(kind, tmp_path, small):
+    path = tmp_path / ("m.safetensors" if kind == "safetensors" else "m.pt")
+    tensors = {"a.weight": torch.ones(3, 4), "b": torch.ones(5)}
+    if kind == "safetensors":
+        safetensors.torch.save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for position in random.integers(0, len(data), 3):
+            data[position] = random.integers(0, 256)
+        path.write_bytes(bytes(data))
+        try:
+            read_checkpoint(path)
+        except RadiotagError:
+            refused += 1
+    assert refused > 15  # the rest of the changes fell upon numbers and padding
+
+
+CONTENTS = {
+    "text": b"hello world\n" * 9,
+    "brace": b"01234567{ not json",
+    "picture": b"\x89PNG\r\n\x1a\n" + bytes(50),
+    "zeros": bytes(1000),
+    "huge header": struct.pack("<Q", 2**62) + b"{}",
+    "list": pickle.dumps([1, 2]),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+@pytest.mark.parametrize("content", CONTENTS)
+def test_other_files_are_refused_by_name(name, content, tmp_path):
+    (tmp_path / name).write_bytes(CONTENTS[content])
+    with pytest.raises(RadiotagError) as error:
+        load(tmp_path / name)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_paths_are_named(tmp_path, monkeypatch):
+    with pytest.raises(RadiotagError, match="no such file: .*missing.pt"):
+        read_checkpoint(tmp_path / "missing.pt")
+    with pytest.raises(RadiotagError, match="is not a file"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(RadiotagError, match="cannot read .*x{300}"):
+        read_checkpoint(tmp_path / ("x" * 300))
+    (tmp_path / "m.pt").touch()
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(RadiotagError, match=r"cannot read .*m\.pt: Permission denied"):
+        read_checkpoint(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_that_are_not_finite_are_refused(value, suffix, tmp_path, small):
+    state = {k: v.clone() for k, v in small[1].items()}
+    state["layers.0.weight"].view(-1)[5] = value
+    path = tmp_path / f"m{suffix}"
+    safetensors.torch.save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(RadiotagError, match=r"'layers\.0\.weight' is not finite"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], {"a": 1}, {"model": {}}, {}, torch.ones(3), {"state_dict": {"a": "b"}}, "x", None, {"model": [1]}],
+    ids=str,
+)
+def test_files_without_weights_are_refused(content, tmp_path):
+    with pytest.raises(RadiotagError, match="holds no (weights|state dict)"):
+        load(saved(tmp_path, content))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_without_plain_numbers_are_left_out(tmp_path):
+    odd = {
+        "sparse": torch.eye(3).to_sparse(), "complex": torch.ones(2, dtype=torch.complex64),
+        "meta": torch.empty(3, device="meta"), "good": torch.ones(2),
+        "quantised": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    }  # fmt: skip
+    assert read_checkpoint(saved(tmp_path, odd))[0].keys() == {"good"}
+
+
+LIES = {
+    "huge image": {"image_size": 10**9},
+    "no image": {"image_size": 0},
+    "infinite image": {"image_size": math.inf},
+    "endless image": {"image_size": 10**400},
+    "nan mean": {"mean": [math.nan, 0.5, 0.5]},
+    "endless mean": {"mean": [10**400, 0.5, 0.5]},
+    "two means": {"mean": [0.5, 0.5]},
+    "text mean": {"mean": "abc"},
+    "no std": {"std": [0, 0, 0]},
+    "names of numbers": {"class_names": [1, 2, 3]},
+    "names of another count": {"class_names": ["a"]},
+    "one name": {"class_names": "abc"},
+    "class count as text": {"classes": "many"},
+    "no classes": {"classes": 0},
+    "architecture of numbers": {"architecture": 18},
+    "architecture list": {"architecture": ["mnasnet0_5"]},
+    "tensor size": {"image_size": torch.ones(3)},
+    "tensor names": {"class_names": torch.ones(3)},
+    "tensor architecture": {"architecture": torch.ones(3)},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_nonsense_in_metadata_is_ignored(lie, tmp_path, small):
+    metadata = {**to_metadata(SPEC), **LIES[lie]}
+    assert spec_from(metadata) is None
+    network = loads(saved(tmp_path, {"model": small[1], "radiotag": metadata}))
+    assert network.spec.class_names is None
+    assert network.assumed
+    same_network(network, small[0])
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("field", ["architecture", "classes", "small_stem", "image_size", "mean", "std", "class_names"])
+@pytest.mark.parametrize("value", [nested(3000), None, {}, b"x", {"a": nested(50)}, -1, [[[1]]] * 3], ids=range(7))
+def test_metadata_of_any_type_never_raises(field, value):
+    spec = spec_from({**to_metadata(SPEC), field: value})
+    assert spec is None or spec_from(to_metadata(spec)) == spec
+    assert spec_from({k: v for k, v in to_metadata(SPEC).items() if k != field}) in (
+        None,
+        networks.replace(SPEC, class_names=None),
+    )
+
+
+@pytest.mark.parametrize("metadata", [nested(5000), 7, "text", None, {}, {"radiotag": {}}])
+def test_metadata_that_is_no_dictionary_is_ignored(metadata, tmp_path, small):
+    path = saved(tmp_path, {"model": small[1], "radiotag": metadata})
+    same_network(loads(path), small[0])
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[1]", '{"image_size": 1e999}', '{"classes": 1' + "0" * 5000 + "}"])
+def test_hostile_json_is_refused_or_ignored(text, tmp_path, small):
+    path = tmp_path / "m.safetensors"
+    safetensors.torch.save_file(small[1], path, {"radiotag": text})
+    try:
+        network = loads(path)
+    except RadiotagError as error:
+        assert "m.safetensors is not a whole safetensors file" in str(error)
+        assert text not in {"[1]", '{"image_size": 1e999}'}
+    else:
+        same_network(network, small[0])
+
+
+FALSE = {
+    "path": ({"architecture": "../../x"}, "unknown architecture '../../x'"),
+    "unknown": ({"architecture": "resnet19"}, "unknown architecture 'resnet19'"),
+    "another": ({"architecture": "resnet18"}, "the weights do not fit resnet18"),
+    "more classes": ({"classes": 10**6, "class_names": None}, "the weights do not fit mnasnet0_5: .*1000000"),
+    "too small": ({"architecture": "alexnet"}, "the weights do not fit alexnet"),
+}
+
+
+@pytest.mark.parametrize("lie", FALSE)
+def test_false_metadata_is_an_error_that_names_the_file(lie, tmp_path, small):
+    change, message = FALSE[lie]
+    path = saved(tmp_path, {"model": small[1], "radiotag": {**to_metadata(SPEC), **change}})
+    with pytest.raises(RadiotagError, match=f"model.pt: {message}") as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_metadata_cannot_name_a_file_to_run(tmp_path, small, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("open('created', 'w')\ndef f(): pass\n")
+    path = saved(tmp_path, {"model": small[1], "radiotag": {**to_metadata(SPEC), "architecture": "evil.py:f"}})
+    with pytest.raises(RadiotagError, match="unknown architecture"):
+        load(path)
+    assert not Path("created").exists()
+    with pytest.raises(RadiotagError):
+        load(path, architecture="evil.py:f")  # the user's own word
+    assert Path("created").exists()
+
+
+def test_a_lie_about_classes_costs_no_memory(tmp_path):
+    """A million classes of a VGG would take 16 GB, were they built before they are compared."""
+    spec = networks.replace(SPEC, architecture="vgg11", classes=10**6, class_names=None)
+    path = saved(tmp_path, {"model": {"features.0.weight": torch.ones(64, 3, 3, 3)}, "radiotag": to_metadata(spec)})
+    start = time.process_time()
+    with pytest.raises(RadiotagError, match="do not fit vgg11"):
+        load(path)
+    assert time.process_time() - start < 2
+
+
+def test_an_input_size_that_a_network_cannot_take_is_an_error(tmp_path):
+    path = saved(tmp_path, meta_zeros("shufflenet_v2_x0_5"))
+    assert load(path, image_size=32).spec.image_size == 32
+    path = saved(tmp_path, meta_zeros("inception_v3"), "i.pt")
+    with pytest.raises(RadiotagError, match=r"i\.pt: inception_v3 does not run at 32 pixels") as error:
+        load(path, image_size=32)
+    assert "--image-size" in error.value.hint
+
+
+def meta_zeros(name):
+    return {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in meta_state(name).items()}
+
+
+def test_control_characters_in_names_are_kept(tmp_path, small):
+    spec = networks.replace(SPEC, class_names=("\x1b[31mred\n", "b\0", "‮c"))
+    save_checkpoint(tmp_path / "m.pt", small[0], spec)
+    assert load(tmp_path / "m.pt").spec.class_names == spec.class_names
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, 5), (0,), (1, 0, 3), (1, 2, 3, 4, 5)])
+def test_tensors_of_odd_shapes_are_unknown(shape, tmp_path, small):
+    with pytest.raises(RadiotagError, match="unknown architecture"):
+        load(saved(tmp_path, {**small[1], "classifier.1.weight": torch.ones(shape)}))
+    vit = {"encoder.pos_embedding": torch.ones(shape), "conv_proj.weight": torch.ones(shape)}
+    with pytest.raises(RadiotagError, match="unknown architecture"):
+        load(saved(tmp_path, vit))
+    with pytest.raises(RadiotagError, match="do not fit mnasnet0_5"):
+        load(saved(tmp_path, {**small[1], "layers.1.weight": torch.ones(3, *shape)}), architecture="mnasnet0_5")
+
+
+def test_naming_the_wrong_architecture_is_an_error(tmp_path, small):
+    path = saved(tmp_path, small[1])
+    with pytest.raises(RadiotagError, match=r"model\.pt: the weights do not fit resnet18: Missing key") as error:
+        load(path, architecture="resnet18")
+    assert "--arch" in error.value.hint
+    for name in ("resnet999", "net.py", "../x"):
+        with pytest.raises(RadiotagError, match="unknown architecture"):
+            load(path, architecture=name)
+    with pytest.raises(RadiotagError, match="cannot be built for 33 pixels"):
+        build(networks.replace(SPEC, architecture="vit_b_32", image_size=33))
+
+
+def test_naming_the_right_architecture_overrides_metadata(tmp_path, small):
+    wrong = {**to_metadata(SPEC), "architecture": "resnet18"}
+    network = load(saved(tmp_path, {"model": small[1], "radiotag": wrong}), architecture="mnasnet0_5")
+    assert network.spec == SPEC  # and the input convention is still the file's
+    same_network(network, small[0])
+
+
+# ---------------------------------------------------------------- the user's own Python file
+
+PUBLISHED = '''
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+from torch import nn
+import beside
+
+@dataclass
+class Config:
+    width: int = 6
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.linear = nn.Linear(Config().width, num_classes)
+        self.conv = nn.Conv2d(3, 6, 3, 2)
+    def forward(self, x):
+        return self.linear(torch.relu(self.conv(x)).mean((2, 3)))
+
+class Renamed(Net):
+    def __init__(self, outputs=5):
+        super().__init__(outputs)
+
+def with_argument(num_classes): return Net(num_classes)
+def without_argument(): return Net(5)
+def with_more(**kwargs): return Net(**kwargs)
+def with_other(**kwargs): return Renamed(**kwargs)
+def half(): return Net(5).half()
+def raising(): raise ValueError("no such luck")
+def leaving(): raise SystemExit(0)
+def nothing(): return None
+number = 5
+'''
+
+
+@pytest.fixture
+def published(tmp_path):
+    (tmp_path / "net.py").write_text(PUBLISHED)
+    (tmp_path / "beside.py").touch()
+    return tmp_path / "net.py"
+
+
+def own_net(classes=5):
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(3, 6, 3, 2), nn.Linear(6, classes)
+    state = {f"conv.{k}": v.detach() for k, v in conv.state_dict().items()}
+    state |= {f"linear.{k}": v.detach() for k, v in linear.state_dict().items()}
+    return state, lambda x: linear(torch.relu(conv(x)).mean((2, 3))).detach()
+
+
+@pytest.mark.parametrize(
+    "function", ["with_argument", "without_argument", "with_more", "with_other", "Net", "Renamed", "half"]
+)
+def test_a_network_from_the_users_own_file(function, published, tmp_path):
+    state, forward = own_net()
+    path = saved(tmp_path, state)
+    network = loads(path, architecture=f"{published}:{function}")
+    assert network.spec.architecture == f"{published}:{function}"
+    assert (network.spec.classes, network.dimension) == (5, 6)
+    same_network(network, forward)
+    logits = network.features(pixels(32)) @ state["linear.weight"].T + state["linear.bias"]
+    torch.testing.assert_close(logits, network(pixels(32)))
+
+
+@pytest.mark.parametrize("function", ["with_argument", "Net"])
+def test_the_number_of_classes_is_found_in_the_tensors(function, published, tmp_path):
+    state, forward = own_net(9)
+    same_network(loads(saved(tmp_path, state), architecture=f"{published}:{function}"), forward)
+    with pytest.raises(RadiotagError, match=r"do not fit .*net\.py:without_argument"):
+        loads(tmp_path / "model.pt", architecture=f"{published}:without_argument")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("{folder}/missing.py:f", "cannot read .*missing.py"),
+        ("{folder}:f", "cannot read"),
+        ("{folder}/net.py:missing", "has no function 'missing'"),
+        ("{folder}/net.py:number", "has no function 'number'"),
+        ("{folder}/net.py:", "has no function ''"),
+        ("{folder}/net.py:raising", "failed: ValueError: no such luck"),
+        ("{folder}/net.py:leaving", "failed: SystemExit"),
+        ("{folder}/net.py:nothing", "returned NoneType, not a torch.nn.Module"),
+        ("{folder}/broken.py:f", "failed: SyntaxError"),
+        ("{folder}/script.py:f", "failed: SystemExit"),
+        ("{folder}/wants.py:f", "failed: ModuleNotFoundError: No module named 'nowhere'"),
+        ("{folder}/text.txt:f", "cannot read .*text.txt"),
+    ],
+)
+def test_a_file_that_gives_no_network_is_an_error(argument, message, published, tmp_path):
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(2)\n")
+    (tmp_path / "wants.py").write_text("import nowhere\n")
+    (tmp_path / "text.txt").write_text("text")
+    path = saved(tmp_path, own_net()[0])
+    with pytest.raises(RadiotagError, match=message):
+        load(path, architecture=argument.format(folder=tmp_path))
+
+
+def test_builder_from_leaves_the_search_path_alone(published):
+    import sys
+
+    before = list(sys.path)
+    assert builder_from(f"{published}:Net")(num_classes=2).linear.out_features == 2
+    assert sys.path == before
+
+
+# ---------------------------------------------------------------- marking networks
+
+
+def test_marking_weights_of_a_checkpoint(tmp_path, small):
+    save_checkpoint(tmp_path / "m.pt", small[0], SPEC)
+    weights, spec, dimension = networks.marking_weights(str(tmp_path / "m.pt"))
+    assert (spec_from(spec), dimension) == (SPEC, 1280)
+    assert all(torch.equal(v, small[1][k]) for k, v in weights.items())
+    with pytest.raises(RadiotagError, match="no network 'nonsense'"):
+        networks.marking_weights("nonsense")
+    with pytest.raises(RadiotagError, match="resnet10 has no published weights"):
+        networks.marking_weights("resnet10")
+
+
+@pytest.mark.parametrize("name", ["densenet121", "googlenet", "resnet18"])
+def test_marking_weights_of_a_torchvision_name(name, monkeypatch):
+    """A stand-in for the download: the same kind of state dict as the published file holds."""
+    module = original(name, 1000, **({"aux_logits": True} if name == "googlenet" else {}))
+    state = {k.replace(".norm1.", ".norm.1."): v for k, v in module.state_dict().items()}
+    enumeration = torchvision.models.get_model_weights(name)
+    monkeypatch.setattr(enumeration, "get_state_dict", lambda *_, **__: state)
+    weights, spec, dimension = networks.marking_weights(name)
+    assert spec["architecture"] == name
+    assert spec["classes"] == 1000
+    assert dimension == FAMILIES[name][1]
+    assert all(torch.equal(v, module.state_dict()[k]) for k, v in weights.items())
+
+
+def test_a_failed_download_says_the_ways_out(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", fail)
+    with pytest.raises(RadiotagError, match="resnet18 cannot be downloaded: no network here") as error:
+        networks.marking_weights("resnet18")
+    assert "--network builtin" in error.value.hint
+    assert "--network resnet18.pth" in error.value.hint
+
+
+def test_legacy_bytes_are_read_from_memory_only(tmp_path, small):
+    """Nothing is written beside a suspect."""
+    path = saved(tmp_path, small[1], _use_new_zipfile_serialization=False)
+    before = path.read_bytes()
+    loads(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before == io.BytesIO(before).getvalue()
