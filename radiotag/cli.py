@@ -1,13 +1,17 @@
 """The command line: it parses, calls and prints. Nothing heavy is imported before a command runs."""
 
+import io
 import json
+import math
 import os
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +27,10 @@ if TYPE_CHECKING:
 
 DETECTED, ERROR, NO_EVIDENCE, INTERRUPTED = 0, 1, 3, 130  # exit codes; 2 is a usage error
 SCHEMA = 1
+AGAIN = {
+    "mark": "run the same command again: what is done is kept",
+    "train-demo": "with DATA, go on from the last whole epoch with --resume",
+}
 
 app = typer.Typer(
     name="radiotag",
@@ -40,7 +48,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors (and --json)")]
 DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="where to compute")]
 ForceOption = Annotated[bool, typer.Option("--force", help="overwrite what exists")]
-SizeOption = Annotated[int | None, typer.Option(min=1, max=2048, help="network input in pixels")]
+SizeOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=2048, help="network input in pixels  [default: the checkpoint's, or the images' own]"),
+]
 
 
 @dataclass
@@ -93,16 +104,27 @@ def reporting(command: str, as_json: bool, quiet: bool) -> Iterator[Report]:
         report.fail(str(error), error.hint)
         raise typer.Exit(ERROR) from None
     except KeyboardInterrupt:
-        report.fail("interrupted", "run the same command again: what is done is kept")
+        report.fail("interrupted", AGAIN.get(command, "run the same command again"))
         raise typer.Exit(INTERRUPTED) from None
-    except MemoryError:
-        _debug()
-        report.fail("out of memory", "use a smaller --batch-size")
-        raise typer.Exit(ERROR) from None
     except OSError as error:
         _debug()
         report.fail(f"{error.filename or 'system'}: {error.strerror or error}", "check the path, permissions and space")
         raise typer.Exit(ERROR) from None
+    except Exception as error:
+        if isinstance(error, typer.Exit) or hasattr(error, "format_message"):  # an exit code, a usage error
+            raise
+        _debug()
+        report.fail(*_unforeseen(error))
+        raise typer.Exit(ERROR) from None
+
+
+def _unforeseen(error: Exception) -> tuple[str, str]:
+    text = str(error).strip()
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text
+    if full:
+        return "out of memory", "use a smaller --batch-size"
+    first = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    return f"this should not happen: {first}", "run it again with RADIOTAG_DEBUG=1 and report what it prints"
 
 
 def _debug() -> None:
@@ -183,6 +205,8 @@ def keygen(
     """
     with reporting("keygen", json_, quiet) as report:
         public = output.with_suffix(".pub")
+        if public == output:
+            raise RadiotagError(f"{output} is the public half's name", "name the key otherwise, k.safetensors for one")
         for path in (output, public):
             if path.exists() and not force:
                 raise RadiotagError(f"{path} exists", "choose another name with -o, or overwrite it with --force")
@@ -203,7 +227,7 @@ def keygen(
             f"public half  {public} (publish it before the data)",
             f"fingerprint  sha256:{key.fingerprint}",
             f"carriers     {len(key.carriers)} classes × {dimension} dimensions, network {network} ({shown})",
-            f"next         radiotag mark ./imgs --key {output}",
+            f"next         radiotag mark ./imgs --key {shlex.quote(str(output))}",
         )
         report.give(
             key=str(output), public=str(public), classes=len(key.carriers), dimension=dimension, network=network,
@@ -262,8 +286,9 @@ def mark(
         settings = Marking(epsilon=epsilon, min_psnr=min_psnr, steps=steps)
         where = output or source.resolve().with_name(source.resolve().name + "-marked")
         plan = folder.plan(source, where, secret, settings, fraction=fraction, format=format_, seed=seed)
+        _check_preview(plan, preview, force)
         if dry_run:
-            report.say(*_plan_lines(plan))
+            report.say(*_plan_lines(plan, key))
             report.give(**_mark_json(plan, folder.Summary(images=len(plan.items)), dry_run=True))
             return
         with progress_bar(report, "images") as bar:
@@ -287,13 +312,25 @@ def mark(
             raise typer.Exit(ERROR)
 
 
+def _check_preview(plan: Any, preview: Path | None, force: bool) -> None:
+    """A sheet must not take a user's picture's place, nor go with the data."""
+    if preview is None:
+        return
+    place = preview.resolve()
+    if any(place.is_relative_to(folder.resolve()) for folder in (plan.source, plan.output)):
+        raise RadiotagError(f"{preview} lies in the data", "put the preview elsewhere")
+    if preview.exists() and not force:
+        raise RadiotagError(f"{preview} exists", "choose another name for --preview, or overwrite it with --force")
+
+
 def _running(summary: "Summary", report: Report) -> str:
-    psnr = [row["psnr"] for row in list(summary.rows.values())[-64:] if row["status"] == "marked"]
-    rate = len(summary.rows) / max(1e-3, time.monotonic() - report.started)
+    latest = islice(reversed(summary.rows.values()), 64)
+    psnr = [row["psnr"] for row in latest if row["status"] == "marked"]
+    rate = (len(summary.rows) - summary.skipped) / max(1e-3, time.monotonic() - report.started)
     return f"{rate:.1f}/s" + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
 
 
-def _plan_lines(plan: Any) -> list[str]:
+def _plan_lines(plan: Any, key: Path) -> list[str]:
     sizes: dict[str, list[int]] = {}
     for item in plan.items:
         counts = sizes.setdefault(item.label, [0, 0])
@@ -303,6 +340,7 @@ def _plan_lines(plan: Any) -> list[str]:
     return [
         f"would mark {len(plan.chosen)} of {len(plan.items)} images into {plan.output}",
         *(f"  {line}" for line in lines),
+        f"next         radiotag mark {shlex.quote(str(plan.source))} --key {shlex.quote(str(key))}",
     ]
 
 
@@ -344,7 +382,8 @@ def _mark_lines(plan: Any, summary: "Summary", key: Path) -> list[str]:
             f"quality      PSNR median {numbers['psnr_median']:.1f} dB, lowest {numbers['psnr_min']:.1f} dB, "
             f"largest change {numbers['linf_max']:.0f} of 255, feature gain {numbers['feature_gain_mean']:.3f}"
         )
-    return [*lines, f"next         release {plan.output.name}; later: radiotag verify model.pt --key {key}"]
+    later = f"radiotag verify model.pt --key {shlex.quote(str(key))}"
+    return [*lines, f"next         release {plan.output.name}; later: {later}"]
 
 
 # ---------------------------------------------------------------- train-demo
@@ -416,7 +455,7 @@ def train_demo(
             f"model        {target} ({network.spec.architecture}, {len(images.names)} classes, "
             f"{network.spec.image_size} px, {epochs} epochs, seed {seed})",
             f"accuracy     {shown}",
-            f"next         radiotag verify {target} --key k.safetensors",
+            f"next         radiotag verify {shlex.quote(str(target))} --key k.safetensors",
         )
         report.give(
             model=str(target), architecture=network.spec.architecture, classes=len(images.names), epochs=epochs,
@@ -515,6 +554,8 @@ def verify(
             f"key          sha256:{secret.fingerprint}",
             f"note         {verification.VOIDS[0]}",
             f"             {verification.VOIDS[1]}",
+            f"next         radiotag verify {shlex.join(map(str, models))} --key {shlex.quote(str(key))} --json > "
+            "evidence.json (to keep)",
         )
         detected = all(finding.detected for finding in findings)
         report.give(
@@ -531,7 +572,7 @@ def _triple(text: str | None, option: str) -> tuple[float, ...] | None:
         values = tuple(float(v) for v in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3 or (option == "--std" and min(values) <= 0):
+    if len(values) != 3 or not all(map(math.isfinite, values)) or (option == "--std" and min(values) <= 0):
         raise typer.BadParameter(f"{option} takes three numbers R,G,B, such as 0.5,0.5,0.5")
     return values
 
@@ -552,12 +593,22 @@ def _finding_lines(finding: "Finding", alpha: float, count: int) -> list[str]:
 
 
 def main() -> None:
-    """The entry point: usage errors also answer in JSON where it was asked for."""
+    """The entry point: usage errors, too, are told as `error:` and `hint:`, and in JSON where it was asked for."""
     arguments = sys.argv[1:]
-    try:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without × and ≤ is no reason to fail
+    if not arguments:
         app()
-    except SystemExit as stop:
-        if stop.code == 2 and "--json" in arguments:
-            command = next((a for a in arguments if not a.startswith("-")), "")
-            Report(command, True, True).give(error="usage error, see stderr", hint=f"radiotag {command} --help")
-        raise
+    try:
+        sys.exit(app(standalone_mode=False))
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        command = next((a for a in arguments if not a.startswith("-")), "")
+        known = command in {"keygen", "mark", "train-demo", "verify"}
+        message = error.format_message().strip().rstrip(".")
+        Report(command, "--json" in arguments, True).fail(
+            message[:1].lower() + message[1:], f"radiotag {command} --help" if known else "radiotag --help"
+        )
+        sys.exit(error.exit_code if hasattr(error, "exit_code") else 2)

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radiotag import marking, networks, radioactive, synthetic, training, verification
+from radiotag import RadiotagError, marking, networks, radioactive, synthetic, training, verification
 from radiotag.images import write_atomically
 
 CLASSES = synthetic.CLASS_NAMES
+MADE = {
+    *("images", "held-out", "images-marked", "images-marked.manifest.jsonl", "preview.png"),
+    *("k.safetensors", "k.pub", "clean.pt", "radioactive.pt"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +47,8 @@ def run(
 ) -> Result:
     """Make everything anew in `folder`."""
     size = size or Size()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     note(f"1/5 drawing {size.images} images of {len(CLASSES)} classes")
     _draw(folder / "images", size.images, size.pixels, seed=2 * seed)
     _draw(folder / "held-out", size.held_out, size.pixels, seed=2 * seed + 1)
@@ -70,6 +74,15 @@ def run(
         folder=folder, key=folder / "k.safetensors", fingerprint=key.fingerprint, marked=len(psnr), images=size.images,
         psnr=psnr[len(psnr) // 2], accuracy=(accuracy[0], accuracy[1]), findings=(findings[0], findings[1]),
     )  # fmt: skip
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier demonstration. RadiotagError if the folder holds anything else, which would be a user's own."""
+    for place, known in ((folder, MADE), (folder / "images", set(CLASSES))):
+        other = sorted({path.name for path in place.iterdir()} - known) if place.is_dir() else []
+        if other:
+            raise RadiotagError(f"{place} holds {other[0]}, which no demonstration made", "choose another -o")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _draw(target: Path, count: int, pixels: int, *, seed: int) -> None:

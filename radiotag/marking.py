@@ -8,6 +8,7 @@ image's mark depends on the key, the settings, its path and its bytes alone, so 
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,9 @@ from radiotag.radioactive import Key, Marking, choose, default_psnr, image_rando
 
 MANIFEST_FORMAT = 1
 LOSSLESS = {"PNG", "BMP", "TIFF"}
+TOGETHER = 2**24  # pixels optimised at once, at most: some 2 GiB; many photographs are slower together than apart
+PART = re.compile(r"\.[0-9a-f]{16}\.part")  # what a file is called while it is written
+BEST_PSNR = 100.0  # dB recorded of an image that came out unchanged: JSON has no infinity
 Pixels = NDArray[np.float32]
 
 
@@ -96,8 +100,9 @@ def plan(
         "radiotag": MANIFEST_FORMAT, "fingerprint": key.fingerprint, "fraction": fraction, "format": format,
         "seed": seed, **settings,
     }  # fmt: skip
+    beside = output if output.name else output.absolute()
     return Plan(
-        source=source, output=output, manifest=output.with_name(output.name + ".manifest.jsonl"), items=tuple(items),
+        source=source, output=output, manifest=beside.with_name(beside.name + ".manifest.jsonl"), items=tuple(items),
         names=tuple(names), rows=carrier_rows(key, names), chosen=chosen, others=tuple(map(Path, others)),
         header=header,
     )  # fmt: skip
@@ -138,9 +143,9 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
         for number, line in enumerate(lines[:-1]):  # what follows the last newline is not a whole line
             row = json.loads(line)
             if number == 0:
-                header = row
+                header = dict(row)
             else:
-                rows[row["path"]] = row
+                rows[row["path"]] = dict(row)
     except OSError as error:
         raise RadiotagError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -155,9 +160,20 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _begin(plan: Plan, force: bool) -> dict[str, dict[str, Any]]:
-    """Rows done by earlier runs; a fresh manifest where there was none. Refuses what it cannot go on from."""
-    if plan.manifest.exists() and not force:
-        header, rows = read_manifest(plan.manifest)
+    """Rows of earlier runs; a fresh manifest where there was none, or by force. Refuses what it cannot go on from."""
+    rows: dict[str, dict[str, Any]] = {}
+    if plan.manifest.exists():
+        with plan.manifest.open("rb") as file:
+            _lock(file, plan.output)  # force is no licence to mark beside another run
+            try:
+                header, rows = read_manifest(plan.manifest)
+            except RadiotagError:
+                if not force:
+                    raise
+                header = {}
+            if force:
+                write_atomically(plan.manifest, _line(plan.header).encode(), mode=0o600)
+                return rows
         differing = [name for name in plan.header if header.get(name) != plan.header[name]]
         if differing:
             name = differing[0]
@@ -170,10 +186,10 @@ def _begin(plan: Plan, force: bool) -> dict[str, dict[str, Any]]:
         raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
     plan.manifest.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(plan.manifest, _line(plan.header).encode(), mode=0o600)  # it tells marked from unmarked
-    return {}
+    return rows
 
 
-def _lock(file: IO[str], output: Path) -> None:
+def _lock(file: IO[Any], output: Path) -> None:
     """Hold the manifest for this process; a second run into the same folder is refused."""
     try:
         import fcntl
@@ -181,10 +197,52 @@ def _lock(file: IO[str], output: Path) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise RadiotagError(
             f"another radiotag is marking into {output}", "wait for it, or choose another -o"
         ) from error
+    except OSError:  # a file system without locks
+        return
+
+
+def _mend(journal: IO[bytes]) -> None:
+    """Cut a torn last line off, which would spoil the next one."""
+    data = journal.read()
+    journal.truncate(data.rfind(b"\n") + 1)
+    journal.seek(0, os.SEEK_END)
+
+
+def _sweep(plan: Plan, earlier: dict[str, dict[str, Any]], force: bool) -> None:
+    """Remove what a killed run left half-written, and by force what an earlier one wrote and this one does not."""
+    for part in plan.output.rglob(".*.part"):
+        if PART.fullmatch(part.name):
+            part.unlink(missing_ok=True)
+    first = _line(plan.header).encode()
+    for part in plan.manifest.parent.glob(".*.part"):  # a folder that others may be writing to
+        if PART.fullmatch(part.name) and part.is_file() and _starts_with(part, first):
+            part.unlink(missing_ok=True)
+    outputs = {_output(plan, item) for item in plan.items} | {path.as_posix() for path in plan.others}
+    for row in earlier.values():
+        if row["status"] == "failed" or row["output"] in outputs:
+            continue
+        stale = plan.output / row["output"]
+        if force and _file_hash(stale) == row["sha256_out"]:
+            stale.unlink(missing_ok=True)
+        elif not force and stale.exists():
+            raise RadiotagError(
+                f"{stale} was made by an earlier run, and would not be made by this one",
+                "remove it, choose another -o, or start over with --force",
+            )
+
+
+def _starts_with(path: Path, first: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(first)) == first
+
+
+def _output(plan: Plan, item: Item) -> str:
+    """The output's relative path: unmarked images keep their format."""
+    return str(extension(item.path, plan.header["format"] if item.path.as_posix() in plan.chosen else "keep"))
 
 
 # ---------------------------------------------------------------- the run
@@ -201,24 +259,24 @@ def run(
     strict: bool = False,
     progress: Callable[[int, Summary], None] = lambda *_: None,
 ) -> Summary:
-    """Carry out a plan; `progress(images done, summary)` is called after every file or batch."""
-    done = _begin(plan, force)
+    """Carry out a plan; `progress(images done, summary)` is called after every file."""
+    earlier = _begin(plan, force)
     summary = Summary(images=len(plan.items))
-    with plan.manifest.open("a", encoding="utf-8") as journal:
+    with plan.manifest.open("r+b") as journal:
         _lock(journal, plan.output)
-        todo = list(_remaining(plan, done, summary))
+        _mend(journal)
+        _sweep(plan, earlier, force)
+        todo = list(_remaining(plan, {} if force else earlier, summary))
         progress(len(summary.rows), summary)
         for item in todo:
             if item.path.as_posix() not in plan.chosen:
                 _record(_copied(plan, item), journal, summary, strict)
                 progress(len(summary.rows), summary)
         _copy_others(plan)
-        marked = [item for item in todo if item.path.as_posix() in plan.chosen]
-        network = key.network(device) if marked else None
-        for start in range(0, len(marked), batch_size):
-            assert network is not None
-            for row in _marked(plan, marked[start : start + batch_size], key, network, marking):
-                _record(row, journal, summary, strict)
+        for row in _marked(
+            plan, [i for i in todo if i.path.as_posix() in plan.chosen], key, marking, device, batch_size
+        ):
+            _record(row, journal, summary, strict)
             progress(len(summary.rows), summary)
         ordered = [summary.rows[item.path.as_posix()] for item in plan.items]
         write_atomically(plan.manifest, "".join(map(_line, [plan.header, *ordered])).encode(), mode=0o600)
@@ -226,20 +284,22 @@ def run(
 
 
 def _remaining(plan: Plan, done: dict[str, dict[str, Any]], summary: Summary) -> Iterator[Item]:
-    """The items whose record is missing, or no longer true of the file that came in or went out."""
+    """The items whose record is missing, or no longer true of the plan, the file that came in or that gone out."""
     for item in plan.items:
-        row = done.get(item.path.as_posix())
-        kept = row and row["status"] != "failed" and row["sha256_in"] == _file_hash(plan.source / item.path)
+        path = item.path.as_posix()
+        row = done.get(path)
+        wanted = ("marked" if path in plan.chosen else "copied", plan.rows[item.label])
+        kept = row and (row["status"], row["row"]) == wanted and row["sha256_in"] == _file_hash(plan.source / path)
         if row and kept and row["sha256_out"] == _file_hash(plan.output / row["output"]):
-            summary.rows[row["path"]] = row
+            summary.rows[path] = row
             summary.skipped += 1
         else:
             yield item
 
 
-def _record(row: dict[str, Any], journal: IO[str], summary: Summary, strict: bool) -> None:
+def _record(row: dict[str, Any], journal: IO[bytes], summary: Summary, strict: bool) -> None:
     summary.rows[row["path"]] = row
-    journal.write(_line(row))
+    journal.write(_line(row).encode())
     journal.flush()
     if strict and row["status"] == "failed":
         raise RadiotagError(row["error"], "mend or remove the file, or leave out --strict")
@@ -292,20 +352,36 @@ def _copy_others(plan: Plan) -> None:
 
 
 def _marked(
-    plan: Plan, items: Sequence[Item], key: Key, network: Network, marking: Marking
+    plan: Plan, items: Sequence[Item], key: Key, marking: Marking, device: str, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Mark one batch and write its files; yields a manifest row an image."""
+    """Decode images into batches that fit in memory and mark them; yields a manifest row an image."""
+    network = key.network(device) if items else None
     ready: list[tuple[Item, bytes, Picture]] = []
     for item in items:
+        source = plan.source / item.path
         try:
-            data = (plan.source / item.path).read_bytes()
-            ready.append((item, data, decode(data, str(plan.source / item.path))))
+            data = source.read_bytes()
+            picture = decode(data, str(source))
+            encode(picture, picture.rgb, plan.header["format"])  # what cannot be written costs this image alone
         except OSError as error:
-            yield _row(plan, item, "failed", error=f"cannot read {plan.source / item.path}: {error.strerror}")
+            yield _row(plan, item, "failed", error=f"cannot read {source}: {error.strerror}")
+            continue
         except RadiotagError as error:
             yield _row(plan, item, "failed", error=str(error))
-    if not ready:
-        return
+            continue
+        pixels = sum(other.rgb.size // 3 for _, _, other in ready) + picture.rgb.size // 3
+        if network and ready and (len(ready) == batch_size or pixels > TOGETHER):
+            yield from _mark_batch(plan, ready, key, network, marking)
+            ready = []
+        ready.append((item, data, picture))
+    if network and ready:
+        yield from _mark_batch(plan, ready, key, network, marking)
+
+
+def _mark_batch(
+    plan: Plan, ready: Sequence[tuple[Item, bytes, Picture]], key: Key, network: Network, marking: Marking
+) -> Iterator[dict[str, Any]]:
+    """Mark decoded images together and write their files."""
     format = str(plan.header["format"])
     pictures = [picture for _, _, picture in ready]
     carriers = key.carriers[[plan.rows[item.label] for item, _, _ in ready]].to(network.get_buffer("mean").device)
@@ -313,13 +389,13 @@ def _marked(
     marked = mark_pictures(network, pictures, carriers, draws, marking, format)
     gains = feature_gains(network, pictures, [seen for _, seen in marked], carriers)
     for (item, data, picture), (encoded, seen), gain in zip(ready, marked, gains, strict=True):
-        relative = str(extension(item.path, format))
+        relative = _output(plan, item)
         target = _target(plan, relative)
         write_atomically(target, encoded)
         _same_time(plan.source / item.path, target)
         yield _row(
             plan, item, "marked", output=relative, sha256_in=hashlib.sha256(data).hexdigest(),
-            sha256_out=hashlib.sha256(encoded).hexdigest(), psnr=round(psnr(picture.rgb, seen), 3),
+            sha256_out=hashlib.sha256(encoded).hexdigest(), psnr=round(min(psnr(picture.rgb, seen), BEST_PSNR), 3),
             linf=round(linf(picture.rgb, seen), 3), gain=round(gain, 5),
         )  # fmt: skip
 
@@ -367,7 +443,9 @@ def feature_gains(
 
     def phi(arrays: Sequence[Pixels]) -> Tensor:
         whole = [F.interpolate(_tensor(a)[None], (size, size), mode="bilinear", antialias=True) for a in arrays]
-        return network.features(torch.cat(whole).to(device) / 255)  # (B, d)
+        missing = -len(whole) % 16  # as in marking: full batches, so that the numbers do not depend on the batch size
+        padded = F.pad(torch.cat(whole), (0, 0, 0, 0, 0, 0, 0, missing))
+        return network.features(padded.to(device) / 255)[: len(whole)]  # (B, d)
 
     gains: list[float] = ((phi(after) - phi([p.rgb for p in before])) * carriers).sum(1).tolist()
     return gains

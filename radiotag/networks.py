@@ -147,7 +147,7 @@ def build(spec: Spec) -> nn.Module:
             module: nn.Module = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=spec.classes)
         else:
             module = torchvision.models.get_model(name, weights=None, num_classes=spec.classes, **options)
-    except (RuntimeError, ValueError) as error:  # ViT: image size not a multiple of the patch
+    except (RuntimeError, ValueError, AssertionError) as error:  # ViT: image size not a multiple of the patch
         raise RadiotagError(f"{name} cannot be built for {spec.image_size} pixels: {error}") from error
     if spec.small_stem and not name.startswith("vit_"):
         shrink_stem(module)
@@ -182,10 +182,12 @@ def small_stem(image_size: int) -> bool:
 def from_state(state: Mapping[str, Tensor], spec: Spec, *, builder: Callable[..., Any] | None = None) -> Network:
     """A network with these weights, loaded strictly. Raises RadiotagError where they do not fit."""
     module = _skeleton(spec) if builder is None else _call_builder(builder, spec)
-    wanted = module.state_dict()
+    full = module.state_dict()  # the same object throughout: it carries versions, which MNASNet insists on
+    types = {k: v.dtype for k, v in full.items()}
+    for name in [k for k in types if not k.endswith("num_batches_tracked")]:
+        del full[name]
     given = state if builder else _without_auxiliary(state)
-    full = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}
-    full |= {k: v.detach().to(wanted[k].dtype if k in wanted else v.dtype, copy=True) for k, v in given.items()}
+    full.update({k: v.detach().to(types.get(k, v.dtype), copy=True) for k, v in given.items()})
     try:
         module.load_state_dict(full, strict=True, assign=True)
     except RuntimeError as error:
@@ -409,13 +411,13 @@ def _refuse_programs(path: Path) -> None:
             stored = path.stat().st_size
     except Exception as error:  # a damaged directory raises many kinds
         raise RadiotagError(f"{path} is truncated or damaged: {_first_line(error)}", "copy it again") from error
-    if size > stored:
-        raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", "save the weights again")
     if any("/code/" in name or name.endswith(("constants.pkl", "archive_format")) for name in names):
         raise RadiotagError(
             f"{path} is a TorchScript or torch.export program, which is not run",
             "save the bare weights: torch.save(model.state_dict(), FILE)",
         )
+    if size > stored:
+        raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", "save the weights again")
 
 
 def clean_state(content: Mapping[Any, Any], path: Path) -> State:
@@ -533,8 +535,11 @@ def _guess(state: State, architecture: str | None, builder: Callable[..., Any] |
     usual, mean, std = published_input(architecture)
     size = size or image_size or (32 if stem else usual)
     spec = Spec(architecture=architecture, classes=2, small_stem=stem, image_size=size, mean=mean, std=std)
-    order = _call_builder(builder, spec).state_dict() if builder else _stock_shapes(architecture, stem, size)
-    return replace(spec, classes=_output_size(state, order))
+    if builder is None:
+        return replace(spec, classes=_output_size(state, _stock_shapes(architecture, stem, size)))
+    two, three = (_shapes(_call_builder(builder, replace(spec, classes=n)).state_dict()) for n in (2, 3))
+    heads = [k for k, shape in two.items() if shape != three.get(k) and k in state and state[k].dim() > 0]
+    return replace(spec, classes=len(state[heads[-1]]) if heads else 1)
 
 
 def _output_size(state: State, order: Iterable[str]) -> int:

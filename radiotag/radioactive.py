@@ -188,7 +188,7 @@ class Marking:
     min_psnr: float | None = None  # dB; None: `default_psnr` of each image
     steps: int = 20  # along the normalised gradient, 15–20 decaying steps reach what 80 do
     reach: float = 6.0  # length of the whole path, in radii of the L2 ball: crops disagree, so much of it cancels
-    lambda_pixel: float = 0.0005  # λ1, squared, in normalised pixels
+    lambda_pixel: float = 0.0005  # λ1, squared, in normalised pixels of the network's input size
     lambda_feature: float = 0.01  # λ2, plain norm
     crop_scale: tuple[float, float] = (0.4, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -263,7 +263,9 @@ def mark_images(
         with torch.no_grad():
             before = network.features(inputs[0])  # (B', d)
         shift = (network.features(inputs[1]) - before)[: len(images)]  # (B, d)
-        pixels = torch.stack([((y - x) / std).square().sum() for x, y in zip(clean, moved, strict=True)])
+        # The square is brought to the input size: summed over a large photograph it would drown the gain.
+        pixels = torch.stack([((y - x) / std).square().mean() for x, y in zip(clean, moved, strict=True)])
+        pixels = pixels * inputs[0, 0].numel()
         gradients = torch.autograd.grad(marking_loss(shift, carriers, pixels, marking).sum(), moved)
         for i, g in enumerate(gradients):
             stepped = moved[i].detach() - clean[i] - size * radius[i] * g / g.norm().clamp_min(1e-20)

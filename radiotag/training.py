@@ -266,7 +266,7 @@ def _epoch(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise RadiotagError("the training diverged", "use a lower --lr or another --seed")
         average = value if i == 0 else 0.98 * average + 0.02 * value

@@ -75,10 +75,11 @@ def marked_hashes(manifest: Path) -> set[str]:
 def real_images(folder: Path, size: int, marked: set[str]) -> Tensor:
     """(N, 3, size, size) in [0, 1] of a folder of unmarked images, at most ALIGNMENT_IMAGES, evenly taken.
 
-    Raises RadiotagError if one of them is marked (by `marked`, or by a manifest beside the folder).
+    Raises RadiotagError if one of them is marked (by `marked`, or by a manifest beside it or a folder above).
     """
-    beside = folder.with_name(folder.name + ".manifest.jsonl")
-    marked = marked | (marked_hashes(beside) if beside.is_file() else set())
+    for place in (folder.absolute(), *folder.resolve().parents, folder.resolve()):
+        beside = place.with_name(f"{place.name}.manifest.jsonl") if place.name else place
+        marked = marked | (marked_hashes(beside) if beside.is_file() else set())
     items, _, _ = scan(folder)
     step = max(1, math.ceil(len(items) / ALIGNMENT_IMAGES))
     images = []
@@ -155,6 +156,9 @@ def verify(
     progress: Callable[[Path], None] = lambda _: None,
 ) -> list[Finding]:
     """Test every suspect with the key's declared statistic; the verdict is on the Holm-corrected p-value."""
+    for path in paths:  # before minutes are spent on the others
+        if not path.is_file():
+            raise RadiotagError(f"{path} is not a file" if path.exists() else f"no such file: {path}", "check the path")
     marker = key.network(options.device)
     results: list[tuple[Path, Network, Rows, Evidence]] = []
     for path in paths:

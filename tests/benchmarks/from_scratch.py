@@ -1,4 +1,6 @@
-"""From-scratch detection on CIFAR-10: mark a share, train a clean and a radioactive suspect, verify both, check the null.
+"""From-scratch detection on CIFAR-10: mark a share, train a clean and a radioactive suspect, verify both.
+
+The null is checked with fresh keys on the clean suspect.
 
     python tests/benchmarks/from_scratch.py cifar10.zip --work bench-out --fraction 0.1 --epochs 6 --seed 2
 
@@ -50,7 +52,7 @@ class Run:
             result = json.loads(out)
             if "error" in result:
                 raise SystemExit(f"{name}: {result['error']}")
-            self.done[name] = {"command": f"radiotag {command}", **result}
+            self.done[name] = {**result, "command": f"radiotag {command}"}
             self.log.write_text(json.dumps(self.done, indent=1, sort_keys=True))
         return self.done[name]
 
@@ -71,7 +73,8 @@ def null_check(work: Path, key_path: Path, suspect: Path, count: int = NULL_KEYS
         paper.append(float(np.exp(found.paper_log_p or 0.0)))
     return {
         "keys": count, "ks_p": float(stats.kstest(p, "uniform").pvalue),
-        "ks_p_paper": float(stats.kstest(paper, "uniform").pvalue), "smallest": min(p), "below_0.01": sum(v < 0.01 for v in p),
+        "ks_p_paper": float(stats.kstest(paper, "uniform").pvalue), "smallest": min(p),
+        "below_0.01": sum(v < 0.01 for v in p),
     }  # fmt: skip
 
 
@@ -94,7 +97,8 @@ def main() -> None:
     run("keygen", "keygen -o k.safetensors --classes 10")
     mark = run(
         "mark",
-        f"mark cifar10/train -o marked --key k.safetensors --fraction {a.fraction} --format {a.format} --preview preview.png",
+        f"mark cifar10/train -o marked --key k.safetensors --fraction {a.fraction} --format {a.format} "
+        "--preview preview.png",
     )
     train = f"--arch {a.arch} --epochs {a.epochs} --seed {a.seed} --val cifar10/test --resume"
     commands = {"clean": f"train-demo cifar10/train -o clean.pt {train}",

@@ -1,0 +1,558 @@
+"""The data pipeline against slow oracles; a training that repeats itself bit for bit, interrupted or not."""
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from radiotag import RadiotagError, synthetic, training
+from radiotag.networks import Network, Spec, build, load, read_checkpoint, save_checkpoint
+from radiotag.training import (
+    Dataset,
+    Recipe,
+    accuracy,
+    augment,
+    initialised_from,
+    learning_rate,
+    load_folder,
+    natural_size,
+    new_network,
+    train,
+)
+
+RECIPE = Recipe(epochs=3, batch_size=8, lr=0.4, seed=5)
+
+
+def dataset(count=20, classes=3, size=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return Dataset(images=images, labels=torch.arange(count) % classes, names=tuple("abcdefghij"[:classes]))
+
+
+def fresh(data, architecture="shufflenet_v2_x0_5", seed=1):
+    return new_network(architecture, data, stem=None, seed=seed)
+
+
+def weights(network):
+    return {k: v.clone() for k, v in network.module.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------- augmentation and schedule
+
+
+def reflected(i, size):
+    """Index i of a row that is mirrored at its ends, the end pixels not repeated."""
+    return -i if i < 0 else 2 * (size - 1) - i if i >= size else i
+
+
+@pytest.mark.parametrize("size", [5, 8, 16, 24])
+def test_augment_is_a_crop_of_the_reflected_image_and_a_flip(size):
+    images = dataset(40, size=size).images
+    found = augment(images, generator(3))
+    pad, draws = max(1, size // 8), generator(3)
+    offsets = torch.randint(0, 2 * pad + 1, (2, len(images), 1), generator=draws)
+    flips = torch.rand((len(images), 1), generator=draws) < 0.5
+    assert 5 < int(flips.sum()) < 35
+    for i, image in enumerate(images.numpy()):
+        top, left = (int(offsets[axis, i]) - pad for axis in (0, 1))
+        slow = np.empty((3, size, size), np.float32)
+        for y in range(size):
+            for x in range(size):
+                column = size - 1 - x if flips[i] else x
+                slow[:, y, x] = image[:, reflected(y + top, size), reflected(column + left, size)] / np.float32(255)
+        np.testing.assert_allclose(found[i].numpy(), slow, rtol=1e-6)
+
+
+def test_augment_reaches_every_place_and_both_flips():
+    """Without knowing its draws: an image of all different pixels shows where each crop came from."""
+    size, pad = 8, 1
+    image = torch.arange(3 * size * size, dtype=torch.uint8).view(1, 3, size, size).expand(400, -1, -1, -1)
+    padded = np.pad(image[0].numpy(), ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
+    crops = {}
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            crop = padded[:, top : top + size, left : left + size]
+            crops[crop.tobytes()] = (top, left, False)
+            crops[crop[:, :, ::-1].tobytes()] = (top, left, True)
+    seen = [crops[row.numpy().tobytes()] for row in (augment(image, generator()) * 255).round().to(torch.uint8)]
+    assert set(seen) == set(crops.values())
+    assert 150 < sum(flip for _, _, flip in seen) < 250
+
+
+def test_augment_depends_on_its_generator_alone():
+    images = dataset().images
+    torch.manual_seed(1)
+    first = augment(images, generator(7))
+    torch.manual_seed(2)
+    assert torch.equal(first, augment(images, generator(7)))
+    assert not torch.equal(first, augment(images, generator(8)))
+    assert first.dtype == torch.float32
+    assert 0 <= first.min() <= first.max() <= 1
+
+
+def test_the_learning_rate_is_a_triangle():
+    recipe = Recipe(lr=0.1, batch_size=128, warmup=0.2)
+    rates = [learning_rate(step, 10, recipe) for step in range(10)]
+    expected = [0.05, 0.1, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125]
+    assert rates == pytest.approx(expected)
+    assert learning_rate(1, 10, replace(recipe, batch_size=64)) == pytest.approx(0.05)
+    assert [learning_rate(s, 4, replace(recipe, warmup=0.0)) for s in range(4)] == pytest.approx(
+        [0.1, 0.1, 0.1 * 2 / 3, 0.1 / 3]
+    )
+    assert [learning_rate(s, 4, replace(recipe, warmup=1.0)) for s in range(4)] == pytest.approx(
+        [0.025, 0.05, 0.075, 0.1]
+    )
+    assert learning_rate(0, 1, recipe) == pytest.approx(0.1)
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of several sizes in two classes, of which each pixel tells the file."""
+    rng = np.random.default_rng(0)
+    for name, width, height in (
+        ("cat/b.png", 40, 30), ("cat/a.png", 30, 40), ("bird/x/z.png", 16, 16), ("bird/y.png", 21, 90),
+        ("cat/c.png", 10, 12),
+    ):  # fmt: skip
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "data"
+
+
+ORDER = ["bird/x/z.png", "bird/y.png", "cat/a.png", "cat/b.png", "cat/c.png"]
+
+
+@pytest.mark.parametrize("size", [16, 25])
+def test_load_folder_resizes_the_short_side_and_crops_the_centre(folder, size):
+    data = load_folder(folder, size)
+    assert data.names == ("bird", "cat")
+    assert data.labels.tolist() == [0, 0, 1, 1, 1]
+    assert data.images.shape == (5, 3, size, size)
+    for image, name in zip(data.images, ORDER, strict=True):
+        picture = Image.open(folder / name)
+        short = min(picture.size)
+        width, height = (round(side * size / short) for side in picture.size)
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        expected = np.asarray(resized)[top : top + size, left : left + size]
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+def test_images_of_the_right_size_are_not_touched(folder):
+    exact = np.asarray(Image.open(folder / "bird/x/z.png"))
+    assert np.array_equal(load_folder(folder, 16).images[0].permute(1, 2, 0).numpy(), exact)
+    assert load_folder(folder, None).images.shape[-1] == 16  # the first image's own size
+
+
+@pytest.mark.parametrize(("sides", "size"), [((32, 32), 32), ((64, 300), 64), ((65, 65), 224), ((500, 400), 224)])
+def test_the_natural_size(sides, size, tmp_path):
+    Image.new("RGB", sides).save(tmp_path / "i.png")
+    assert natural_size(tmp_path / "i.png") == size
+
+
+def test_labels_follow_the_given_names(folder):
+    data = load_folder(folder, 8, ("dog", "cat", "bird"))
+    assert data.labels.tolist() == [2, 2, 1, 1, 1]
+    with pytest.raises(RadiotagError, match="the class 'bird' is not one of the model's"):
+        load_folder(folder, 8, ("dog", "cat"))
+
+
+def test_a_flat_folder_is_one_class(folder):
+    data = load_folder(folder / "cat", 8)
+    assert (data.names, data.labels.tolist()) == (("",), [0, 0, 0])
+    assert fresh(data).spec.class_names is None
+
+
+def test_large_sets_lie_in_a_file_and_are_equal(folder, monkeypatch, tmp_path):
+    expected = load_folder(folder, 16)
+    monkeypatch.setattr(training, "IN_MEMORY", 0)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    monkeypatch.setattr(training.tempfile, "tempdir", str(spool))
+    mapped = []
+    memmap = np.memmap
+    monkeypatch.setattr(np, "memmap", lambda *a, **k: mapped.append(memmap(*a, **k)) or mapped[-1])
+    data = load_folder(folder, 16)
+    assert [m.shape for m in mapped] == [(5, 3, 16, 16)]
+    assert torch.equal(data.images, expected.images)
+    assert list(spool.iterdir()) == []  # gone from the folder while still in use
+    assert torch.equal(augment(data.images, generator()), augment(expected.images, generator()))
+
+
+def test_broken_and_missing_folders_are_errors(tmp_path):
+    with pytest.raises(RadiotagError, match="no such folder"):
+        load_folder(tmp_path / "missing", 16)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(RadiotagError, match=r"bad\.png"):
+        load_folder(tmp_path, 16)
+
+
+# ---------------------------------------------------------------- networks for a data set
+
+
+def test_a_new_network_is_normalised_by_the_data_and_depends_on_the_seed_alone():
+    data = dataset(30, size=24)
+    torch.manual_seed(1)
+    network, state = fresh(data), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left as it was
+    torch.manual_seed(2)
+    assert same(weights(network), weights(fresh(data)))
+    assert not same(weights(network), weights(fresh(data, seed=2)))
+    values = data.images.double().numpy() / 255
+    assert network.spec.mean == pytest.approx(values.mean((0, 2, 3)), abs=1e-4)
+    assert network.spec.std == pytest.approx(values.std((0, 2, 3)), abs=1e-4)
+    assert network.spec.class_names == ("a", "b", "c")
+    assert (network.spec.classes, network.spec.image_size, network.spec.small_stem) == (3, 24, True)
+
+
+def test_the_stem_follows_the_size_unless_it_is_given():
+    large = dataset(2, size=72)
+    assert not fresh(large).spec.small_stem
+    assert new_network("resnet10", large, stem=True, seed=0).spec.small_stem
+    assert new_network("resnet10", large, stem=True, seed=0).module.conv1.kernel_size == (3, 3)
+
+
+def test_constant_images_give_no_division_by_zero():
+    data = replace(dataset(4), images=torch.full((4, 3, 16, 16), 128, dtype=torch.uint8))
+    assert fresh(data).spec.std == (0.01, 0.01, 0.01)
+
+
+def test_starting_from_a_checkpoint_of_other_classes_makes_the_head_anew(tmp_path):
+    old = fresh(dataset(classes=3))
+    save_checkpoint(tmp_path / "m.pt", old.module, old.spec)
+    data = dataset(classes=5)
+    network = initialised_from(tmp_path / "m.pt", data, seed=4)
+    assert (network.spec.classes, network.spec.class_names) == (5, tuple("abcde"))
+    before, after = weights(old), weights(network)
+    changed = {k for k in before if not torch.equal(before[k], after[k])} if before.keys() == after.keys() else None
+    assert changed == {"fc.weight", "fc.bias"}
+    assert after["fc.weight"].shape == (5, 1024)
+    assert same(after, weights(initialised_from(tmp_path / "m.pt", data, seed=4)))
+    assert not same(after, weights(initialised_from(tmp_path / "m.pt", data, seed=5)))
+    x = torch.rand(2, 3, 16, 16, generator=generator())
+    logits = network.features(x) @ after["fc.weight"].T + after["fc.bias"]
+    torch.testing.assert_close(logits, network(x))
+    train(network, data, replace(RECIPE, epochs=1), output=tmp_path / "new.pt")
+    assert load(tmp_path / "new.pt").spec == network.spec
+
+
+def test_starting_from_a_checkpoint_of_the_same_classes_keeps_everything(tmp_path):
+    old = fresh(dataset(classes=3))
+    save_checkpoint(tmp_path / "m.pt", old.module, old.spec)
+    network = initialised_from(tmp_path / "m.pt", replace(dataset(classes=3), names=("x", "y", "z")), seed=4)
+    assert same(weights(old), weights(network))
+    assert network.spec == replace(old.spec, class_names=("x", "y", "z"))
+
+
+def test_squeezenet_cannot_change_its_classes(tmp_path):
+    old = fresh(dataset(), "squeezenet1_1")
+    save_checkpoint(tmp_path / "m.pt", old.module, old.spec)
+    with pytest.raises(RadiotagError, match="does not end in a linear layer"):
+        initialised_from(tmp_path / "m.pt", dataset(classes=5), seed=0)
+    with pytest.raises(RadiotagError, match="does not end in a linear layer") as error:
+        train(old, dataset(), replace(RECIPE, head_only=True))
+    assert "--head-only" in error.value.hint
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_training_repeats_itself_and_depends_on_the_seed():
+    data = dataset()
+    results = []
+    for noise, seed in ((1, 5), (2, 5), (3, 6)):
+        network = fresh(data)
+        torch.manual_seed(noise)
+        random.seed(noise)
+        state = torch.get_rng_state()
+        train(network, data, replace(RECIPE, epochs=1, seed=seed))
+        assert torch.equal(torch.get_rng_state(), state)
+        results.append(weights(network))
+        assert not network.module.training
+        assert not any(p.requires_grad for p in network.parameters())
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("architecture", ["shufflenet_v2_x0_5", "mobilenet_v3_small"])  # the second has dropout
+def test_a_resumed_training_repeats_an_undisturbed_one(architecture, tmp_path):
+    data = dataset()
+    whole = fresh(data, architecture)
+    train(whole, data, RECIPE, output=tmp_path / "whole.pt")
+    path, epochs = tmp_path / "m.pt", []
+
+    def interrupt(epoch, share, loss):
+        if epoch == 1 and share > 0.5:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(fresh(data, architecture), data, RECIPE, output=path, progress=interrupt)
+    assert not same(read_checkpoint(path)[0], weights(whole))
+    network = fresh(data, architecture)
+    torch.manual_seed(99)  # another process, where the global generator is elsewhere
+    train(network, data, RECIPE, output=path, resume=True, progress=lambda epoch, *_: epochs.append(epoch))
+    assert sorted(set(epochs)) == [1, 2]
+    assert same(weights(network), weights(whole))
+    assert same(read_checkpoint(path)[0], read_checkpoint(tmp_path / "whole.pt")[0])
+
+
+def test_resuming_what_is_done_or_not_begun(tmp_path):
+    data, path = dataset(), tmp_path / "m.pt"
+    first = fresh(data)
+    train(first, data, replace(RECIPE, epochs=1), output=path, resume=True)  # nothing there: starts
+    before = path.read_bytes()
+    again = fresh(data, seed=9)
+    train(again, data, replace(RECIPE, epochs=1), output=path, resume=True)
+    assert same(weights(first), weights(again))
+    assert path.read_bytes() == before
+    train(again, data, replace(RECIPE, epochs=2), output=path, resume=True)  # more epochs are no contradiction
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A checkpoint after one of three epochs, as bytes."""
+    path, data = tmp_path_factory.mktemp("interrupted") / "m.pt", dataset()
+
+    def interrupt(epoch, share, loss):
+        if epoch == 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(fresh(data), data, RECIPE, output=path, progress=interrupt)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "data", "recipe", "message"),
+    [
+        ("mobilenet_v3_small", {}, {}, "its architecture is shufflenet_v2_x0_5, not mobilenet_v3_small"),
+        ("shufflenet_v2_x0_5", {"classes": 5}, {}, "its classes is 3, not 5"),
+        ("shufflenet_v2_x0_5", {"size": 32}, {}, "its image_size is 16, not 32"),
+        ("shufflenet_v2_x0_5", {"seed": 1}, {}, "its mean is"),
+        ("shufflenet_v2_x0_5", {}, {"lr": 0.2}, "its lr is 0.4, not 0.2"),
+        ("shufflenet_v2_x0_5", {}, {"seed": 6}, "its seed is 5, not 6"),
+        ("shufflenet_v2_x0_5", {}, {"batch_size": 10}, "its batch_size is 8, not 10"),
+        ("shufflenet_v2_x0_5", {}, {"head_only": True}, "its head_only is False, not True"),
+    ],
+)
+def test_resuming_another_training_names_the_difference(interrupted, architecture, data, recipe, message, tmp_path):
+    path = tmp_path / "m.pt"
+    path.write_bytes(interrupted)
+    images = dataset(**data)
+    with pytest.raises(RadiotagError, match=rf"m\.pt is of another training: {message}") as error:
+        train(fresh(images, architecture), images, replace(RECIPE, **recipe), output=path, resume=True)
+    assert "--resume" in error.value.hint
+    assert path.read_bytes() == interrupted
+
+
+def test_resuming_from_what_is_no_checkpoint_is_an_error(interrupted, tmp_path):
+    data, path = dataset(4), tmp_path / "m.pt"
+    network = fresh(data)
+
+    def refused(message):
+        with pytest.raises(RadiotagError, match=message) as error:
+            train(network, data, RECIPE, output=path, resume=True)
+        assert "\n" not in str(error.value)
+        assert error.value.hint
+
+    for content in (b"", b"text", interrupted[:1000], interrupted[:-100]):
+        path.write_bytes(content)
+        refused(r"m\.pt is not a checkpoint of this training")
+    for value in ([1], {}, network.module.state_dict(), {"recipe": 5, "radiotag": 5}):
+        torch.save(value, path)
+        refused(r"m\.pt is not a checkpoint of this training")
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, network.module, network.spec)
+    refused("holds no optimiser state")
+    path = tmp_path
+    refused("is not a checkpoint")
+
+
+def test_a_checkpoint_is_written_after_every_epoch(tmp_path):
+    data, path, network, found = dataset(), tmp_path / "m.pt", fresh(dataset()), []
+
+    def watch(epoch, share, loss):
+        if epoch and not found[epoch:]:
+            found.append(torch.load(path, weights_only=True)["epoch"])
+        elif not found:
+            found.append(path.exists())
+
+    train(network, data, RECIPE, output=path, progress=watch)
+    assert found == [False, 1, 2]
+    loaded = load(path)
+    assert loaded.spec == network.spec
+    assert same(weights(loaded), weights(network))
+    save_checkpoint(tmp_path / "bare.safetensors", network.module, network.spec)
+    assert same(weights(load(tmp_path / "bare.safetensors")), weights(network))
+
+
+def test_progress_counts_up_to_one_in_every_epoch():
+    seen = []
+    data = dataset(17)  # a batch of one is left out: batch normalisation cannot take it
+    train(fresh(data), data, replace(RECIPE, epochs=2), progress=lambda *step: seen.append(step))
+    assert [(epoch, share) for epoch, share, _ in seen] == [(0, 0.5), (0, 1.0), (1, 0.5), (1, 1.0)]
+    assert all(0 < loss < 20 for *_, loss in seen)
+
+
+def test_a_step_is_pytorchs_own(monkeypatch):
+    """One epoch of one batch, without augmentation, against the textbook: cross-entropy and Nesterov's SGD."""
+    data = dataset(6, size=32)
+    network = fresh(data, "resnet10")  # in float32, deeper networks of chance blow rounding errors up
+    reference = fresh(data, "resnet10").module.train().requires_grad_(True)
+    monkeypatch.setattr(training, "augment", lambda images, _: images.float() / 255)
+    train(network, data, replace(RECIPE, epochs=1))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (network.spec.mean, network.spec.std))
+    F.cross_entropy(reference((data.images.float() / 255 - mean) / std), data.labels).backward()
+    rate = RECIPE.lr * 8 / 128
+    for name, parameter in reference.named_parameters():
+        decay = 5e-4 * parameter.detach() * (parameter.dim() > 1)
+        gradient = parameter.grad + decay
+        expected = parameter.detach() - rate * (gradient + 0.9 * gradient)
+        torch.testing.assert_close(network.module.get_parameter(name), expected, rtol=1e-4, atol=2e-6)
+
+
+def test_head_only_changes_the_head_alone():
+    data = dataset()
+    network = fresh(data)
+    before = weights(network)
+    train(network, data, replace(RECIPE, epochs=2, head_only=True))
+    after = weights(network)
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {"fc.weight", "fc.bias"}  # nor BN statistics
+
+
+def test_a_tiny_batch_or_data_set_is_an_error_not_a_training_of_nothing():
+    data = dataset()
+    for images, recipe in ((dataset(1), RECIPE), (data, replace(RECIPE, batch_size=1))):
+        with pytest.raises(RadiotagError, match="two images a batch"):
+            train(fresh(images), images, recipe)
+
+
+def test_a_network_that_cannot_take_the_images_is_an_error():
+    network = pooled()
+    network.module.fc = nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 3))
+    with pytest.raises(RadiotagError, match="pooled does not run at 16 pixels"):
+        train(network, dataset(4), RECIPE)
+
+
+def test_divergence_is_an_error_and_keeps_the_last_checkpoint(tmp_path):
+    data = dataset()
+    network = fresh(data)
+    train(network, data, replace(RECIPE, epochs=1), output=tmp_path / "m.pt")
+    before = (tmp_path / "m.pt").read_bytes()
+    with pytest.raises(RadiotagError, match="diverged") as error:
+        train(network, data, replace(RECIPE, lr=1e30), output=tmp_path / "m.pt")
+    assert "--lr" in error.value.hint
+    assert (tmp_path / "m.pt").read_bytes() == before
+
+
+class Pooled(nn.Module):
+    """Classifies by colour: enough to learn, and small enough to learn at once."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.fc = nn.Linear(3, classes)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+def coloured(count=60, seed=0):
+    """Images of one dominant colour, which is the label."""
+    data = dataset(count, seed=seed)
+    images = (data.images // 4).clone()
+    images[torch.arange(count), data.labels] += 120
+    return replace(data, images=images)
+
+
+def pooled(seed=0):
+    torch.manual_seed(seed)
+    spec = Spec(architecture="pooled", classes=3, small_stem=False, image_size=16, mean=(0.3,) * 3, std=(0.2,) * 3)
+    return Network(Pooled(), spec)
+
+
+def test_a_student_learns_its_teacher_and_not_the_labels():
+    data = coloured()
+    teacher, student = pooled(), pooled(1)
+    teacher.module.load_state_dict({"fc.weight": 3 * torch.eye(3)[[1, 2, 0]], "fc.bias": torch.zeros(3)})
+    before = weights(teacher)
+    assert accuracy(teacher, replace(data, labels=(data.labels + 2) % 3)) == 1.0  # it is always wrong
+    train(student, data, Recipe(epochs=15, batch_size=16, lr=4.0), teacher=teacher)
+    pixels = data.images.float() / 255
+    assert torch.equal(student(pixels).argmax(1), teacher(pixels).argmax(1))
+    assert accuracy(student, data) == 0.0
+    divergence = F.kl_div(student(pixels).log_softmax(1), teacher(pixels).softmax(1), reduction="batchmean")
+    assert divergence < 0.02  # it matches probabilities, not just the winner
+    assert same(before, weights(teacher))
+
+
+def test_teacher_and_student_must_have_the_same_classes():
+    data = dataset(classes=5)
+    with pytest.raises(RadiotagError, match="3 and 5 classes"):
+        train(fresh(data), data, RECIPE, teacher=pooled())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_accuracy_counts(batch_size):
+    data, network = coloured(20), pooled(3)
+    hits = sum(
+        int(network(image[None].float() / 255)[0].argmax()) == int(label)
+        for image, label in zip(data.images, data.labels, strict=True)
+    )
+    assert 0 < hits < 20
+    assert accuracy(network, data, batch_size=batch_size) == hits / 20
+
+
+def test_train_returns_the_accuracy_on_held_out_images_or_none():
+    data, held_out = coloured(), coloured(30, seed=9)
+    network = pooled()
+    assert accuracy(network, held_out) < 1
+    found = train(network, data, Recipe(epochs=20, batch_size=16, lr=4.0), validation=held_out)
+    assert found == accuracy(network, held_out) == 1.0
+    assert train(pooled(), data, Recipe(epochs=1)) is None
+
+
+def test_the_demo_images_can_be_learnt():
+    images, labels = synthetic.demo_images(120, 16, seed=0)
+    data = Dataset(images=images, labels=labels, names=synthetic.CLASS_NAMES)
+    losses = []
+    network = fresh(data, "resnet10")
+    recipe = Recipe(epochs=8, batch_size=20, lr=0.5)
+    found = train(network, data, recipe, validation=data, progress=lambda *step: losses.append(step[2]))
+    assert losses[0] > 0.8 * math.log(10)
+    assert losses[-1] < 0.95 * math.log(10)  # chance is log 10
+    assert found > 0.2
+
+
+def test_a_built_network_of_any_kind_trains_for_a_step():
+    data = dataset(4, size=32)
+    for name in ("shufflenet_v2_x0_5", "squeezenet1_1", "regnet_x_400mf"):
+        network = fresh(data, name)
+        before = weights(network)
+        train(network, data, replace(RECIPE, epochs=1))
+        after = weights(network)
+        moved = [k for k in before if not torch.equal(before[k], after[k])]
+        assert len(moved) > 0.8 * sum("num_batches" not in k for k in before)
+        assert build(network.spec).state_dict().keys() == after.keys()
