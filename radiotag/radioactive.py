@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ STATISTIC = "response+ridge"  # what new keys declare
 STATISTICS = {"response+ridge": "response and ridge alignment, unit vectors summed; Stouffer over classes"}
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
 ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
-GRADIENTS = 4000  # response gradients in all, shared among the classes
+GRADIENTS = 2500  # response gradients in all, shared among the classes
 Floats = NDArray[np.float64]
 
 
@@ -86,8 +87,8 @@ def uniform_carriers(classes: int, dimension: int, entropy: Callable[[int], byte
     Every number comes from 64 fresh bits of `entropy`, by default the operating system's: no seed exists that could be
     guessed or leaked.
     """
-    bits = np.frombuffer(entropy(8 * classes * dimension), dtype=np.uint64) >> np.uint64(11)
-    gaussian = special.ndtri((bits + 0.5) * 2.0**-53).reshape(classes, dimension)
+    bits = np.frombuffer(entropy(8 * classes * dimension), dtype=np.uint64) >> np.uint64(12)
+    gaussian = special.ndtri((bits + 0.5) * 2.0**-52).reshape(classes, dimension)
     return torch.from_numpy(gaussian / np.linalg.norm(gaussian, axis=1, keepdims=True)).float()
 
 
@@ -98,6 +99,7 @@ def new_key(weights: State, network: dict[str, Any], dimension: int, classes: in
     if count < 1:
         raise RadiotagError("a key needs at least one class")
     metadata = {"format": FORMAT, "statistic": STATISTIC, "network": network, "class_names": names}
+    metadata = json.loads(json.dumps(metadata))  # as it comes back from the file: no tuples
     carriers, secret = uniform_carriers(count, dimension), os.urandom(32)
     print_ = fingerprint(carriers, secret, weights, metadata)
     return Key(carriers=carriers, secret=secret, weights=weights, metadata=metadata, fingerprint=print_)
@@ -155,15 +157,28 @@ def load_key(path: Path) -> Key:
             metadata = json.loads((file.metadata() or {})["radiotag"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         carriers, secret = tensors.pop("carriers"), bytes(tensors.pop("secret").tolist())
+        _check(metadata, carriers, secret)
     except FileNotFoundError as error:
         raise RadiotagError(f"no key at {path}", f"make one: radiotag keygen -o {path}") from error
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise RadiotagError(f"{path} is not a radiotag key: {error}", "make one: radiotag keygen") from error
     if metadata.get("format") != FORMAT or metadata.get("statistic") not in STATISTICS:
         raise RadiotagError(f"{path} is of a format that this version does not know", "pip install -U radiotag")
     weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
     print_ = fingerprint(carriers, secret, weights, metadata)
     return Key(carriers=carriers, secret=secret, weights=weights, metadata=metadata, fingerprint=print_)
+
+
+def _check(metadata: Any, carriers: Tensor, secret: bytes) -> None:
+    """Raise KeyError or ValueError where a key file is damaged; a later format may look otherwise."""
+    if not isinstance(metadata, dict):
+        raise ValueError("its description is no mapping")
+    if metadata.get("format") != FORMAT:
+        return
+    names, _ = metadata["class_names"], metadata["network"]
+    unit = carriers.dim() == 2 and bool(((carriers.double().norm(dim=1) - 1).abs() < 1e-3).all())
+    if not unit or len(secret) != 32 or (names is not None and len(names) != len(carriers)):
+        raise ValueError("its carriers or its secret are damaged")
 
 
 def choose(key: Key, paths: Sequence[str], fraction: float) -> set[str]:
@@ -306,11 +321,13 @@ def cosine_log_sf(cosine: Floats | float, dimension: int) -> Floats:
     t = np.atleast_1d(np.asarray(cosine, dtype=np.float64))
     if dimension < 2 or np.isnan(t).any():
         raise ValueError("cosine_log_sf needs a dimension of at least 2 and cosines that are numbers")
-    x = np.clip((1 - np.abs(t)) * (1 + np.abs(t)), 2.0**-53, 1.0)  # 1 − t², no cancellation
+    x = np.clip((1 - np.abs(t)) * (1 + np.abs(t)), 2.0**-52, 1.0)  # 1 − t², no cancellation
     a = (dimension - 1) / 2
     tail = special.betainc(a, 0.5, x) / 2
-    upper = np.where(tail > 1e-290, np.log(np.maximum(tail, 1e-300)), [_log_tail(a, v) for v in x.ravel()])
-    return np.where(t >= 0, upper, np.log1p(-tail))
+    upper, far = np.log(np.maximum(tail, 1e-300)), tail <= 1e-290
+    upper[far] = [_log_tail(a, v) for v in x[far]]  # only there: nearer zero the series converges slowly
+    result: Floats = np.where(t >= 0, upper, np.log1p(-tail))
+    return result
 
 
 def _log_tail(a: float, x: float) -> float:
@@ -420,6 +437,13 @@ def project_off(rows: Tensor, basis: Tensor) -> Tensor:
     return remainder
 
 
+@lru_cache(maxsize=4)
+def own_responses(marker: Network, pixels: Tensor, batch_size: int) -> Tensor:
+    """The marking network's responses to its own classes (64 at most), (K, d); kept for the next suspect."""
+    own = range(min(marker.spec.classes, 64))
+    return responses(marker, marker, pixels[: max(8, GRADIENTS // 4 // len(own))], own, batch_size)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """What was computed from one suspect without the carriers: class vectors in the marking space."""
@@ -442,10 +466,9 @@ def suspect_rows(
     pixels: (N, 3, H, W) in [0, 1], unmarked; the first ones serve the response, all serve the alignment.
     """
     outputs = [output for output, _ in pairs]
-    probes = pixels[: min(len(pixels), max(8, min(400, GRADIENTS // len(outputs))))]
-    own = range(min(marker.spec.classes, 64))
+    probes = pixels[: max(8, min(250, GRADIENTS // len(outputs)))]
     answer = responses(marker, suspect, probes, outputs, batch_size)
-    common = responses(marker, marker, probes[: max(8, GRADIENTS // 4 // len(own))], list(own), batch_size)
+    common = own_responses(marker, pixels, batch_size)  # (K, d)
     declared = F.normalize(project_off(answer, common), dim=1)  # (C, d)
     paper, r2 = None, None
     if suspect.head is not None and marker.head is not None:

@@ -127,6 +127,8 @@ for line in sys.stdin:
         os.chdir(task["cwd"])
         os.dup2(os.open(task["out"], os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), 1)
         os.dup2(os.open(task["err"], os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), 2)
+        sys.stdout = open(1, "w", closefd=False)  # what they are now: a file, or a terminal
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
         sys.argv = ["radiotag", *task["argv"]]
         code = 1
         try:
@@ -967,7 +969,8 @@ def test_stale_temporary_files_are_removed_and_no_others(world, tmp_path):
 
 def wait_for_files(folder, count):
     deadline = time.monotonic() + 120
-    while len(list(folder.rglob("*.png"))) < count and time.monotonic() < deadline:
+    while len(list(folder.rglob("*.png"))) < count:
+        assert time.monotonic() < deadline, "the run does not get there"
         time.sleep(0.002)
 
 
@@ -1121,7 +1124,8 @@ def test_train_demo_interrupted_goes_on_to_the_same_model(world, nursery, tmp_pa
     assert nursery.run(*command, "-o", tmp_path / "whole.pt").code == 0
     process = nursery.start(*command, "-o", tmp_path / "cut.pt")
     deadline = time.monotonic() + 120
-    while not (tmp_path / "cut.pt").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "cut.pt").exists():
+        assert time.monotonic() < deadline, "no epoch ends"
         time.sleep(0.002)
     os.kill(process, signal.SIGINT)
     cut = nursery.wait()

@@ -299,6 +299,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("architecture", ["shufflenet_v2_x0_5", "mobilenet_v3_small"])  # the second has dropout
 def test_a_resumed_training_repeats_an_undisturbed_one(architecture, tmp_path):
     data = dataset()
+    torch.manual_seed(1)
     whole = fresh(data, architecture)
     train(whole, data, RECIPE, output=tmp_path / "whole.pt")
     path, epochs = tmp_path / "m.pt", []
