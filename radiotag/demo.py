@@ -21,10 +21,10 @@ class Size:
     """How large a demonstration is; the default takes some minutes on two cores."""
 
     images: int = 1500
-    held_out: int = 300
+    held_out: int = 1000
     pixels: int = 32
     fraction: float = 1.0
-    steps: int = 10
+    steps: int = 12
     epochs: int = 3  # of fine-tuning: from scratch, so few images teach a network neither the classes nor the mark
     batch_size: int = 32
     lr: float = 0.05
@@ -71,7 +71,7 @@ def run(
         accuracy.append(_train(folder / images, held_out, paths[-1], size, seed, device))
     note("5/5 verifying both")
     options = verification.Options(device=device)
-    findings = verification.verify(paths, key, options)
+    findings = verification.verify(paths, key, options, data=folder / "held-out")
     return Result(
         folder=folder, key=folder / "k.safetensors", fingerprint=key.fingerprint, marked=len(psnr), images=size.images,
         psnr=psnr[len(psnr) // 2], accuracy=(accuracy[0], accuracy[1]), findings=(findings[0], findings[1]),
@@ -113,7 +113,7 @@ def lines(result: Result) -> list[str]:
         *table,
         f"everything is in {result.folder}/ (preview.png shows original | marked | difference)",
         f"key sha256:{result.fingerprint}",
-        f"next: radiotag verify {result.folder}/radioactive.pt --key {result.key}",
+        f"next: radiotag verify {result.folder}/radioactive.pt --key {result.key} --data {result.folder}/held-out",
     ]
 
 

@@ -405,24 +405,37 @@ def aligned_rows(phi: Tensor, psi: Tensor, weight: Tensor, ridge: float) -> tupl
     return weight @ matrix.T, r2
 
 
-def responses(marker: Network, suspect: Network, pixels: Tensor, outputs: Sequence[int], batch_size: int) -> Tensor:
+def responses(
+    marker: Network,
+    suspect: Network,
+    pixels: Tensor,
+    outputs: Sequence[int],
+    batch_size: int,
+    labels: Tensor | None = None,
+) -> Tensor:
     """Which way φ moves when an image moves up the suspect's gradient for a class.
 
     r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x log softmax f(x)_c: (N, 3, H, W) in [0, 1] → (C, d) float64.
-    It asks for no alignment, no linear head and no features of the suspect.
+    With labels (N,), positions in `outputs`, the mean is over the images of class c; without, every image serves every
+    class. It asks for no alignment, no linear head and no features of the suspect.
     """
     device = marker.get_buffer("mean").device
     total = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64)
+    count = torch.zeros(len(outputs), 1, dtype=torch.float64)
+    column = torch.tensor(list(outputs))
     with _forward_mode():
-        for batch in torch.split(pixels, batch_size):
-            x = batch.to(device).requires_grad_()
+        for start in range(0, len(pixels), batch_size):
+            x = pixels[start : start + batch_size].to(device).requires_grad_()
             scores = suspect(x).log_softmax(1)  # (B, C')
-            for i, output in enumerate(outputs):
-                (g,) = torch.autograd.grad(scores[:, output].sum(), x, retain_graph=i + 1 < len(outputs))
+            every = [torch.full((len(x),), i) for i in range(len(outputs))]
+            for classes in every if labels is None else [labels[start : start + batch_size]]:
+                wanted = scores.gather(1, column[classes].to(device)[:, None])
+                (g,) = torch.autograd.grad(wanted.sum(), x, retain_graph=labels is None)
                 scale = g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
                 pushed = torch.func.jvp(marker.features, (x.detach(),), (g / scale,))[1]  # (B, d)
-                total[i] += F.normalize(pushed.detach().double(), dim=1).sum(0).cpu()
-    return total / len(pixels)
+                total.index_add_(0, classes, F.normalize(pushed.detach().double(), dim=1).cpu())
+                count[:, 0] += torch.bincount(classes, minlength=len(outputs))
+    return total / count.clamp_min(1)
 
 
 def project_off(rows: Tensor, basis: Tensor) -> Tensor:
@@ -437,11 +450,17 @@ def project_off(rows: Tensor, basis: Tensor) -> Tensor:
     return remainder
 
 
+def project_own(rows: Tensor, own: Tensor) -> Tensor:
+    """Rows (C, d) less their part along the same class's row of `own` (C, d)."""
+    directions = F.normalize(own, dim=1)
+    remainder: Tensor = rows - (rows * directions).sum(1, keepdim=True) * directions
+    return remainder
+
+
 @lru_cache(maxsize=4)
-def own_responses(marker: Network, pixels: Tensor, batch_size: int) -> Tensor:
-    """The marking network's responses to its own classes (64 at most), (K, d); kept for the next suspect."""
-    own = range(min(marker.spec.classes, 64))
-    return responses(marker, marker, pixels[: max(8, GRADIENTS // 4 // len(own))], own, batch_size)
+def own_responses(marker: Network, pixels: Tensor, count: int, outputs: tuple[int, ...], batch_size: int) -> Tensor:
+    """The marking network's own answers, (K, d), on the first `count` images; kept for the next suspect."""
+    return responses(marker, marker, pixels[:count], outputs, batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -460,23 +479,36 @@ def suspect_rows(
     pixels: Tensor,
     pairs: Sequence[tuple[int, int]],
     batch_size: int = 64,
+    *,
+    labels: Tensor | None = None,
+    own: Sequence[int] | None = None,
 ) -> Rows:
     """The declared statistic's vectors and the paper's, for (suspect output, carrier row) pairs. Carriers play no part.
 
-    pixels: (N, 3, H, W) in [0, 1], unmarked; the first ones serve the response, all serve the alignment.
+    pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs`, or none: then the first images
+    serve the response of every class. All serve the alignment. `own`: the marking network's outputs for the same
+    classes, whose answers are removed class by class; without, the span of all its answers is.
     """
     outputs = [output for output, _ in pairs]
-    probes = pixels[: max(8, min(250, GRADIENTS // len(outputs)))]
-    answer = responses(marker, suspect, probes, outputs, batch_size)
-    common = own_responses(marker, pixels, batch_size)  # (K, d)
-    declared = F.normalize(project_off(answer, common), dim=1)  # (C, d)
+    count = max(8, min(250, GRADIENTS // len(outputs))) if labels is None else len(pixels)
+    answer = responses(marker, suspect, pixels[:count], outputs, batch_size, labels)
+    if own is None:
+        every = tuple(range(min(marker.spec.classes, 64)))
+        few = max(8, GRADIENTS // 4 // len(every))
+        answer = project_off(answer, own_responses(marker, pixels, few, every, batch_size))
+    elif labels is None:
+        answer = project_own(answer, own_responses(marker, pixels, count, tuple(own), batch_size))
+    else:
+        answer = project_own(answer, responses(marker, marker, pixels, own, batch_size, labels))
+    declared = F.normalize(answer, dim=1)  # (C, d)
     paper, r2 = None, None
     if suspect.head is not None and marker.head is not None:
         phi, psi = features(marker, pixels, batch_size), features(suspect, pixels, batch_size)
         weight = suspect.head.weight.double().cpu()[outputs]
         paper, r2 = aligned_rows(phi, psi, weight, 0.0)
         ridge, _ = aligned_rows(phi, psi, weight, 0.1)
-        ridge = project_off(ridge, marker.head.weight.double().cpu())
+        heads = marker.head.weight.double().cpu()  # (K, d)
+        ridge = project_off(ridge, heads) if own is None else project_own(ridge, heads[list(own)])
         declared = declared + F.normalize(ridge, dim=1)
     return Rows(declared=declared, paper=paper, r2=r2, classes=tuple(row for _, row in pairs))
 

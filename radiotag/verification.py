@@ -72,8 +72,8 @@ def marked_hashes(manifest: Path) -> set[str]:
     return {row["sha256_out"] for row in read_manifest(manifest)[1].values() if row["status"] == "marked"}
 
 
-def real_images(folder: Path, size: int, marked: set[str]) -> Tensor:
-    """(N, 3, size, size) in [0, 1] of a folder of unmarked images, at most ALIGNMENT_IMAGES, evenly taken.
+def real_images(folder: Path, size: int, marked: set[str]) -> tuple[Tensor, list[str]]:
+    """(N, 3, size, size) in [0, 1] and class names of unmarked images, at most ALIGNMENT_IMAGES, evenly taken.
 
     Raises RadiotagError if one of them is marked (by `marked`, or by a manifest beside it or a folder above).
     """
@@ -82,7 +82,7 @@ def real_images(folder: Path, size: int, marked: set[str]) -> Tensor:
         marked = marked | (marked_hashes(beside) if beside.is_file() else set())
     items, _, _ = scan(folder)
     step = max(1, math.ceil(len(items) / ALIGNMENT_IMAGES))
-    images = []
+    images, labels = [], []
     for item in items[::step]:
         path = folder / item.path
         data = path.read_bytes()
@@ -93,7 +93,8 @@ def real_images(folder: Path, size: int, marked: set[str]) -> Tensor:
             )
         rgb = torch.from_numpy(np.ascontiguousarray(decode(data, str(path)).rgb.transpose(2, 0, 1))) / 255
         images.append(F.interpolate(rgb[None], (size, size), mode="bilinear", antialias=True))
-    return torch.cat(images).clamp_(0, 1)
+        labels.append(item.label)
+    return torch.cat(images).clamp_(0, 1), labels
 
 
 def pair_classes(key: Key, suspect: Network, manifest: Path | None) -> list[tuple[int, int]]:
@@ -140,9 +141,25 @@ def examine(
     ).to(options.device)
     pairs = pair_classes(key, suspect, manifest)
     size = max(suspect.spec.image_size, marker.spec.image_size)
-    marked = marked_hashes(manifest) if manifest else set()
-    pixels = real_images(data, size, marked) if data else synthetic_images(size)
-    return suspect, suspect_rows(marker, suspect, pixels, pairs, options.batch_size)
+    names = suspect.spec.class_names or tuple(key.class_names or ())
+    labels, own = None, None
+    if data is None:
+        pixels = synthetic_images(size)
+    else:
+        pixels, found = real_images(data, size, marked_hashes(manifest) if manifest else set())
+        pixels, labels = labelled(pixels, found, [names[output] for output, _ in pairs] if names else None)
+    known = marker.spec.class_names or ()
+    if names and all(names[output] in known for output, _ in pairs):
+        own = [known.index(names[output]) for output, _ in pairs]
+    return suspect, suspect_rows(marker, suspect, pixels, pairs, options.batch_size, labels=labels, own=own)
+
+
+def labelled(pixels: Tensor, found: Sequence[str], names: Sequence[str] | None) -> tuple[Tensor, Tensor | None]:
+    """Images with their classes' positions in `names`; all of them and None where a class has no image or no name."""
+    if names is None or not set(names) <= set(found):
+        return pixels, None
+    keep = [i for i, name in enumerate(found) if name in names]
+    return pixels[keep], torch.tensor([names.index(found[i]) for i in keep])
 
 
 def verify(
