@@ -42,6 +42,7 @@ from radiotag.radioactive import (
     new_key,
     project,
     project_off,
+    project_own,
     public_half,
     random_crop,
     responses,
@@ -1133,6 +1134,35 @@ def test_declared_rows_sum_two_unit_vectors():
 
 
 # ---------------------------------------------------------------- evidence
+
+
+def toys(seed):
+    return Toy(linear(gaussian(6, 48, seed=seed)), gaussian(3, 6, seed=seed + 10))
+
+
+def test_labelled_responses_average_each_class_over_its_own_images():
+    marker, suspect, pixels = toys(seed=1), toys(seed=2), images_in_unit_range(7)
+    labels = torch.tensor([1, 0, 1, 1, 0, 1, 1])
+    found = responses(marker, suspect, pixels, [2, 0], 3, labels)
+    for position, output in enumerate((2, 0)):  # oracle: the unlabelled answer on the class's images alone
+        expected = responses(marker, suspect, pixels[labels == position], [output], 2)
+        torch.testing.assert_close(found[position], expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_without_images_answers_nothing():
+    marker, suspect = toys(seed=1), toys(seed=2)
+    found = responses(marker, suspect, images_in_unit_range(2), [0, 1], 2, torch.tensor([0, 0]))
+    assert found[0].any()
+    assert not found[1].any()
+
+
+def test_project_own_removes_each_rows_own_direction_only():
+    rows, own = gaussian(5, 12, seed=1), gaussian(5, 12, seed=2)
+    found = project_own(rows, own)
+    for row, direction, left in zip(rows.numpy(), own.numpy(), found.numpy(), strict=True):
+        expected = row - direction * (row @ direction) / (direction @ direction)
+        np.testing.assert_allclose(left, expected, atol=1e-12)
+    assert torch.equal(project_own(rows, torch.zeros_like(own)), rows)  # a silent network takes nothing away
 
 
 def rows_of(declared, paper=None, classes=None):

@@ -1,7 +1,7 @@
 """Turn a checkpoint of train-demo into the built-in marking network: int8 weights, a quarter of the bytes.
 
-    radiotag train-demo cifar10/train -o marker.pt --arch resnet10 --epochs 8 --seed 1 --val cifar10/test
-    python tests/benchmarks/pack_builtin.py marker.pt
+radiotag train-demo cifar10/train -o marker.pt --arch resnet10 --epochs 8 --seed 1 --val cifar10/test
+python tests/benchmarks/pack_builtin.py marker.pt
 """
 
 import json
