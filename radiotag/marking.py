@@ -381,12 +381,19 @@ def _marked(
 def _mark_batch(
     plan: Plan, ready: Sequence[tuple[Item, bytes, Picture]], key: Key, network: Network, marking: Marking
 ) -> Iterator[dict[str, Any]]:
-    """Mark decoded images together and write their files."""
+    """Mark decoded images together, or by halves where memory does not suffice, and write their files."""
     format = str(plan.header["format"])
     pictures = [picture for _, _, picture in ready]
     carriers = key.carriers[[plan.rows[item.label] for item, _, _ in ready]].to(network.get_buffer("mean").device)
     draws = [image_random(key, item.path.as_posix(), int(plan.header["seed"])) for item, _, _ in ready]
-    marked = mark_pictures(network, pictures, carriers, draws, marking, format)
+    try:
+        marked = mark_pictures(network, pictures, carriers, draws, marking, format)
+    except torch.OutOfMemoryError:
+        if len(ready) == 1:
+            raise
+        for half in (ready[: len(ready) // 2], ready[len(ready) // 2 :]):
+            yield from _mark_batch(plan, half, key, network, marking)
+        return
     gains = feature_gains(network, pictures, [seen for _, seen in marked], carriers)
     for (item, data, picture), (encoded, seen), gain in zip(ready, marked, gains, strict=True):
         relative = _output(plan, item)

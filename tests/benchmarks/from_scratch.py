@@ -52,9 +52,9 @@ class Run:
             result = json.loads(out)
             if "error" in result:
                 raise SystemExit(f"{name}: {result['error']}")
-            self.done[name] = {**result, "command": f"radiotag {command}"}
+            self.done[name] = result
             self.log.write_text(json.dumps(self.done, indent=1, sort_keys=True))
-        return self.done[name]
+        return {**self.done[name], "command": f"radiotag {command}"}
 
     def __call__(self, name: str, command: str) -> dict:
         return self.finish(name, command, self.start(name, command))
@@ -94,7 +94,7 @@ def main() -> None:
     if not (a.work / "cifar10").exists():
         zipfile.ZipFile(a.data).extractall(a.work)
     run, started = Run(a.work), time.time()
-    run("keygen", "keygen -o k.safetensors --classes 10")
+    key = run("keygen", "keygen -o k.safetensors --classes 10")
     mark = run(
         "mark",
         f"mark cifar10/train -o marked --key k.safetensors --fraction {a.fraction} --format {a.format} "
@@ -114,7 +114,9 @@ def main() -> None:
     for name in commands:
         for alignment, option in (("synthetic", ""), ("real", " --data cifar10/test")):
             command = f"verify {name}.pt --key k.safetensors{option}"
-            findings[f"{name}, {alignment}"] = run(f"verify {name} {alignment}", command)["suspects"][0]
+            answer = run(f"verify {name} {alignment}", command)
+            seconds = {"command": answer["command"], "seconds": answer["seconds"]}
+            findings[f"{name}, {alignment}"] = {**answer["suspects"][0], **seconds}
     null = null_check(a.work, a.work / "k.safetensors", a.work / "clean.pt")
     psnr = [row["psnr"] for row in read_manifest(a.work / "marked.manifest.jsonl")[1].values() if "psnr" in row]
     print(f"\nq {a.fraction:.0%}, {mark['marked']} images marked, PSNR median {statistics.median(psnr):.1f} dB")
@@ -128,7 +130,7 @@ def main() -> None:
     print(f"null: {null['keys']} fresh keys on the clean suspect, Kolmogorov-Smirnov p {null['ks_p']:.2f}")
     result = {
         "arguments": {k: str(v) for k, v in vars(a).items() if k not in {"data", "work", "json"}},
-        "steps": run.done, "null": null, "psnr_5th_percentile": float(np.percentile(psnr, 5)),
+        "steps": {"keygen": key, "mark": mark, **models, **findings}, "null": null, "psnr_5th_percentile": float(np.percentile(psnr, 5)),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                     "threads": torch.get_num_threads()},
         "versions": {"radiotag": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
