@@ -130,7 +130,8 @@ def main() -> None:
     print(f"null: {null['keys']} fresh keys on the clean suspect, Kolmogorov-Smirnov p {null['ks_p']:.2f}")
     result = {
         "arguments": {k: str(v) for k, v in vars(a).items() if k not in {"data", "work", "json"}},
-        "steps": {"keygen": key, "mark": mark, **models, **findings}, "null": null, "psnr_5th_percentile": float(np.percentile(psnr, 5)),
+        "steps": {"keygen": key, "mark": mark, **models, **findings}, "null": null,
+        "psnr_5th_percentile": float(np.percentile(psnr, 5)),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                     "threads": torch.get_num_threads()},
         "versions": {"radiotag": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
