@@ -116,9 +116,10 @@ def environment(**more):
 
 
 NURSERY = """
-import json, os, sys
+import json, os, signal, sys
 import radiotag.marking, radiotag.training, radiotag.verification
 from radiotag import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would pass on that it is ignored
 for line in sys.stdin:
     task = json.loads(line)
     pid = os.fork()
