@@ -22,8 +22,10 @@ from radiotag import RadiotagError, __version__
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from radiotag.blackbox import Queries
     from radiotag.marking import Summary
-    from radiotag.verification import Finding
+    from radiotag.radioactive import Key
+    from radiotag.verification import Finding, Options
 
 DETECTED, ERROR, NO_EVIDENCE, INTERRUPTED = 0, 1, 3, 130  # exit codes; 2 is a usage error
 SCHEMA = 1
@@ -498,13 +500,19 @@ def _demonstrate(report: Report, folder: Path, device: str, force: bool, seed: i
 
 @app.command(
     epilog="Examples: radiotag verify model.pt --key k.safetensors  |  radiotag verify a.pt b.safetensors -k "
-    "k.safetensors --data ./held-out --json"
+    "k.safetensors --data ./held-out --report evidence.html  |  radiotag verify -k k.safetensors --black-box "
+    "--data ./held-out --export questions  |  radiotag verify -k k.safetensors --predictions answers.csv"
 )
 def verify(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="suspects: .pt, .pth, .th or .safetensors")],
     key: KeyOption,
+    models: Annotated[
+        list[Path] | None, typer.Argument(metavar="[MODEL]...", help="suspects: .pt, .pth, .th or .safetensors")
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="unmarked images for the alignment  [default: synthetic ones]")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="unmarked images; labelled by sub-folders, they match classes  [default: synthetic]"
+        ),
     ] = None,
     arch: Annotated[
         str | None, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="the suspect's network, if not recognised")
@@ -520,9 +528,26 @@ def verify(
         Path | None,
         typer.Option(metavar="MANIFEST", help="use this manifest's classes, and refuse its images"),
     ] = None,
+    black_box: Annotated[
+        bool, typer.Option("--black-box", help="test by the suspect's answers to images of --data, marked anew")
+    ] = False,
+    decoys: Annotated[int, typer.Option(min=1, max=999, help="decoy keys beside the true one, black-box")] = 15,
+    export: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="write the black-box images for a suspect that is elsewhere")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv|.json", help="that suspect's answers to the exported images")
+    ] = None,
     alpha: Annotated[
         float, typer.Option(min=1e-300, max=0.5, help="detected if the corrected p is at most this")
     ] = 1e-4,
+    calibrate: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="fresh keys to test the same suspect with, as a check")
+    ] = 0,
+    report_: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html|.svg", help="write the result as a page, too")
+    ] = None,
+    force: ForceOption = False,
     device: DeviceOption = "auto",
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="images computed together")] = 64,
     json_: JsonOption = False,
@@ -534,35 +559,118 @@ def verify(
     whatever could be chosen after seeing a suspect would void the p-value.
     """
     with reporting("verify", json_, quiet) as report:
+        _check_verify(models, data, black_box, export, predictions, calibrate)
+        from radiotag import report as pages
         from radiotag import verification
-        from radiotag.radioactive import NULL, load_key
+        from radiotag.radioactive import load_key
 
+        if report_:
+            pages.check_format(report_)
+            if report_.exists() and not force:
+                raise RadiotagError(f"{report_} exists", "choose another name, or overwrite it with --force")
         secret = load_key(key)
         options = verification.Options(
             architecture=arch, image_size=image_size, mean=_triple(mean, "--mean"), std=_triple(std, "--std"),
             device=choose_device(device), batch_size=batch_size,
         )  # fmt: skip
-        findings = verification.verify(
-            models, secret, options, data=data, manifest=marked, alpha=alpha,
-            progress=lambda path: report.note(f"examining {path} …"),
-        )  # fmt: skip
-        for finding in findings:
-            report.say(*_finding_lines(finding, alpha, len(findings)))
-        report.say(
-            f"null         {NULL}",
-            f"statistic    {secret.statistic}, declared in the key",
-            f"key          sha256:{secret.fingerprint}",
-            f"note         {verification.VOIDS[0]}",
-            f"             {verification.VOIDS[1]}",
-            f"next         radiotag verify {shlex.join(map(str, models))} --key {shlex.quote(str(key))} --json > "
-            "evidence.json (to keep)",
+
+        def show(path: Path) -> None:
+            report.note(f"examining {path} …")
+
+        if predictions:
+            findings = verification.verify_predictions(predictions, secret, key, alpha=alpha)
+        elif black_box and data:
+            queries = _queries(report, secret, key, options, data, marked, decoys)
+            if export:
+                _export(report, queries, export, key, secret.fingerprint)
+                return
+            findings = verification.verify_black_box(models or [], queries, options, alpha=alpha, progress=show)
+        else:
+            findings = verification.verify(
+                models or [], secret, options, data=data, manifest=marked, alpha=alpha, calibration=calibrate,
+                progress=show,
+            )  # fmt: skip
+        if report_:
+            pages.write(report_, findings, secret, alpha)
+        _tell(report, findings, secret, alpha, report_)
+        raise typer.Exit(DETECTED if all(finding.detected for finding in findings) else NO_EVIDENCE)
+
+
+def _check_verify(
+    models: list[Path] | None, data: Path | None, black_box: bool, export: Path | None, predictions: Path | None,
+    calibrate: int,
+) -> None:  # fmt: skip
+    """Combinations that mean nothing; a usage error each."""
+    if bool(models) == bool(export or predictions):
+        raise typer.BadParameter(
+            "give one or more MODELs, or --export or --predictions instead of them"
+            if not models
+            else "--export and --predictions are for a suspect that is elsewhere: leave MODEL out"
         )
-        detected = all(finding.detected for finding in findings)
-        report.give(
-            fingerprint=secret.fingerprint, alpha=alpha, statistic=secret.statistic, detected=detected,
-            suspects=[verification.as_json(finding) for finding in findings],
-        )  # fmt: skip
-        raise typer.Exit(DETECTED if detected else NO_EVIDENCE)
+    if export and predictions:
+        raise typer.BadParameter("--export comes first, --predictions when the answers are there: give one of them")
+    if export and not black_box:
+        raise typer.BadParameter("--export needs --black-box")
+    if black_box and not predictions and data is None:
+        raise typer.BadParameter("--black-box needs --data DIR: unmarked images in class sub-folders")
+    if calibrate and (black_box or predictions):
+        raise typer.BadParameter("--calibrate is for the white-box test: black-box counts its null out exactly")
+
+
+def _queries(
+    report: Report, secret: "Key", key: Path, options: "Options", data: Path, marked: Path | None, decoys: int
+) -> "Queries":
+    from radiotag import verification
+
+    with progress_bar(report, "images") as bar:
+        task = bar.add_task("marking", total=None, detail="")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return verification.prepare_queries(secret, key, options, data, marked, decoys, report.note, show)
+
+
+def _export(report: Report, queries: "Queries", folder: Path, key: Path, fingerprint: str) -> None:
+    from radiotag import blackbox
+
+    count = blackbox.export(queries, folder)
+    report.say(
+        f"exported     {count} images to {folder} (which is which is kept beside the key)",
+        "ask          the suspect for a label or its probabilities on each; write file,label or file,CLASS,CLASS,...",
+        f"key          sha256:{fingerprint}",
+        f"next         radiotag verify --key {shlex.quote(str(key))} --predictions answers.csv",
+    )
+    report.give(fingerprint=fingerprint, export=str(folder), images=count)
+
+
+def _tell(report: Report, findings: "list[Finding]", secret: "Key", alpha: float, page: Path | None) -> None:
+    from radiotag import report as pages
+    from radiotag import verification
+    from radiotag.radioactive import NULL
+
+    for finding in findings:
+        report.say(*_finding_lines(finding, alpha, len(findings)))
+        if finding.calibration:
+            report.say(*(line.plain for line in pages.histogram(finding.calibration)), "")
+    white = all(finding.method == "white-box" for finding in findings)
+    report.say(
+        f"null         {NULL}",
+        f"statistic    {f'{secret.statistic}, declared in the key' if white else pages.BLACK_BOX}",
+        f"key          sha256:{secret.fingerprint}",
+        f"note         {verification.VOIDS[0]}",
+        f"             {verification.VOIDS[1]}",
+        f"report       {page}" if page else "next         the same with --report evidence.html makes a page to keep",
+    )
+    calibrations = [verification.as_json(f)["calibration"] for f in findings if f.calibration]
+    report.give(
+        fingerprint=secret.fingerprint, alpha=alpha,
+        statistic=secret.statistic if white else "black-box",
+        detected=all(finding.detected for finding in findings),
+        suspects=[verification.as_json(finding) for finding in findings],
+        **({"calibration": calibrations[0]} if len(calibrations) == 1 else {}),
+        **({"report": str(page)} if page else {}),
+    )  # fmt: skip
 
 
 def _triple(text: str | None, option: str) -> tuple[float, ...] | None:
@@ -579,17 +687,19 @@ def _triple(text: str | None, option: str) -> tuple[float, ...] | None:
 
 def _finding_lines(finding: "Finding", alpha: float, count: int) -> list[str]:
     verdict = "MARK DETECTED" if finding.detected else "no evidence"
-    r2 = "none" if finding.alignment_r2 is None else f"{finding.alignment_r2:.2f}"
-    paper = "none" if finding.paper_log10_p is None else f"{finding.paper_log10_p:.2f}"
     corrected = f", corrected for {count} suspects {finding.log10_p_corrected:.2f}" if count > 1 else ""
-    return [
-        f"suspect      {finding.path} ({finding.architecture}, {finding.classes_used} classes used, alignment R² {r2})",
-        f"verdict      {verdict}: log10 p = {finding.log10_p:.2f}{corrected} (threshold p ≤ {alpha:g}), "
-        f"mean cosine {finding.mean_cosine:+.4f}",
-        f"paper's test log10 p = {paper} (information only)",
-        *(f"warning      {warning}" for warning in finding.warnings),
-        "",
+    how, more = f"black-box, {finding.decoys} decoys", ""
+    if finding.method == "white-box":
+        how = "alignment R² " + ("none" if finding.alignment_r2 is None else f"{finding.alignment_r2:.2f}")
+        more = f", mean cosine {finding.mean_cosine:+.4f}"
+    lines = [
+        f"suspect      {finding.path} ({finding.architecture}, {finding.classes_used} classes used, {how})",
+        f"verdict      {verdict}: log10 p = {finding.log10_p:.2f}{corrected} (threshold p ≤ {alpha:g}){more}",
     ]
+    if finding.method == "white-box":
+        paper = "none" if finding.paper_log10_p is None else f"{finding.paper_log10_p:.2f}"
+        lines.append(f"paper's test log10 p = {paper} (information only)")
+    return [*lines, *(f"warning      {warning}" for warning in finding.warnings), ""]
 
 
 def main() -> None:

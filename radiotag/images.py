@@ -408,6 +408,13 @@ def _check_link(link: Path, root: Path) -> None:
         raise RadiotagError(f"{link}: a symbolic link to a folder", hint)
 
 
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """The bytes of a plain PNG file of (H, W, 3) pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def write_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
     """Write a file whole or not at all; `mode` sets its permissions, which otherwise follow the umask."""
     _fill_atomically(path, lambda file: file.write(data), mode)

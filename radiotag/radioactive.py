@@ -355,6 +355,11 @@ def stouffer(log_p: Floats) -> float:
     return float(special.log_ndtr(-scores.sum() / math.sqrt(len(scores))))
 
 
+def bonferroni(log_p: Floats) -> float:
+    """log p of the smallest of several p-values, corrected for having chosen it; they may depend on each other."""
+    return min(0.0, float(log_p.min()) + math.log(len(log_p)))
+
+
 def holm(log_p: Sequence[float]) -> list[float]:
     """Holm's step-down correction of natural-log p-values for testing several suspects with one key."""
     corrected, running = [0.0] * len(log_p), -math.inf
@@ -362,6 +367,49 @@ def holm(log_p: Sequence[float]) -> list[float]:
         running = max(running, log_p[i] + math.log(len(log_p) - rank))
         corrected[i] = min(0.0, running)
     return corrected
+
+
+def resampled_log_p(values: Floats) -> float:
+    """log p of the true key among its decoys: (K + 1, C) values, row 0 the true key's, higher is more suspicious.
+
+    Under the null each class's K + 1 values are exchangeable, so that (K + 1)^C assignments of a key to each class are
+    equally likely; p is the share of them whose summed scores reach the true key's, counted exactly. A score is the
+    value in its class's standard deviations, rounded to a grid: that makes the sums integers, and p a convolution.
+    """
+    spread = values.std(0)
+    kept = values[:, spread > 1e-12 * np.abs(values).max(0)]  # a class in which all keys do alike says nothing
+    if kept.shape[1] == 0:
+        return 0.0
+    grid = max(8, min(1000, 20_000 // kept.shape[1]))  # bounds the length of the convolution
+    scores = np.rint((kept - kept.mean(0)) / kept.std(0) * grid).astype(np.int64)  # (K + 1, C)
+    observed = int(scores[0].sum())
+    tilt = _tilt(scores, observed)
+    weights = np.exp(tilt * (scores - scores.max(0)))  # (K + 1, C): far tails stay within reach of float64
+    log_scale = float(np.log(weights.mean(0)).sum() + tilt * scores.max(0).sum())
+    weights /= weights.sum(0)
+    density, low = np.ones(1), 0
+    for c in range(scores.shape[1]):
+        first = int(scores[:, c].min())
+        single = np.bincount(scores[:, c] - first, weights=weights[:, c])
+        wide = np.zeros(len(density) + len(single) - 1)
+        for step in np.flatnonzero(single):
+            wide[step : step + len(density)] += single[step] * density
+        density, low = wide, low + first
+    sums = np.arange(low, low + len(density))
+    with np.errstate(divide="ignore"):
+        tail = (np.log(density) - tilt * sums)[sums >= observed]
+    return min(0.0, float(log_scale + special.logsumexp(tail)))
+
+
+def _tilt(scores: NDArray[np.int64], observed: int) -> float:
+    """The exponential tilt under which the scores' mean sum is about the observed one; 0 if that is below the mean."""
+    low, high = 0.0, 30.0 / max(1, int(np.ptp(scores, axis=0).max()))
+    for _ in range(40):
+        middle = (low + high) / 2
+        weights = np.exp(middle * (scores - scores.max(0)))
+        mean = float((scores * weights).sum(0) @ (1 / weights.sum(0)))
+        low, high = (middle, high) if mean < observed else (low, middle)
+    return low
 
 
 # ---------------------------------------------------------------- what a suspect answers
@@ -458,9 +506,11 @@ def project_own(rows: Tensor, own: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def own_responses(marker: Network, pixels: Tensor, count: int, outputs: tuple[int, ...], batch_size: int) -> Tensor:
+def own_responses(
+    marker: Network, pixels: Tensor, count: int, outputs: tuple[int, ...], batch_size: int, labels: Tensor | None = None
+) -> Tensor:
     """The marking network's own answers, (K, d), on the first `count` images; kept for the next suspect."""
-    return responses(marker, marker, pixels[:count], outputs, batch_size)
+    return responses(marker, marker, pixels[:count], outputs, batch_size, labels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -496,10 +546,8 @@ def suspect_rows(
         every = tuple(range(min(marker.spec.classes, 64)))
         few = max(8, GRADIENTS // 4 // len(every))
         answer = project_off(answer, own_responses(marker, pixels, few, every, batch_size))
-    elif labels is None:
-        answer = project_own(answer, own_responses(marker, pixels, count, tuple(own), batch_size))
     else:
-        answer = project_own(answer, responses(marker, marker, pixels, own, batch_size, labels))
+        answer = project_own(answer, own_responses(marker, pixels, count, tuple(own), batch_size, labels))
     declared = F.normalize(answer, dim=1)  # (C, d)
     paper, r2 = None, None
     if suspect.head is not None and marker.head is not None:
@@ -524,16 +572,23 @@ class Evidence:
 
 
 def evidence(rows: Rows, carriers: Tensor) -> Evidence:
-    """Test the vectors against carriers (C', d): exact per-class p-values, combined. Carriers (all) in key order."""
+    """Test the vectors against carriers (C', d): exact per-class p-values, combined. Carriers (all) in key order.
+
+    Where every vector is paired with the same one carrier, a single class was marked and which of the suspect's outputs
+    it became is not known: the smallest p-value then counts, times the number of outputs (Bonferroni).
+    """
     chosen = carriers.double()[list(rows.classes)]  # (C, d)
     cosines = _cosines(rows.declared, chosen)
     log_p = cosine_log_sf(cosines, chosen.shape[1])
+    one = len(rows.classes) > 1 and len(set(rows.classes)) == 1
     paper = None
     if rows.paper is not None:
-        paper = fisher(cosine_log_sf(_cosines(rows.paper, chosen), chosen.shape[1]))
+        paper_log_p = cosine_log_sf(_cosines(rows.paper, chosen), chosen.shape[1])
+        paper = bonferroni(paper_log_p) if one else fisher(paper_log_p)
     return Evidence(
-        log_p=stouffer(log_p), paper_log_p=paper, mean_cosine=float(cosines.mean()), per_class=tuple(log_p.tolist())
-    )
+        log_p=bonferroni(log_p) if one else stouffer(log_p), paper_log_p=paper,
+        mean_cosine=float(cosines.max() if one else cosines.mean()), per_class=tuple(log_p.tolist()),
+    )  # fmt: skip
 
 
 def _cosines(rows: Tensor, carriers: Tensor) -> Floats:

@@ -5,21 +5,31 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import optimize, stats
 from torch import Tensor
 
-from radiotag import RadiotagError
+from radiotag import RadiotagError, blackbox
 from radiotag.images import decode, scan
 from radiotag.marking import read_manifest
 from radiotag.networks import Network, load
-from radiotag.radioactive import ALIGNMENT_IMAGES, Evidence, Key, Rows, evidence, holm, suspect_rows
+from radiotag.radioactive import (
+    ALIGNMENT_IMAGES,
+    Key,
+    Rows,
+    evidence,
+    holm,
+    resampled_log_p,
+    suspect_rows,
+    uniform_carriers,
+)
 from radiotag.synthetic import dead_leaves
 
 LOG10 = math.log(10)
@@ -44,6 +54,16 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The same suspect under fresh keys: their p-values must be uniform, whatever the suspect."""
+
+    n: int
+    ks_p: float  # Kolmogorov–Smirnov, against the uniform law
+    rank: int  # of the true key among the n + 1, from 1: the smallest p-value
+    histogram: tuple[int, ...]  # counts of p in ten equal bins
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One suspect's result. Logarithms are to base 10."""
 
@@ -53,11 +73,13 @@ class Finding:
     log10_p_corrected: float  # Holm, over the suspects of this run
     detected: bool
     paper_log10_p: float | None
-    mean_cosine: float
+    mean_cosine: float | None
     alignment_r2: float | None
     classes_used: int
-    method: str
+    method: str  # white-box or black-box
     warnings: tuple[str, ...]
+    calibration: Calibration | None = None
+    decoys: int | None = None  # keys beside the true one, black-box
 
 
 @cache
@@ -67,23 +89,26 @@ def synthetic_images(size: int) -> Tensor:
     return dead_leaves(count, size, seed=SYNTHETIC_SEED).float() / 255
 
 
-def marked_hashes(manifest: Path) -> set[str]:
+def marked_hashes(manifest: Path) -> frozenset[str]:
     """SHA-256 of every marked file that a manifest records."""
-    return {row["sha256_out"] for row in read_manifest(manifest)[1].values() if row["status"] == "marked"}
+    return frozenset(row["sha256_out"] for row in read_manifest(manifest)[1].values() if row["status"] == "marked")
 
 
-def real_images(folder: Path, size: int, marked: set[str]) -> tuple[Tensor, list[str]]:
-    """(N, 3, size, size) in [0, 1] and class names of unmarked images, at most ALIGNMENT_IMAGES, evenly taken.
+def unmarked_images(folder: Path, marked: frozenset[str], queries: bool = False) -> tuple[list[Tensor], list[str]]:
+    """(3, H, W) float images in [0, 255] and class names: at most ALIGNMENT_IMAGES, evenly taken, or as queries need.
 
     Raises RadiotagError if one of them is marked (by `marked`, or by a manifest beside it or a folder above).
     """
     for place in (folder.absolute(), *folder.resolve().parents, folder.resolve()):
         beside = place.with_name(f"{place.name}.manifest.jsonl") if place.name else place
-        marked = marked | (marked_hashes(beside) if beside.is_file() else set())
+        marked = marked | (marked_hashes(beside) if beside.is_file() else frozenset())
     items, _, _ = scan(folder)
-    step = max(1, math.ceil(len(items) / ALIGNMENT_IMAGES))
-    images, labels = [], []
-    for item in items[::step]:
+    if queries:
+        chosen = [items[i] for i in blackbox.choose_images([item.label for item in items])]
+    else:
+        chosen = items[:: max(1, math.ceil(len(items) / ALIGNMENT_IMAGES))]
+    images = []
+    for item in chosen:
         path = folder / item.path
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() in marked:
@@ -91,35 +116,49 @@ def real_images(folder: Path, size: int, marked: set[str]) -> tuple[Tensor, list
                 f"{path} is marked: aligning on marked images would void the p-value",
                 "give --data a folder of unmarked images, or leave it out",
             )
-        rgb = torch.from_numpy(np.ascontiguousarray(decode(data, str(path)).rgb.transpose(2, 0, 1))) / 255
-        images.append(F.interpolate(rgb[None], (size, size), mode="bilinear", antialias=True))
-        labels.append(item.label)
-    return torch.cat(images).clamp_(0, 1), labels
+        images.append(torch.from_numpy(np.ascontiguousarray(decode(data, str(path)).rgb.transpose(2, 0, 1))))
+    return images, [item.label for item in chosen]
+
+
+@lru_cache(maxsize=4)  # for the next suspect
+def real_images(folder: Path, size: int, marked: frozenset[str]) -> tuple[Tensor, tuple[str, ...]]:
+    """(N, 3, size, size) in [0, 1] and class names of unmarked images: see `unmarked_images`."""
+    images, labels = unmarked_images(folder, marked)
+    small = [F.interpolate(image[None] / 255, (size, size), mode="bilinear", antialias=True) for image in images]
+    return torch.cat(small).clamp_(0, 1), tuple(labels)
+
+
+def marked_classes(key: Key, manifest: Path) -> dict[str, int]:
+    """Class → carrier row of what a manifest records as marked. RadiotagError if another key marked it."""
+    header, rows = read_manifest(manifest)
+    if header.get("fingerprint") != key.fingerprint:
+        raise RadiotagError(
+            f"{manifest} was made with key {header.get('fingerprint')}, this is {key.fingerprint}",
+            "give the key that marked the folder",
+        )
+    return {row["class"]: int(row["row"]) for row in rows.values() if row["status"] == "marked"}
 
 
 def pair_classes(key: Key, suspect: Network, manifest: Path | None) -> list[tuple[int, int]]:
-    """(suspect output, carrier row) pairs: by name where both name their classes, else in order.
+    """(suspect output, carrier row) pairs without labelled images: by name where both have names, else in order.
 
-    With a manifest only the classes marked there are used. Raises RadiotagError if key and suspect do not fit.
+    Where a single class was marked, every output is paired with its carrier: which one it became is not known. With a
+    manifest only the classes marked there are used. Raises RadiotagError if key and suspect do not fit.
     """
     theirs, ours, outputs = suspect.spec.class_names, key.class_names, suspect.spec.classes
-    if manifest:
-        header, rows = read_manifest(manifest)
-        if header.get("fingerprint") != key.fingerprint:
-            raise RadiotagError(
-                f"{manifest} was made with key {header.get('fingerprint')}, this is {key.fingerprint}",
-                "give the key that marked the folder",
-            )
-        marked = {row["class"]: int(row["row"]) for row in rows.values() if row["status"] == "marked"}
-        order = {name: i for i, name in enumerate(sorted({row["class"] for row in rows.values()}))}
-        names = {name: i for i, name in enumerate(theirs)} if theirs else order
+    marked = marked_classes(key, manifest) if manifest else None
+    if (marked is not None and set(marked) == {""}) or (len(key.carriers) == 1 and not (ours and theirs)):
+        pairs = [(output, 0) for output in range(outputs)]
+    elif marked is not None and manifest:
+        order = sorted({row["class"] for row in read_manifest(manifest)[1].values()})
+        names = {name: i for i, name in enumerate(theirs or order)}
         pairs = [(names[name], row) for name, row in sorted(marked.items()) if names.get(name, outputs) < outputs]
     elif ours and theirs:
         pairs = [(theirs.index(name), row) for row, name in enumerate(ours) if name in theirs]
     elif ours and len(ours) != outputs:
         raise RadiotagError(
             f"the key names {len(ours)} classes, the suspect has {outputs} outputs without names",
-            "name the classes marked with --marked MANIFEST",
+            "give --data with labelled, unmarked images, or name the classes marked with --marked MANIFEST",
         )
     else:
         pairs = [(i, i) for i in range(min(outputs, len(key.carriers) + 1))]
@@ -127,39 +166,123 @@ def pair_classes(key: Key, suspect: Network, manifest: Path | None) -> list[tupl
         raise RadiotagError(
             f"the key does not fit: {len(key.carriers)} carriers, a suspect of {outputs} outputs, "
             f"{'no class in common' if not pairs else 'paired in order'}",
-            "name the classes marked with --marked MANIFEST, or use the key that marked the data",
+            "give --data with labelled, unmarked images, or name the classes marked with --marked MANIFEST",
         )
     return pairs
+
+
+def class_rows(
+    key: Key, found: Sequence[str], manifest: Path | None, theirs: Sequence[str] | None = None
+) -> dict[str, int]:
+    """Carrier row of each class of labelled images: the manifest's, the key's by name, or as `mark` numbers them.
+
+    A key without names numbers a folder's classes in sorted order; the suspect's names, `theirs`, tell of classes that
+    the images lack. Empty for images of no known class.
+    """
+    if manifest:
+        known = marked_classes(key, manifest)
+    elif key.class_names is not None and len(key.carriers) > 1:
+        known = {name: row for row, name in enumerate(key.class_names)}
+    else:
+        order = sorted(theirs if theirs and set(found) <= set(theirs) else set(found))
+        known = {name: row for row, name in enumerate(order[: len(key.carriers)])}
+    return {name: known[name] for name in sorted(set(found)) if name in known}
+
+
+def match_outputs(means: Tensor, named: Sequence[int | None] | None = None) -> list[int]:
+    """Which output is which class: (L, C') mean probabilities of each class's images → an output a class, or −1.
+
+    Hungarian assignment, of the largest sum. It looks at the suspect and at unmarked images alone, never at a carrier.
+    `named` is what the suspect's file says; it is believed where it fits almost as well. A class that gets no more
+    than chance has no output.
+    """
+    rows, columns = optimize.linear_sum_assignment(-means.numpy())
+    best = [-1] * len(means)
+    for row, column in zip(rows, columns, strict=True):
+        best[row] = int(column) if float(means[row, column]) > 1 / means.shape[1] else -1
+    if named and all(output is not None for output in named):
+        told = [int(output) for output in named if output is not None]
+        if float(means[range(len(told)), told].sum()) >= 0.9 * float(means[rows, columns].sum()):
+            return told
+    return best
+
+
+def mean_answers(suspect: Network, pixels: Tensor, found: Sequence[str], names: Sequence[str], batch: int) -> Tensor:
+    """(L, C') mean probabilities of the images of each name."""
+    device = suspect.get_buffer("mean").device
+    with torch.no_grad():
+        parts = [suspect(part.to(device)).double().softmax(1).cpu() for part in torch.split(pixels, batch)]
+    answers = torch.cat(parts)  # (N, C')
+    return torch.stack([answers[[label == name for label in found]].mean(0) for name in names])
 
 
 def examine(
     path: Path, key: Key, marker: Network, options: Options, data: Path | None, manifest: Path | None
 ) -> tuple[Network, Rows]:
     """Load a suspect and compute its class vectors. The carriers play no part in it."""
-    suspect = load(
-        path, architecture=options.architecture, image_size=options.image_size, mean=options.mean, std=options.std
-    ).to(options.device)
-    pairs = pair_classes(key, suspect, manifest)
+    suspect = load_suspect(path, options)
     size = max(suspect.spec.image_size, marker.spec.image_size)
-    names = suspect.spec.class_names or tuple(key.class_names or ())
-    labels, own = None, None
-    if data is None:
-        pixels = synthetic_images(size)
+    theirs = suspect.spec.class_names
+    pixels = synthetic_images(size)
+    found: tuple[str, ...] = ()
+    if data is not None:
+        pixels, found = real_images(data, size, marked_hashes(manifest) if manifest else frozenset())
+    rows = class_rows(key, [name for name in found if name], manifest, theirs)
+    if rows:
+        means = mean_answers(suspect, pixels, found, list(rows), options.batch_size)
+        named = [theirs.index(name) if name in theirs else None for name in rows] if theirs else None
+        matched = [
+            (output, row, name)
+            for output, (name, row) in zip(match_outputs(means, named), rows.items(), strict=True)
+            if output >= 0
+        ]
+        if not matched:
+            raise RadiotagError(f"{path} knows none of the classes in {data}", "check --image-size, --mean and --std")
+        pairs = [(output, row) for output, row, _ in matched]
+        names = tuple(name for _, _, name in matched)
+        pixels, labels = labelled(pixels, found, names)
     else:
-        pixels, found = real_images(data, size, marked_hashes(manifest) if manifest else set())
-        pixels, labels = labelled(pixels, found, [names[output] for output, _ in pairs] if names else None)
+        pairs, labels = pair_classes(key, suspect, manifest), None
+        every = theirs or (tuple(key.class_names) if key.class_names else ())
+        names = tuple(every[output] for output, _ in pairs) if len(every) == suspect.spec.classes else ()
     known = marker.spec.class_names or ()
-    if names and all(names[output] in known for output, _ in pairs):
-        own = [known.index(names[output]) for output, _ in pairs]
+    own = [known.index(name) for name in names] if names and set(names) <= set(known) else None
     return suspect, suspect_rows(marker, suspect, pixels, pairs, options.batch_size, labels=labels, own=own)
 
 
-def labelled(pixels: Tensor, found: Sequence[str], names: Sequence[str] | None) -> tuple[Tensor, Tensor | None]:
-    """Images with their classes' positions in `names`; all of them and None where a class has no image or no name."""
-    if names is None or not set(names) <= set(found):
-        return pixels, None
-    keep = [i for i, name in enumerate(found) if name in names]
-    return pixels[keep], torch.tensor([names.index(found[i]) for i in keep])
+def load_suspect(path: Path, options: Options) -> Network:
+    """Read a suspect's file, hostile input, as weights alone."""
+    return load(
+        path, architecture=options.architecture, image_size=options.image_size, mean=options.mean, std=options.std
+    ).to(options.device)
+
+
+@lru_cache(maxsize=4)  # the same tensors for the next suspect, so that what is computed of them is kept, too
+def labelled(pixels: Tensor, found: tuple[str, ...], names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """The images of some classes, (N', …), and their classes' positions in `names`, (N',)."""
+    place = {name: i for i, name in enumerate(names)}
+    keep = [i for i, name in enumerate(found) if name in place]
+    return pixels[keep], torch.tensor([place[found[i]] for i in keep])
+
+
+def calibrate(rows: Rows, key: Key, log_p: float, count: int) -> Calibration:
+    """The suspect's p-values under `count` fresh keys, which follow from the secret key by a hash (SHAKE-256)."""
+    seed = key.secret + b"calibrate"
+    fresh = []
+    for number in range(count):
+        stream = hashlib.shake_256(seed + number.to_bytes(8, "big"))
+        carriers = uniform_carriers(len(key.carriers), key.carriers.shape[1], stream.digest)
+        fresh.append(evidence(rows, carriers).log_p)
+    p = np.exp(fresh)
+    return Calibration(
+        n=count,
+        ks_p=float(stats.kstest(p, "uniform").pvalue),
+        rank=1 + sum(value <= log_p for value in fresh),
+        histogram=tuple(np.histogram(p, bins=10, range=(0, 1))[0].tolist()),
+    )
+
+
+# ---------------------------------------------------------------- the two tests
 
 
 def verify(
@@ -170,50 +293,160 @@ def verify(
     data: Path | None = None,
     manifest: Path | None = None,
     alpha: float = 1e-4,
+    calibration: int = 0,
     progress: Callable[[Path], None] = lambda _: None,
 ) -> list[Finding]:
     """Test every suspect with the key's declared statistic; the verdict is on the Holm-corrected p-value."""
-    for path in paths:  # before minutes are spent on the others
-        if not path.is_file():
-            raise RadiotagError(f"{path} is not a file" if path.exists() else f"no such file: {path}", "check the path")
+    _check_files(paths)
     marker = key.network(options.device)
-    results: list[tuple[Path, Network, Rows, Evidence]] = []
+    results = []
     for path in paths:
         progress(path)
         suspect, rows = examine(path, key, marker, options, data, manifest)
-        results.append((path, suspect, rows, evidence(rows, key.carriers)))
-    corrected = holm([found.log_p for *_, found in results])
-    return [
-        Finding(
+        found = evidence(rows, key.carriers)
+        finding = Finding(
             path=os.fspath(path),
             architecture=suspect.spec.architecture,
             log10_p=found.log_p / LOG10,
-            log10_p_corrected=adjusted / LOG10,
-            detected=adjusted <= math.log(alpha),
+            log10_p_corrected=found.log_p / LOG10,
+            detected=False,
             paper_log10_p=None if found.paper_log_p is None else found.paper_log_p / LOG10,
             mean_cosine=found.mean_cosine,
             alignment_r2=rows.r2,
             classes_used=len(found.per_class),
             method="white-box",
             warnings=tuple(_warnings(suspect, rows, options)),
+            calibration=calibrate(rows, key, found.log_p, calibration) if calibration else None,
         )
-        for (path, suspect, rows, found), adjusted in zip(results, corrected, strict=True)
+        results.append(finding)
+    return corrected(results, alpha)
+
+
+def corrected(findings: Sequence[Finding], alpha: float) -> list[Finding]:
+    """Holm's correction over all suspects, and the verdicts."""
+    log_p = holm([finding.log10_p * LOG10 for finding in findings])
+    return [
+        replace(finding, log10_p_corrected=value / LOG10, detected=value <= math.log(alpha))
+        for finding, value in zip(findings, log_p, strict=True)
     ]
 
 
-def _warnings(suspect: Network, rows: Rows, options: Options) -> list[str]:
-    found = []
+def prepare_queries(
+    key: Key, key_path: Path, options: Options, data: Path, manifest: Path | None, decoys: int,
+    note: Callable[[str], None] = lambda _: None, progress: Callable[[int, int], None] = lambda *_: None,
+) -> blackbox.Queries:  # fmt: skip
+    """The queries for labelled, unmarked images: read back if they were made before, else made and kept."""
+    images, found = unmarked_images(data, marked_hashes(manifest) if manifest else frozenset(), queries=True)
+    rows = class_rows(key, found, manifest)
+    kept = [i for i, name in enumerate(found) if name in rows]
+    if not kept:
+        raise RadiotagError(f"{data} holds no class that the key knows", "give --data with the marked classes")
+    pixels = [images[i].round().to(torch.uint8) for i in kept]
+    positions = [rows[found[i]] for i in kept]
+    path = blackbox.cache_path(key_path, key, pixels, positions, decoys)
+    if path.exists():
+        return blackbox.load(path, key)
+    total = len(pixels) * (decoys + 1)
+    note(
+        f"black-box: {len(set(positions))} classes, {len(pixels)} images under the true key and {decoys} decoys: "
+        f"marking {total} images, {blackbox.QUERY.steps} steps each; kept in {path} for further suspects"
+    )
+    queries = blackbox.make(
+        key, key.network(options.device), pixels, positions, decoys, options.batch_size,
+        lambda done: progress(done, total),
+    )  # fmt: skip
+    blackbox.save(path, queries, key)
+    return queries
+
+
+def verify_black_box(
+    paths: Sequence[Path],
+    queries: blackbox.Queries,
+    options: Options,
+    *,
+    alpha: float = 1e-4,
+    progress: Callable[[Path], None] = lambda _: None,
+) -> list[Finding]:
+    """Test every suspect by its answers alone: see `blackbox`."""
+    _check_files(paths)
+    findings = []
+    for path in paths:
+        progress(path)
+        suspect = load_suspect(path, options)
+        answers = blackbox.ask(suspect, queries, suspect.spec.image_size, options.batch_size)
+        assumed = _assumed(suspect, options)
+        findings.append(black_box_finding(path, suspect.spec.architecture, queries, answers, assumed))
+    return corrected(findings, alpha)
+
+
+def verify_predictions(path: Path, key: Key, key_path: Path, *, alpha: float = 1e-4) -> list[Finding]:
+    """Test a suspect by a file of its answers to exported queries, which lie beside the key."""
+    kept = sorted(key_path.parent.glob(f"{key_path.stem}.queries-*.safetensors"))
+    if not kept:
+        raise RadiotagError(
+            f"no queries lie beside {key_path}", "make them first: radiotag verify --black-box --export DIR --data DIR"
+        )
+    failure: RadiotagError | None = None
+    for place in kept:
+        queries = blackbox.load(place, key)
+        try:
+            answers, _, warnings = blackbox.read_answers(path, queries)
+        except blackbox.NotAnswered as error:
+            failure = error
+            continue
+        return corrected([black_box_finding(path, "unknown", queries, answers, warnings)], alpha)
+    raise failure or RadiotagError(f"{path} answers nothing")
+
+
+def black_box_finding(
+    path: Path, architecture: str, queries: blackbox.Queries, answers: Tensor, warnings: Sequence[str]
+) -> Finding:
+    """The finding from (K + 1, N, C') answers. The outputs are matched on the answers under all keys alike."""
+    rows = sorted(set(queries.rows))
+    images = torch.tensor(queries.rows)
+    means = torch.stack([answers[:, images == row].flatten(0, 1).nanmean(0) for row in rows]).nan_to_num()
+    pairs = [(output, row) for output, row in zip(match_outputs(means), rows, strict=True) if output >= 0]
+    if not pairs:
+        raise RadiotagError(f"{path} knows none of the classes", "check --image-size, --mean and --std, and the images")
+    values = blackbox.evidence(queries, answers, pairs)
+    log10_p = resampled_log_p(values) / LOG10
+    return Finding(
+        path=os.fspath(path), architecture=architecture, log10_p=log10_p, log10_p_corrected=log10_p, detected=False,
+        paper_log10_p=None, mean_cosine=None, alignment_r2=None, classes_used=values.shape[1], method="black-box",
+        warnings=tuple(warnings), decoys=len(queries.images) - 1,
+    )  # fmt: skip
+
+
+def _check_files(paths: Sequence[Path]) -> None:
+    """Before minutes are spent on the others."""
+    for path in paths:
+        if not path.is_file():
+            raise RadiotagError(f"{path} is not a file" if path.exists() else f"no such file: {path}", "check the path")
+
+
+def _assumed(suspect: Network, options: Options) -> list[str]:
     if suspect.assumed and not (options.mean and options.std and options.image_size):
         size = suspect.spec.image_size
-        found.append(f"input size ({size} px) and normalisation are assumed: give --image-size, --mean and --std")
+        return [f"input size ({size} px) and normalisation are assumed: give --image-size, --mean and --std"]
+    return []
+
+
+def _warnings(suspect: Network, rows: Rows, options: Options) -> list[str]:
+    found = _assumed(suspect, options)
     if rows.r2 is not None and rows.r2 < POOR_R2:
         found.append(f"poor alignment (R² {rows.r2:.2f}): a mark may be missed, an accusation is not made likelier")
     if suspect.head is None:
         found.append("no linear last layer: the response alone is used, and the paper's statistic cannot be")
+    if len(rows.classes) > 1 and len(set(rows.classes)) == 1:
+        found.append(f"one class was marked: the best of {len(rows.classes)} outputs counts, corrected for the choice")
     return found
 
 
 def as_json(finding: Finding) -> dict[str, Any]:
     """Plain values for `--json`."""
-    plain = {name: getattr(finding, name) for name in Finding.__slots__}
+    plain = asdict(finding)
+    if finding.method == "white-box":
+        del plain["decoys"]
+    if finding.calibration is None:
+        del plain["calibration"]
     return dict(json.loads(json.dumps(plain)))

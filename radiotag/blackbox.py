@@ -1,0 +1,302 @@
+"""The exact black-box test: images marked under the true key and under decoy keys, and a suspect's answers to them.
+
+A suspect that learnt from the marked data has become immune to the true key's marks and to no other: they raise its
+loss less than the decoys' do. Under the null the true carriers are one more draw like the decoys', so the true key's
+place among them is uniform, whatever the suspect: see `radioactive.resampled_log_p`. Only answers are needed, be they
+logits, probabilities or top-1 labels, so that a suspect behind an interface can be asked with exported files.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from radiotag import RadiotagError
+from radiotag.images import png, write_atomically
+from radiotag.networks import Network
+from radiotag.radioactive import Floats, Key, Marking, mark_images, uniform_carriers
+
+FORMAT = 1  # of the file of queries
+DECOYS = 15
+IMAGES = 160  # in all, at most 16 a class: what is asked under each key
+LARGEST = 256  # pixels on the longer side of a query
+SOFT = 0.05  # added to a probability: losses stay bounded, and one sure mistake does not outweigh a class
+# Queries need not be imperceptible, only alike under all keys: a stronger mark asks more clearly.
+QUERY = Marking(min_psnr=28.0, epsilon=40.0, steps=12)
+
+
+class NotAnswered(RadiotagError):
+    """A file of predictions that answers none of some queries: they may be of another export."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queries:
+    """The same N images under K + 1 keys; key 0 is the true one. Secret: it tells true from decoy."""
+
+    images: tuple[tuple[Tensor, ...], ...]  # [K + 1][N] (3, H, W) uint8
+    rows: tuple[int, ...]  # (N,) carrier row of each image
+    names: tuple[tuple[str, ...], ...]  # [K + 1][N] random file names, for an export
+
+
+def decoy(key: Key, number: int) -> tuple[Tensor, bytes]:
+    """(carriers (C, d), secret) of a decoy key, drawn as the true ones are; number 0 is the true key itself.
+
+    Decoys follow from the key's secret by a hash (SHAKE-256), so that nobody can draw others until they suit.
+    """
+    if number == 0:
+        return key.carriers, key.secret
+    seed = key.secret + f"decoy\0{number}".encode()
+
+    def entropy(size: int) -> bytes:
+        return hashlib.shake_256(seed).digest(size)
+
+    return uniform_carriers(len(key.carriers), key.carriers.shape[1], entropy), hashlib.sha256(seed).digest()
+
+
+def choose_images(labels: Sequence[str], images: int = IMAGES) -> list[int]:
+    """Positions of the images to ask with: the first of each class, as many of each, 16 at most."""
+    classes = sorted(set(labels))
+    each = max(1, min(16, images // len(classes)))
+    taken = dict.fromkeys(classes, 0)
+    positions = []
+    for i, label in enumerate(labels):
+        if taken[label] < each:
+            taken[label] += 1
+            positions.append(i)
+    return positions
+
+
+def make(
+    key: Key, marker: Network, pixels: Sequence[Tensor], rows: Sequence[int], decoys: int, batch_size: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Queries:  # fmt: skip
+    """Mark images (3, H, W) uint8 of carrier rows under the true key and every decoy, in one way.
+
+    `progress(images done)` is called after every batch.
+    """
+    device = marker.get_buffer("mean").device
+    small = [_shrunk(image) for image in pixels]
+    asked = []
+    for number in range(decoys + 1):
+        carriers, secret = decoy(key, number)
+        marked: list[Tensor] = []
+        for start in range(0, len(small), batch_size):
+            some = range(start, min(start + batch_size, len(small)))
+            draws = [random.Random(hashlib.sha256(secret + f"query\0{i}".encode()).digest()) for i in some]
+            wanted = carriers[[rows[i] for i in some]].to(device)
+            found = mark_images(marker, [small[i].float() for i in some], wanted, draws, QUERY)
+            marked += [image.round().to(torch.uint8) for image in found]
+            progress(number * len(small) + len(marked))
+        asked.append(tuple(marked))
+    names = tuple(tuple(secrets.token_hex(16) for _ in small) for _ in asked)
+    return Queries(images=tuple(asked), rows=tuple(rows), names=names)
+
+
+def _shrunk(image: Tensor) -> Tensor:
+    height, width = image.shape[1:]
+    share = LARGEST / max(height, width)
+    if share >= 1:
+        return image
+    size = (max(1, round(height * share)), max(1, round(width * share)))
+    small = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)[0]
+    return small.round().clamp(0, 255).to(torch.uint8)
+
+
+# ---------------------------------------------------------------- the file of queries
+
+
+def cache_path(key_path: Path, key: Key, pixels: Sequence[Tensor], rows: Sequence[int], decoys: int) -> Path:
+    """Where the queries of a key, images and number of decoys are kept: beside the key."""
+    digest = hashlib.sha256(f"{FORMAT}\0{key.fingerprint}\0{decoys}\0{QUERY}\0{list(rows)}".encode())
+    for image in pixels:
+        digest.update(f"\0{tuple(image.shape)}\0".encode() + image.contiguous().numpy().tobytes())
+    return key_path.with_name(f"{key_path.stem}.queries-{digest.hexdigest()[:16]}.safetensors")
+
+
+def save(path: Path, queries: Queries, key: Key) -> None:
+    """Write the queries, readable by their owner only."""
+    tensors = {f"{k}/{i}": image for k, row in enumerate(queries.images) for i, image in enumerate(row)}
+    described = {"format": FORMAT, "fingerprint": key.fingerprint, "rows": queries.rows, "names": queries.names}
+    write_atomically(path, safetensors.torch.save(tensors, {"radiotag": json.dumps(described)}), mode=0o600)
+
+
+def load(path: Path, key: Key) -> Queries:
+    """Read the queries back. RadiotagError if they are damaged or another key's."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            described = json.loads((file.metadata() or {})["radiotag"])
+            rows, names = tuple(described["rows"]), tuple(map(tuple, described["names"]))
+            images = tuple(tuple(file.get_tensor(f"{k}/{i}") for i in range(len(rows))) for k in range(len(names)))
+        known = described["format"] == FORMAT and described["fingerprint"] == key.fingerprint
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise RadiotagError(f"{path} is damaged: {error}", "remove it, it will be made again") from error
+    if not known:
+        raise RadiotagError(f"{path} belongs to another key or version", "remove it, it will be made again")
+    return Queries(images=images, rows=rows, names=names)
+
+
+def export(queries: Queries, folder: Path) -> int:
+    """Write every query as a PNG under its random name, in the names' order; returns how many.
+
+    Nothing in a name, its order, a time stamp or the file's layout tells the true key from a decoy.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RadiotagError(f"{folder} exists", "choose another folder for --export")
+    folder.mkdir(parents=True, exist_ok=True)
+    places = sorted((name, k, i) for k, row in enumerate(queries.names) for i, name in enumerate(row))
+    for name, k, i in places:
+        path = folder / f"{name}.png"
+        write_atomically(path, png(queries.images[k][i].permute(1, 2, 0).numpy()))
+        os.utime(path, (0, 0))
+    return len(places)
+
+
+# ---------------------------------------------------------------- answers
+
+
+@torch.no_grad()
+def ask(suspect: Network, queries: Queries, size: int, batch_size: int) -> Tensor:
+    """The suspect's probabilities on all queries: (K + 1, N, C') float64 on the CPU. Images are resized to `size`."""
+    device = suspect.get_buffer("mean").device
+    found = []
+    for row in queries.images:
+        whole = [_resized(image, size) for image in row]
+        for start in range(0, len(whole), batch_size):
+            found.append(suspect(torch.stack(whole[start : start + batch_size]).to(device)).double().softmax(1).cpu())
+    answers = torch.cat(found)
+    return answers.view(len(queries.images), -1, answers.shape[1])
+
+
+def _resized(image: Tensor, size: int) -> Tensor:
+    pixels = image[None].float() / 255
+    if pixels.shape[-2:] != (size, size):
+        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return pixels[0]
+
+
+def evidence(queries: Queries, answers: Tensor, pairs: Sequence[tuple[int, int]]) -> Floats:
+    """What `resampled_log_p` tests: (K + 1, C) mean log probabilities of the right class, for (output, row) pairs.
+
+    answers (K + 1, N, C') are probabilities, NaN where there is no answer. A class that some key has no answer for is
+    left out, which looks at all keys alike.
+    """
+    rows = torch.tensor(queries.rows)
+    columns = []
+    for output, row in pairs:
+        right = (answers[:, rows == row, output] + SOFT).log()  # (K + 1, n)
+        mean = right.nanmean(1)
+        if right.shape[1] and not mean.isnan().any():
+            columns.append(mean)
+    if not columns:
+        raise RadiotagError("no class was answered for under every key", "answer all of the exported images")
+    values: Floats = torch.stack(columns, 1).numpy()
+    return values
+
+
+def read_answers(path: Path, queries: Queries) -> tuple[Tensor, tuple[str, ...] | None, list[str]]:
+    """A file of predictions: ((K + 1, N, C') probabilities with NaN for what is missing, output names, warnings).
+
+    CSV: a header with `file` first, then either `label` or one column a class (probabilities or logits). JSON: an
+    object of file → label, list of numbers, or object of class → number. RadiotagError names the row that is wrong.
+    """
+    rows = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
+    known = {name: (k, i) for k, names in enumerate(queries.names) for i, name in enumerate(names)}
+    given: dict[str, Any] = {}
+    unknown = 0
+    for file, value in rows:
+        name = Path(file).stem
+        if name not in known:
+            unknown += 1
+        elif given.setdefault(name, value) != value:
+            raise RadiotagError(f"{path} answers {file} twice, and differently", "keep one answer an image")
+    if not given:
+        raise NotAnswered(f"{path} answers none of this key's exported images", "name them as they were exported")
+    warnings = [f"{unknown} answers are for files that were not exported, and ignored"] if unknown else []
+    if len(given) < len(known):
+        warnings.append(f"{len(known) - len(given)} of {len(known)} exported images have no answer")
+    names = _output_names(given.values(), path)
+    answers = torch.full((len(queries.names), len(queries.rows), len(names)), float("nan"), dtype=torch.float64)
+    for name, value in given.items():
+        answers[known[name]] = _probabilities(value, names, f"{path}: {name}")
+    return answers, names, warnings
+
+
+def _read_csv(path: Path) -> list[tuple[str, Any]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RadiotagError(f"cannot read {path}: {error}", "give a CSV or JSON file") from error
+    if not lines or len(lines[0]) < 2:
+        raise RadiotagError(f"{path} has no header", "begin it with: file,label or file and one column a class")
+    header = lines[0]
+    found: list[tuple[str, Any]] = []
+    for number, line in enumerate(lines[1:], 2):
+        if not line:
+            continue
+        if len(line) != len(header):
+            raise RadiotagError(f"{path}, line {number}: {len(line)} columns, the header has {len(header)}")
+        if len(header) == 2:
+            found.append((line[0], line[1].strip()))
+            continue
+        try:
+            found.append((line[0], dict(zip(header[1:], map(float, line[1:]), strict=True))))
+        except ValueError as error:
+            raise RadiotagError(f"{path}, line {number}: {error}", "write numbers, one a class") from error
+    return found
+
+
+def _read_json(path: Path) -> list[tuple[str, Any]]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RadiotagError(f"cannot read {path}: {error}", "give a CSV or JSON file") from error
+    if not isinstance(data, dict):
+        raise RadiotagError(f"{path} is not an object of file names", 'write {"FILE": ANSWER, ...}')
+    rows = []
+    for file, value in data.items():
+        plain = {str(i): v for i, v in enumerate(value)} if isinstance(value, list) else value
+        if isinstance(plain, dict):
+            numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in plain.values())
+            if not plain or not numbers:
+                raise RadiotagError(f"{path}: the answer for {file} is not made of numbers")
+            plain = {name: float(v) for name, v in plain.items()}
+        elif isinstance(plain, bool) or not isinstance(plain, str | int):
+            raise RadiotagError(f"{path}: the answer for {file} is neither a label nor numbers")
+        rows.append((file, plain if isinstance(plain, dict) else str(plain)))
+    return rows
+
+
+def _output_names(values: Iterable[Any], path: Path) -> tuple[str, ...]:
+    """The suspect's outputs in one order: as numbered, or sorted by name."""
+    values = list(values)
+    kinds = {isinstance(value, dict) for value in values}
+    if len(kinds) > 1:
+        raise RadiotagError(f"{path} mixes labels and numbers", "give one kind of answer")
+    names = {name for value in values for name in (value if isinstance(value, dict) else [value])}
+    numbered = all(name.isdecimal() and name.isascii() and len(name) < 6 for name in names)
+    return tuple(map(str, range(max(map(int, names)) + 1))) if numbered else tuple(sorted(names))
+
+
+def _probabilities(value: Any, names: Sequence[str], where: str) -> Tensor:
+    """(C',) probabilities of a label, of probabilities, or of logits (numbers that do not sum to one)."""
+    place = {name: i for i, name in enumerate(names)}
+    if isinstance(value, str):
+        return F.one_hot(torch.tensor(place[value]), len(names)).double()
+    numbers = torch.tensor([float(value.get(name, float("nan"))) for name in names], dtype=torch.float64)
+    if len(value) != len(names) or not bool(numbers.isfinite().all()):
+        raise RadiotagError(f"{where} needs {len(names)} numbers, all finite", "answer for every class, or for none")
+    proper = bool((numbers >= 0).all()) and abs(float(numbers.sum()) - 1) < 0.02
+    return numbers if proper else numbers.softmax(0)

@@ -1,0 +1,112 @@
+"""The page that a lawyer reads: what was tested, the null hypothesis, what came out and what would void it."""
+
+import io
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from radiotag import RadiotagError, __version__
+from radiotag.images import write_atomically
+from radiotag.radioactive import NULL, STATISTICS, Key
+from radiotag.verification import VOIDS, Calibration, Finding
+
+WIDTH = 118  # characters
+BLACK_BOX = (
+    "place of the true key among its decoys in the suspect's mean log probability, class by class; exact resampling"
+)
+
+
+def check_format(path: Path) -> None:
+    """RadiotagError for a suffix that no page can be written in."""
+    if path.suffix.lower() not in {".html", ".svg"}:
+        raise RadiotagError(f"{path} is neither .html nor .svg", "name the report so")
+
+
+def write(path: Path, findings: Sequence[Finding], key: Key, alpha: float) -> None:
+    """Write the page as HTML or SVG, by the suffix (Rich's own export)."""
+    console = Console(record=True, file=io.StringIO(), width=WIDTH, force_terminal=True, color_system="truecolor")
+    console.print(page(findings, key, alpha))
+    title = "radiotag: verification of suspects"
+    page_text = console.export_svg(title=title) if path.suffix.lower() == ".svg" else console.export_html()
+    write_atomically(path, page_text.encode())
+
+
+def page(findings: Sequence[Finding], key: Key, alpha: float) -> RenderableType:
+    """Everything the report says, as one renderable."""
+    parts: list[RenderableType] = [
+        Text("radiotag: was this model trained on the marked data?", style="bold"),
+        Text(f"radiotag {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"),
+        Text(),
+        _results(findings, alpha),
+        Text(),
+        _facts(findings, key, alpha),
+    ]
+    for finding in findings:
+        if finding.calibration:
+            parts += [Text(), Text(f"{finding.path} under fresh keys", style="bold"), *histogram(finding.calibration)]
+    return Group(*parts)
+
+
+def _results(findings: Sequence[Finding], alpha: float) -> Table:
+    table = Table(title="Suspects", title_justify="left")
+    for column in ("suspect", "network", "method", "classes", "log10 p", "corrected", "p", "verdict"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(
+            *map(Text, (
+                finding.path, finding.architecture, finding.method, str(finding.classes_used),
+                f"{finding.log10_p:.2f}", f"{finding.log10_p_corrected:.2f}", probability(finding.log10_p_corrected),
+            )),
+            Text("MARK DETECTED", style="bold") if finding.detected else Text("no evidence"),
+        )  # fmt: skip
+    return table
+
+
+def probability(log10_p: float) -> str:
+    """A p-value as people write it, however small: 10^-1234 has no float."""
+    if log10_p > -3:
+        return f"{10**log10_p:.3f}"
+    exponent = math.floor(log10_p)
+    return f"{10 ** (log10_p - exponent):.1f} × 10^{exponent}"
+
+
+def _facts(findings: Sequence[Finding], key: Key, alpha: float) -> Table:
+    table = Table(show_header=False, title="What the numbers mean", title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    methods = {finding.method for finding in findings}
+    statistic = f"{key.statistic}: {STATISTICS[key.statistic]} (declared in the key)"
+    rows = [
+        ("null hypothesis", NULL),
+        ("p-value", "the probability, if the null hypothesis is true, of evidence at least as strong as was found"),
+        ("statistic", statistic if methods == {"white-box"} else BLACK_BOX),
+        ("correction", f"Holm's, over the {len(findings)} suspects tested together"),
+        ("threshold", f"detected if the corrected p is at most {alpha:g}"),
+        ("key fingerprint", f"sha256:{key.fingerprint}"),
+        ("what voids it", " ".join(VOIDS)),
+    ]
+    rows += [(f"warning, {finding.path}", warning) for finding in findings for warning in finding.warnings]
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def histogram(found: Calibration) -> list[Text]:
+    """Lines of a bar chart of p under fresh keys, in plain characters."""
+    widest = max(found.histogram)
+    lines = [
+        Text(f"{i / 10:.1f}-{(i + 1) / 10:.1f}  {'#' * round(50 * count / widest):<50}  {count}")
+        for i, count in enumerate(found.histogram)
+    ]
+    verdict = "uniform, as it must be" if found.ks_p >= 0.001 else "NOT uniform: do not trust this p-value"
+    return [
+        Text("p        fresh keys"),
+        *lines,
+        Text(f"{found.n} fresh keys: Kolmogorov-Smirnov p = {found.ks_p:.3f} ({verdict})"),
+        Text(f"the true key has rank {found.rank} of {found.n + 1} (1: the smallest p)"),
+    ]
