@@ -26,7 +26,7 @@ from torch import Tensor
 from radiotag import RadiotagError
 from radiotag.images import png, write_atomically
 from radiotag.networks import Network
-from radiotag.radioactive import Floats, Key, Marking, mark_images, uniform_carriers
+from radiotag.radioactive import Floats, Key, Marking, fresh_carriers, mark_images
 
 FORMAT = 1  # of the file of queries
 DECOYS = 15
@@ -50,19 +50,15 @@ class Queries:
     names: tuple[tuple[str, ...], ...]  # [K + 1][N] random file names, for an export
 
 
-def decoy(key: Key, number: int) -> tuple[Tensor, bytes]:
-    """(carriers (C, d), secret) of a decoy key, drawn as the true ones are; number 0 is the true key itself.
+def decoy(key: Key, number: int) -> tuple[Tensor, Tensor, bytes]:
+    """(carriers (C, d), patterns (C, m), secret) of a decoy key, drawn as the true ones; number 0 is the true key.
 
     Decoys follow from the key's secret by a hash (SHAKE-256), so that nobody can draw others until they suit.
     """
     if number == 0:
-        return key.carriers, key.secret
+        return key.carriers, key.patterns, key.secret
     seed = key.secret + f"decoy\0{number}".encode()
-
-    def entropy(size: int) -> bytes:
-        return hashlib.shake_256(seed).digest(size)
-
-    return uniform_carriers(len(key.carriers), key.carriers.shape[1], entropy), hashlib.sha256(seed).digest()
+    return *fresh_carriers(key, hashlib.shake_256(seed).digest), hashlib.sha256(seed).digest()
 
 
 def choose_images(labels: Sequence[str], images: int = IMAGES) -> list[int]:
@@ -90,13 +86,14 @@ def make(
     small = [_shrunk(image) for image in pixels]
     asked = []
     for number in range(decoys + 1):
-        carriers, secret = decoy(key, number)
+        carriers, patterns, secret = decoy(key, number)
         marked: list[Tensor] = []
         for start in range(0, len(small), batch_size):
             some = range(start, min(start + batch_size, len(small)))
             draws = [random.Random(hashlib.sha256(secret + f"query\0{i}".encode()).digest()) for i in some]
-            wanted = carriers[[rows[i] for i in some]].to(device)
-            found = mark_images(marker, [small[i].float() for i in some], wanted, draws, QUERY)
+            places = [rows[i] for i in some]
+            originals = [small[i].float() for i in some]
+            found = mark_images(marker, originals, carriers[places].to(device), draws, QUERY, patterns=patterns[places])
             marked += [image.round().to(torch.uint8) for image in found]
             progress(number * len(small) + len(marked))
         asked.append(tuple(marked))

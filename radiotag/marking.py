@@ -37,7 +37,7 @@ from radiotag.images import (
     write_atomically,
 )
 from radiotag.networks import Network
-from radiotag.radioactive import Key, Marking, choose, default_psnr, image_random, mark_images
+from radiotag.radioactive import Key, Marking, choose, default_psnr, image_random, mark_images, patterned
 
 MANIFEST_FORMAT = 1
 LOSSLESS = {"PNG", "BMP", "TIFF"}
@@ -384,10 +384,13 @@ def _mark_batch(
     """Mark decoded images together, or by halves where memory does not suffice, and write their files."""
     format = str(plan.header["format"])
     pictures = [picture for _, _, picture in ready]
-    carriers = key.carriers[[plan.rows[item.label] for item, _, _ in ready]].to(network.get_buffer("mean").device)
+    rows = [plan.rows[item.label] for item, _, _ in ready]
+    carriers = key.carriers[rows].to(network.get_buffer("mean").device)
+    carrying = torch.tensor([patterned(key, item.path.as_posix()) for item, _, _ in ready])
+    patterns = key.patterns[rows] * carrying[:, None]
     draws = [image_random(key, item.path.as_posix(), int(plan.header["seed"])) for item, _, _ in ready]
     try:
-        marked = mark_pictures(network, pictures, carriers, draws, marking, format)
+        marked = mark_pictures(network, pictures, carriers, patterns, draws, marking, format)
     except torch.OutOfMemoryError:
         if len(ready) == 1:
             raise
@@ -408,7 +411,13 @@ def _mark_batch(
 
 
 def mark_pictures(
-    network: Network, pictures: Sequence[Picture], carriers: Tensor, draws: Sequence[Any], marking: Marking, format: str
+    network: Network,
+    pictures: Sequence[Picture],
+    carriers: Tensor,
+    patterns: Tensor,
+    draws: Sequence[Any],
+    marking: Marking,
+    format: str,
 ) -> list[tuple[bytes, Pixels]]:
     """Mark decoded images: (file bytes, pixels (H, W, 3) as read back from them) of each."""
 
@@ -418,7 +427,7 @@ def mark_pictures(
         return _tensor(roundtrip(pictures[i], _array(image), format))
 
     images = [_tensor(picture.rgb) for picture in pictures]
-    marked = mark_images(network, images, carriers, draws, marking, read_back)
+    marked = mark_images(network, images, carriers, draws, marking, read_back, patterns)
     return [_finish(picture, _array(m), marking, format) for picture, m in zip(pictures, marked, strict=True)]
 
 

@@ -8,6 +8,10 @@ null hypothesis (the suspect does not depend on the carriers) every vector w_c c
 of u_c, so cos(w_c, u_c) is distributed like one coordinate of a uniform unit vector, whatever the suspect: the p-value
 is exact. The choice of w_c is only a matter of power, and each key declares it before a suspect is seen.
 
+Beyond the paper, each class has a second carrier v_c, uniform on the unit sphere of R^m: a faint pattern of low spatial
+frequencies that all marked images of the class share beside what moves each one's features. Networks learn what is
+shared far more readily; the same argument makes its test exact, with the suspect's mean input gradient as w_c.
+
 Vectors are float64 where a p-value depends on them; probabilities are natural logarithms unless named log10.
 """
 
@@ -24,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -41,11 +45,17 @@ from radiotag.images import write_atomically
 from radiotag.networks import Network, State, from_state, spec_from, unpack
 
 FORMAT = 1  # of key files
-STATISTIC = "response+ridge"  # what new keys declare
-STATISTICS = {"response+ridge": "response and ridge alignment, unit vectors summed; Stouffer over classes"}
+STATISTIC = "response+ridge+pattern"  # what new keys declare
+STATISTICS = {
+    STATISTIC: "response and ridge alignment, unit vectors summed, beside the pattern; Stouffer, also over classes"
+}
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
 ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
 GRADIENTS = 2500  # response gradients in all, shared among the classes
+FREQUENCIES = 6  # of a pattern, along each axis: half-waves over the image
+PATTERNED = 0.25  # of a class, at most: were the pattern in all of it, networks would learn that and not the pictures
+PATTERN_DIMENSION = 3 * (FREQUENCIES * FREQUENCIES // 2 - 1)  # m: three colours, mirror-symmetric, no constant
+WEIGHTS = (1.0, 2.0)  # of the features' and the pattern's normal scores in a class's
 Floats = NDArray[np.float64]
 
 
@@ -56,7 +66,8 @@ Floats = NDArray[np.float64]
 class Key:
     """A secret key: what marking and verification need, and nothing else."""
 
-    carriers: Tensor  # (C, d) float32, unit rows
+    carriers: Tensor  # (C, d) float32, unit rows: u
+    patterns: Tensor  # (C, m) float32, unit rows: v
     secret: bytes  # 32 bytes that choose which images are marked and how they are augmented
     weights: State  # the marking network, as stored (int8 weights have a scale beside them)
     metadata: dict[str, Any]  # format, statistic, network (a Spec), class_names or None
@@ -92,6 +103,15 @@ def uniform_carriers(classes: int, dimension: int, entropy: Callable[[int], byte
     return torch.from_numpy(gaussian / np.linalg.norm(gaussian, axis=1, keepdims=True)).float()
 
 
+def fresh_carriers(key: Key, digest: Callable[[int], bytes]) -> tuple[Tensor, Tensor]:
+    """Carriers (C, d) and patterns (C, m) of another key like this one, from a stream of bytes: digest(n) begins it."""
+    split = 8 * key.carriers.numel()
+    stream = digest(split + 8 * key.patterns.numel())
+    parts = iter((stream[:split], stream[split:]))
+    drawn = [uniform_carriers(*rows.shape, lambda _: next(parts)) for rows in (key.carriers, key.patterns)]  # type: ignore[call-arg]
+    return drawn[0], drawn[1]
+
+
 def new_key(weights: State, network: dict[str, Any], dimension: int, classes: int | Sequence[str]) -> Key:
     """Draw a key for a marking network (weights as stored, its Spec as plain values); classes by number or by name."""
     names = None if isinstance(classes, int) else list(classes)
@@ -100,15 +120,18 @@ def new_key(weights: State, network: dict[str, Any], dimension: int, classes: in
         raise RadiotagError("a key needs at least one class")
     metadata = {"format": FORMAT, "statistic": STATISTIC, "network": network, "class_names": names}
     metadata = json.loads(json.dumps(metadata))  # as it comes back from the file: no tuples
-    carriers, secret = uniform_carriers(count, dimension), os.urandom(32)
-    print_ = fingerprint(carriers, secret, weights, metadata)
-    return Key(carriers=carriers, secret=secret, weights=weights, metadata=metadata, fingerprint=print_)
+    carriers, patterns = uniform_carriers(count, dimension), uniform_carriers(count, PATTERN_DIMENSION)
+    secret = os.urandom(32)
+    print_ = fingerprint(carriers, patterns, secret, weights, metadata)
+    return Key(
+        carriers=carriers, patterns=patterns, secret=secret, weights=weights, metadata=metadata, fingerprint=print_
+    )
 
 
-def fingerprint(carriers: Tensor, secret: bytes, weights: State, metadata: dict[str, Any]) -> str:
+def fingerprint(carriers: Tensor, patterns: Tensor, secret: bytes, weights: State, metadata: dict[str, Any]) -> str:
     """SHA-256 over canonical content, not file bytes: it commits to the carriers and reveals nothing of them."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name, tensor in sorted({**weights, "carriers": carriers}.items()):
+    for name, tensor in sorted({**weights, "carriers": carriers, "patterns": patterns}.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     digest.update(secret)
@@ -131,7 +154,7 @@ def public_half(key: Key) -> str:
 def save_key(path: Path, key: Key, *, exclusive: bool = True) -> None:
     """Write the key file, readable by its owner only (0600), whole or not at all; `exclusive`: never over another."""
     tensors = {f"network.{name}": tensor.contiguous() for name, tensor in key.weights.items()}
-    tensors["carriers"] = key.carriers
+    tensors["carriers"], tensors["patterns"] = key.carriers, key.patterns
     tensors["secret"] = torch.tensor(list(key.secret), dtype=torch.uint8)
     metadata = {"radiotag": json.dumps(key.metadata, sort_keys=True)}
     if exclusive:
@@ -156,8 +179,9 @@ def load_key(path: Path) -> Key:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = json.loads((file.metadata() or {})["radiotag"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        carriers, secret = tensors.pop("carriers"), bytes(tensors.pop("secret").tolist())
-        _check(metadata, carriers, secret)
+        carriers, patterns = tensors.pop("carriers"), tensors.pop("patterns", torch.empty(0, PATTERN_DIMENSION))
+        secret = bytes(tensors.pop("secret").tolist())
+        _check(metadata, carriers, patterns, secret)
     except FileNotFoundError as error:
         raise RadiotagError(f"no key at {path}", f"make one: radiotag keygen -o {path}") from error
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
@@ -165,26 +189,41 @@ def load_key(path: Path) -> Key:
     if metadata.get("format") != FORMAT or metadata.get("statistic") not in STATISTICS:
         raise RadiotagError(f"{path} is of a format that this version does not know", "pip install -U radiotag")
     weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
-    print_ = fingerprint(carriers, secret, weights, metadata)
-    return Key(carriers=carriers, secret=secret, weights=weights, metadata=metadata, fingerprint=print_)
+    print_ = fingerprint(carriers, patterns, secret, weights, metadata)
+    return Key(
+        carriers=carriers, patterns=patterns, secret=secret, weights=weights, metadata=metadata, fingerprint=print_
+    )
 
 
-def _check(metadata: Any, carriers: Tensor, secret: bytes) -> None:
+def _check(metadata: Any, carriers: Tensor, patterns: Tensor, secret: bytes) -> None:
     """Raise KeyError or ValueError where a key file is damaged; a later format may look otherwise."""
     if not isinstance(metadata, dict):
         raise ValueError("its description is no mapping")
     if metadata.get("format") != FORMAT:
         return
     names, _ = metadata["class_names"], metadata["network"]
-    unit = carriers.dim() == 2 and bool(((carriers.double().norm(dim=1) - 1).abs() < 1e-3).all())
-    if not unit or len(secret) != 32 or (names is not None and len(names) != len(carriers)):
+    unit = all(
+        rows.dim() == 2 and bool(((rows.double().norm(dim=1) - 1).abs() < 1e-3).all()) for rows in (carriers, patterns)
+    )
+    fits = unit and patterns.shape == (len(carriers), PATTERN_DIMENSION)
+    if not fits or len(secret) != 32 or (names is not None and len(names) != len(carriers)):
         raise ValueError("its carriers or its secret are damaged")
 
 
 def choose(key: Key, paths: Sequence[str], fraction: float) -> set[str]:
     """Which of one class's paths to mark: round(fraction·n), at least one unless 0, in an order only the key knows."""
     count = min(len(paths), max(1, round(fraction * len(paths)))) if fraction > 0 else 0
-    return set(sorted(paths, key=lambda p: hmac.digest(key.secret, os.fsencode(p), "sha256"))[:count])
+    return set(sorted(paths, key=lambda path: _order(key, path))[:count])
+
+
+def patterned(key: Key, path: str) -> bool:
+    """Whether a marked image carries its class's pattern: the share PATTERNED that `choose` takes first does."""
+    return int.from_bytes(_order(key, path)[:8]) < PATTERNED * 2**64
+
+
+def _order(key: Key, path: str) -> bytes:
+    """Uniform bytes that only the key knows of a path; they depend on nothing else in the folder."""
+    return hmac.digest(key.secret, os.fsencode(path), "sha256")
 
 
 def image_random(key: Key, path: str, seed: int) -> random.Random:
@@ -205,6 +244,7 @@ class Marking:
     reach: float = 6.0  # length of the whole path, in radii of the L2 ball: crops disagree, so much of it cancels
     lambda_pixel: float = 0.0005  # λ1, squared, in normalised pixels of the network's input size
     lambda_feature: float = 0.01  # λ2, plain norm
+    pattern_share: float = 0.5  # of the squared amplitude, for the pattern that the class's images share
     crop_scale: tuple[float, float] = (0.4, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
@@ -223,6 +263,35 @@ def marking_loss(shift: Tensor, carriers: Tensor, pixel_shift: Tensor, marking: 
     along = (shift * carriers).sum(1)
     length = (shift.square().sum(1) + 1e-12).sqrt()  # the norm has no gradient at zero, where every image starts
     return -along + marking.lambda_pixel * pixel_shift + marking.lambda_feature * length
+
+
+@lru_cache(maxsize=16)
+def _waves(count: int, size: int, step: int) -> Tensor:
+    """(count/step, size) float64: every `step`-th of the first cosines of the orthonormal DCT-II over `size` pixels."""
+    k = torch.arange(0, count, step, dtype=torch.float64)[:, None]
+    x = torch.arange(size, dtype=torch.float64) + 0.5
+    waves: Tensor = torch.cos(math.pi * k * x / size) * math.sqrt(2 / size)
+    waves[0] /= math.sqrt(2)
+    waves[math.ceil(size / step) :] = 0  # a small image has no such wave
+    return waves
+
+
+def pattern_images(patterns: Tensor, height: int, width: int) -> Tensor:
+    """(B, m) patterns → (B, 3, H, W) images: sums of cosines over the image, even ones across, so that a flip is none.
+
+    A coefficient is an amplitude in an orthonormal basis: for images of 8 pixels or more norms are kept.
+    """
+    grid = F.pad(patterns.double().view(len(patterns), 3, -1), (1, 0))  # the constant is 0: normalisation removes it
+    grid = grid.view(len(patterns), 3, FREQUENCIES, FREQUENCIES // 2)
+    down, across = _waves(FREQUENCIES, height, 1), _waves(FREQUENCIES, width, 2)
+    return torch.einsum("bcij,ih,jw->bchw", grid, down, across)
+
+
+def pattern_coefficients(images: Tensor) -> Tensor:
+    """(B, 3, H, W) → (B, m) float64: an image's part in the patterns' space, the transpose of `pattern_images`."""
+    down, across = _waves(FREQUENCIES, images.shape[2], 1), _waves(FREQUENCIES, images.shape[3], 2)
+    grid = torch.einsum("bchw,ih,jw->bcij", images.double().cpu(), down, across)
+    return grid.flatten(2)[:, :, 1:].flatten(1)
 
 
 def random_crop(height: int, width: int, draw: random.Random, marking: Marking) -> tuple[int, int, int, int, bool]:
@@ -255,20 +324,28 @@ def mark_images(
     draws: Sequence[random.Random],
     marking: Marking,
     read_back: Callable[[int, Tensor], Tensor] | None = None,
+    patterns: Tensor | None = None,
 ) -> list[Tensor]:
     """Mark images of any sizes together: each (3, H, W) in [0, 255] → (3, H, W) float, within ε and the PSNR.
 
-    carriers is (B, d), draws one generator an image. `read_back(i, image)` is what a reader of the written file would
-    see of image i; the loss is taken there and its gradient passed straight through.
+    carriers is (B, d), patterns (B, m), rows of zeros for none, draws one generator an image. `read_back(i, image)` is
+    what a reader of the written file would see of image i; the loss is taken there and its gradient passed straight
+    through.
     """
     device = carriers.device
     clean = [x.to(device) for x in images]
-    delta = [torch.zeros_like(x) for x in clean]
     radius = [l2_radius(x, marking) for x in clean]
+    base = [torch.zeros_like(x) for x in clean]  # the pattern, to which the image's own mark is added
+    for i, row in enumerate([] if patterns is None else patterns):
+        pattern = pattern_images(row[None], *clean[i].shape[1:])[0].float().to(device)
+        if pattern.any():
+            base[i] = project(pattern * 1e9, radius[i] * math.sqrt(marking.pattern_share), marking.epsilon)
+            radius[i] *= math.sqrt(1 - marking.pattern_share)
+    delta = [torch.zeros_like(x) for x in clean]
     std = network.get_buffer("std")[0] * 255  # (3, 1, 1)
     for step in range(marking.steps):
         size = marking.reach * 2 * (1 - step / marking.steps) / (marking.steps + 1)  # decays linearly, sums to `reach`
-        moved = [(x + d).clamp_(0, 255).requires_grad_() for x, d in zip(clean, delta, strict=True)]
+        moved = [(x + b + d).clamp_(0, 255).requires_grad_() for x, b, d in zip(clean, base, delta, strict=True)]
         views = []
         for i, (x, y) in enumerate(zip(clean, moved, strict=True)):
             seen = y if read_back is None else y + (read_back(i, y.detach()).to(device) - y.detach())
@@ -279,13 +356,15 @@ def mark_images(
             before = network.features(inputs[0])  # (B', d)
         shift = (network.features(inputs[1]) - before)[: len(images)]  # (B, d)
         # The square is brought to the input size: summed over a large photograph it would drown the gain.
-        pixels = torch.stack([((y - x) / std).square().mean() for x, y in zip(clean, moved, strict=True)])
+        own = zip(clean, base, moved, strict=True)
+        pixels = torch.stack([((y - x - b) / std).square().mean() for x, b, y in own])
         pixels = pixels * inputs[0, 0].numel()
         gradients = torch.autograd.grad(marking_loss(shift, carriers, pixels, marking).sum(), moved)
         for i, g in enumerate(gradients):
-            stepped = moved[i].detach() - clean[i] - size * radius[i] * g / g.norm().clamp_min(1e-20)
-            delta[i] = project(stepped, radius[i], marking.epsilon)
-    return [(x + d).clamp(0, 255).cpu() for x, d in zip(clean, delta, strict=True)]
+            stepped = moved[i].detach() - clean[i] - base[i] - size * radius[i] * g / g.norm().clamp_min(1e-20)
+            whole = base[i] + project(stepped, radius[i], marking.epsilon)
+            delta[i] = whole.clamp(-marking.epsilon, marking.epsilon) - base[i]
+    return [(x + b + d).clamp(0, 255).cpu() for x, b, d in zip(clean, base, delta, strict=True)]
 
 
 def _pad(inputs: Tensor) -> Tensor:
@@ -460,15 +539,17 @@ def responses(
     outputs: Sequence[int],
     batch_size: int,
     labels: Tensor | None = None,
-) -> Tensor:
-    """Which way φ moves when an image moves up the suspect's gradient for a class.
+) -> tuple[Tensor, Tensor]:
+    """Which way φ, and the pattern, move when an image moves up the suspect's gradient for a class.
 
-    r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x log softmax f(x)_c: (N, 3, H, W) in [0, 1] → (C, d) float64.
-    With labels (N,), positions in `outputs`, the mean is over the images of class c; without, every image serves every
-    class. It asks for no alignment, no linear head and no features of the suspect.
+    r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x log softmax f(x)_c: (N, 3, H, W) in [0, 1] → (C, d) float64,
+    and the mean over x of g / ‖g‖ in the patterns' space: (C, m) float64. With labels (N,), positions in `outputs`, the
+    mean is over the images of class c; without, every image serves every class. It asks for no alignment, no linear
+    head and no features of the suspect.
     """
     device = marker.get_buffer("mean").device
     total = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64)
+    pattern = torch.zeros(len(outputs), PATTERN_DIMENSION, dtype=torch.float64)
     count = torch.zeros(len(outputs), 1, dtype=torch.float64)
     column = torch.tensor(list(outputs))
     with _forward_mode():
@@ -481,9 +562,10 @@ def responses(
                 (g,) = torch.autograd.grad(wanted.sum(), x, retain_graph=labels is None)
                 scale = g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
                 pushed = torch.func.jvp(marker.features, (x.detach(),), (g / scale,))[1]  # (B, d)
+                pattern.index_add_(0, classes, pattern_coefficients(g / scale))
                 total.index_add_(0, classes, F.normalize(pushed.detach().double(), dim=1).cpu())
                 count[:, 0] += torch.bincount(classes, minlength=len(outputs))
-    return total / count.clamp_min(1)
+    return total / count.clamp_min(1), pattern / count.clamp_min(1)
 
 
 def project_off(rows: Tensor, basis: Tensor) -> Tensor:
@@ -508,8 +590,8 @@ def project_own(rows: Tensor, own: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def own_responses(
     marker: Network, pixels: Tensor, count: int, outputs: tuple[int, ...], batch_size: int, labels: Tensor | None = None
-) -> Tensor:
-    """The marking network's own answers, (K, d), on the first `count` images; kept for the next suspect."""
+) -> tuple[Tensor, Tensor]:
+    """The marking network's own answers, (K, d) and (K, m), on the first `count` images; kept for the next suspect."""
     return responses(marker, marker, pixels[:count], outputs, batch_size, labels)
 
 
@@ -517,10 +599,11 @@ def own_responses(
 class Rows:
     """What was computed from one suspect without the carriers: class vectors in the marking space."""
 
-    declared: Tensor  # (C, d) float64
+    declared: Tensor  # (C, d) float64, to be compared with u
     paper: Tensor | None  # (C, d) float64; None without a linear head
     r2: float | None  # of the least-squares alignment
     classes: tuple[int, ...]  # carrier row of each vector
+    pattern: Tensor | None = None  # (C, m) float64, to be compared with v
 
 
 def suspect_rows(
@@ -541,13 +624,15 @@ def suspect_rows(
     """
     outputs = [output for output, _ in pairs]
     count = max(8, min(250, GRADIENTS // len(outputs))) if labels is None else len(pixels)
-    answer = responses(marker, suspect, pixels[:count], outputs, batch_size, labels)
+    answer, pattern = responses(marker, suspect, pixels[:count], outputs, batch_size, labels)
     if own is None:
         every = tuple(range(min(marker.spec.classes, 64)))
         few = max(8, GRADIENTS // 4 // len(every))
-        answer = project_off(answer, own_responses(marker, pixels, few, every, batch_size))
+        known = own_responses(marker, pixels, few, every, batch_size)
+        answer, pattern = project_off(answer, known[0]), project_off(pattern, known[1])
     else:
-        answer = project_own(answer, own_responses(marker, pixels, count, tuple(own), batch_size, labels))
+        known = own_responses(marker, pixels, count, tuple(own), batch_size, labels)
+        answer, pattern = project_own(answer, known[0]), project_own(pattern, known[1])
     declared = F.normalize(answer, dim=1)  # (C, d)
     paper, r2 = None, None
     if suspect.head is not None and marker.head is not None:
@@ -558,7 +643,7 @@ def suspect_rows(
         heads = marker.head.weight.double().cpu()  # (K, d)
         ridge = project_off(ridge, heads) if own is None else project_own(ridge, heads[list(own)])
         declared = declared + F.normalize(ridge, dim=1)
-    return Rows(declared=declared, paper=paper, r2=r2, classes=tuple(row for _, row in pairs))
+    return Rows(declared=declared, pattern=pattern, paper=paper, r2=r2, classes=tuple(row for _, row in pairs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -567,37 +652,55 @@ class Evidence:
 
     log_p: float  # natural log, of the declared statistic
     paper_log_p: float | None
-    mean_cosine: float  # of the declared vectors with the carriers
+    mean_cosine: float  # of the declared vectors with the feature carriers
+    pattern_cosine: float | None  # of the pattern vectors with the patterns
     per_class: tuple[float, ...]  # natural-log p of each class
 
 
-def evidence(rows: Rows, carriers: Tensor) -> Evidence:
-    """Test the vectors against carriers (C', d): exact per-class p-values, combined. Carriers (all) in key order.
+def evidence(rows: Rows, carriers: Tensor, patterns: Tensor | None = None) -> Evidence:
+    """Test the vectors against carriers (C', d) and patterns (C', m): exact per-class p-values, combined. In key order.
 
     Where every vector is paired with the same one carrier, a single class was marked and which of the suspect's outputs
     it became is not known: the smallest p-value then counts, times the number of outputs (Bonferroni).
     """
-    chosen = carriers.double()[list(rows.classes)]  # (C, d)
-    cosines = _cosines(rows.declared, chosen)
-    log_p = cosine_log_sf(cosines, chosen.shape[1])
-    one = len(rows.classes) > 1 and len(set(rows.classes)) == 1
+    places = list(rows.classes)
+    parts = [_scores(rows.declared, carriers[places])]
+    if rows.pattern is not None and patterns is not None:
+        parts.append(_scores(rows.pattern, patterns[places]))
+    weights = np.stack([w * found.alive for w, found in zip(WEIGHTS, parts, strict=False)])  # (1 or 2, C)
+    alive = weights.any(0)
+    if not alive.any():
+        raise RadiotagError("the suspect's outputs do not depend on its input")
+    weights = weights[:, alive] / np.linalg.norm(weights[:, alive], axis=0)
+    log_p = special.log_ndtr(-(weights * np.stack([found.scores[alive] for found in parts])).sum(0))  # (C',)
+    one = len(places) > 1 and len(set(places)) == 1
     paper = None
     if rows.paper is not None:
-        paper_log_p = cosine_log_sf(_cosines(rows.paper, chosen), chosen.shape[1])
-        paper = bonferroni(paper_log_p) if one else fisher(paper_log_p)
+        found = _scores(rows.paper, carriers[places])
+        of_paper = cosine_log_sf(found.cosines[found.alive], carriers.shape[1])
+        paper = (bonferroni(of_paper) if one else fisher(of_paper)) if found.alive.any() else 0.0
+    means = [float(part.cosines[part.alive].mean()) if part.alive.any() else 0.0 for part in parts]
     return Evidence(
-        log_p=bonferroni(log_p) if one else stouffer(log_p), paper_log_p=paper,
-        mean_cosine=float(cosines.max() if one else cosines.mean()), per_class=tuple(log_p.tolist()),
+        log_p=bonferroni(log_p) if one else stouffer(log_p), paper_log_p=paper, mean_cosine=means[0],
+        pattern_cosine=means[1] if len(means) > 1 else None, per_class=tuple(log_p.tolist()),
     )  # fmt: skip
 
 
-def _cosines(rows: Tensor, carriers: Tensor) -> Floats:
-    """Cosines of (C, d) and (C, d), without the rows of zeros: a dead output has no direction, and says nothing.
+class _Scores(NamedTuple):
+    """Of each class (C,): cosine, normal score of its exact p-value, and whether there is a direction at all.
 
-    Dropping them looks at the suspect alone, so the remaining p-values stay exact. RadiotagError if none remains.
+    Rows of zeros (a dead output has no direction) say nothing. Leaving them out looks at the suspect alone, so that
+    the remaining p-values stay exact.
     """
-    alive = rows.norm(dim=1) > 0
-    if not alive.any():
-        raise RadiotagError("the suspect's outputs do not depend on its input")
-    cosines: Floats = F.cosine_similarity(rows[alive], carriers[alive], dim=1, eps=1e-300).clamp(-1, 1).numpy()
-    return cosines
+
+    cosines: Floats
+    scores: Floats
+    alive: NDArray[np.bool_]
+
+
+def _scores(rows: Tensor, carriers: Tensor) -> _Scores:
+    """Compare (C, d) with (C, d)."""
+    alive = (rows.norm(dim=1) > 0).numpy()
+    cosines: Floats = F.cosine_similarity(rows, carriers.double(), dim=1, eps=1e-300).clamp(-1, 1).numpy()
+    log_p = cosine_log_sf(cosines, carriers.shape[1])
+    return _Scores(cosines=cosines, scores=-special.ndtri_exp(np.minimum(log_p, -1e-300)), alive=alive)

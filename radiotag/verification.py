@@ -25,10 +25,10 @@ from radiotag.radioactive import (
     Key,
     Rows,
     evidence,
+    fresh_carriers,
     holm,
     resampled_log_p,
     suspect_rows,
-    uniform_carriers,
 )
 from radiotag.synthetic import dead_leaves
 
@@ -270,9 +270,8 @@ def calibrate(rows: Rows, key: Key, log_p: float, count: int) -> Calibration:
     seed = key.secret + b"calibrate"
     fresh = []
     for number in range(count):
-        stream = hashlib.shake_256(seed + number.to_bytes(8, "big"))
-        carriers = uniform_carriers(len(key.carriers), key.carriers.shape[1], stream.digest)
-        fresh.append(evidence(rows, carriers).log_p)
+        carriers, patterns = fresh_carriers(key, hashlib.shake_256(seed + number.to_bytes(8, "big")).digest)
+        fresh.append(evidence(rows, carriers, patterns).log_p)
     p = np.exp(fresh)
     return Calibration(
         n=count,
@@ -303,7 +302,7 @@ def verify(
     for path in paths:
         progress(path)
         suspect, rows = examine(path, key, marker, options, data, manifest)
-        found = evidence(rows, key.carriers)
+        found = evidence(rows, key.carriers, key.patterns)
         finding = Finding(
             path=os.fspath(path),
             architecture=suspect.spec.architecture,

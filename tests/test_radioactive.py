@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,12 +19,14 @@ import safetensors.torch
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import fft, stats
 from torch import nn
 
 from radiotag import RadiotagError, radioactive
 from radiotag.networks import Network, Spec, build, find_head, pack, save_checkpoint, to_metadata
 from radiotag.radioactive import (
+    PATTERN_DIMENSION,
+    WEIGHTS,
     Marking,
     Rows,
     aligned_rows,
@@ -40,11 +43,14 @@ from radiotag.radioactive import (
     mark_images,
     marking_loss,
     new_key,
+    pattern_coefficients,
+    pattern_images,
     project,
     project_off,
     project_own,
     public_half,
     random_crop,
+    resampled_log_p,
     responses,
     save_key,
     stouffer,
@@ -378,7 +384,7 @@ def key_file(key, tmp_path):
 
 
 def print_of(key):
-    return fingerprint(key.carriers, key.secret, key.weights, key.metadata)
+    return fingerprint(key.carriers, key.patterns, key.secret, key.weights, key.metadata)
 
 
 def test_key_returns_from_its_file_as_it_was(key, key_file):
@@ -497,7 +503,8 @@ def test_other_safetensors_file_is_no_key(key, tmp_path):
 
 
 def key_bytes(key, metadata, **tensors):
-    content = {"carriers": key.carriers, "secret": torch.tensor(list(key.secret), dtype=torch.uint8), **tensors}
+    secret = torch.tensor(list(key.secret), dtype=torch.uint8)
+    content = {"carriers": key.carriers, "patterns": key.patterns, "secret": secret, **tensors}
     return safetensors.torch.save(content, {"radiotag": json.dumps(metadata)})
 
 
@@ -985,6 +992,95 @@ def test_alignment_of_constant_features_says_nothing():
     assert not rows.any()
 
 
+# ---------------------------------------------------------------- patterns
+
+
+def by_cosines(image):
+    """The patterns' coefficients of (3, H, W) by scipy's DCT: the lowest frequencies, even ones across, no constant."""
+    grid = fft.dctn(image, axes=(1, 2), norm="ortho")[:, :6, :6:2]
+    short = [(0, wanted - have) for wanted, have in zip((3, 6, 3), grid.shape, strict=True)]
+    return np.pad(grid, short).reshape(3, -1)[:, 1:].ravel()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (40, 33), (300, 200)])
+def test_patterns_are_low_cosines(size):
+    patterns = uniform_carriers(3, PATTERN_DIMENSION, entropy("patterns"))
+    images = pattern_images(patterns, *size)
+    for image, pattern in zip(images, patterns, strict=True):
+        assert by_cosines(image.numpy()) == pytest.approx(pattern.double().numpy(), abs=1e-9)
+    assert images.flatten(1).norm(dim=1).numpy() == pytest.approx(1, abs=1e-6)
+    assert images.flip(3).numpy() == pytest.approx(images.numpy(), abs=1e-12)
+    assert images.mean((2, 3)).numpy() == pytest.approx(0, abs=1e-12)
+    noise = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 3, *size)))
+    found = pattern_coefficients(noise)
+    assert found.numpy() == pytest.approx(np.stack([by_cosines(x.numpy()) for x in noise]), abs=1e-9)
+    adjoint = (noise[0] * images[1]).sum()
+    assert float(found[0] @ patterns[1].double()) == pytest.approx(float(adjoint), rel=1e-9)
+
+
+def test_a_mark_is_the_pattern_and_the_images_own(network):
+    images, carriers = photos(4), carriers_for(4)
+    patterns = uniform_carriers(4, PATTERN_DIMENSION, entropy("patterns"))
+
+    def marked(share, **more):
+        draws = [random.Random(f"{i}") for i in range(4)]
+        return mark_images(network, images, carriers, draws, Marking(pattern_share=share, **more), patterns=patterns)
+
+    alone, shared, none = marked(1.0, steps=1), marked(0.5, steps=8, reach=3.0, **WHOLE), marked(0.0, steps=2)
+    for i, x in enumerate(images):
+        pattern = pattern_images(patterns[i : i + 1], *x.shape[1:])[0].float()
+        room = 255 * 10 ** (-34 / 20) * math.sqrt(x.numel())
+        expected = (x + (room * pattern).clamp(-10, 10)).clamp(0, 255)
+        assert alone[i].numpy() == pytest.approx(expected.numpy(), abs=1e-3)
+        assert float((shared[i] - x).abs().max()) <= 10 + 1e-4 and psnr(x, shared[i]) > 33.9
+        found = float(pattern_coefficients((shared[i] - x)[None])[0] @ patterns[i].double())
+        assert 0.5 * room < found < 0.85 * room  # √½ of the radius, less what is clamped
+    assert gains(network, images, shared).mean() > gains(network, images, alone).mean() + 0.01
+    assert torch.equal(none[0], mark_images(network, images, carriers, [random.Random(f"{i}") for i in range(4)],
+                                            Marking(steps=2))[0])  # fmt: skip
+
+
+# ---------------------------------------------------------------- the true key among its decoys
+
+
+def enumerated(values, grid=1000):
+    """p by going through every assignment."""
+    scores = np.rint((values - values.mean(0)) / values.std(0) * grid)
+    sums = [sum(choice) for choice in itertools.product(*scores.T)]
+    return np.mean(np.array(sums) >= scores[0].sum())
+
+
+@pytest.mark.parametrize("shift", [-2, 0, 1, 4])
+@pytest.mark.parametrize(("keys", "classes"), [(5, 3), (6, 4), (8, 1), (4, 6)])
+def test_resampling_counts_every_assignment(keys, classes, shift):
+    values = np.random.default_rng(keys).normal(size=(keys, classes))
+    values[0] += shift
+    assert math.exp(resampled_log_p(values)) == pytest.approx(enumerated(values), rel=1e-9)
+    assert resampled_log_p(7 * values - 3) == pytest.approx(resampled_log_p(values), rel=1e-9)
+
+
+def test_resampling_is_uniform_under_the_null():
+    rng = np.random.default_rng(1)
+    p = np.exp([resampled_log_p(rng.standard_t(3, (8, 6)) * np.arange(1, 7)) for _ in range(4000)])
+    assert_uniform(p, "resampled")
+
+
+def test_resampling_with_ties_errs_on_the_side_of_the_suspect():
+    rng = np.random.default_rng(2)
+    p = np.exp([resampled_log_p(rng.integers(0, 2, (6, 5)).astype(float)) for _ in range(2000)])
+    for a in (0.5, 0.1, 0.01):
+        assert (p <= a).sum() <= binomial_limits(len(p), a)[1]
+    assert resampled_log_p(np.ones((4, 3))) == 0
+    tied = np.c_[np.ones(4), [3.0, 1, 2, 0]]  # one class says nothing, in the other the true key is first
+    assert math.exp(resampled_log_p(tied)) == pytest.approx(1 / 4)
+
+
+def test_resampling_reaches_beyond_floats():
+    values = np.random.default_rng(3).normal(size=(16, 900)) * 1e-3
+    values[0] = 1
+    assert resampled_log_p(values) == pytest.approx(-900 * math.log(16), rel=1e-9)
+
+
 # ---------------------------------------------------------------- responses
 
 
@@ -996,16 +1092,19 @@ def test_response_of_linear_networks_is_closed_form():
     a, w = gaussian(6, 48, seed=1), gaussian(4, 48, seed=2)
     marker, suspect = Toy(linear(a), gaussian(2, 6)), Toy(linear(w), torch.eye(4).double())
     pixels, outputs = images_in_unit_range(11), [2, 0]
-    x, expected = pixels.flatten(1).numpy(), np.zeros((2, 6))
+    x, expected, seen = pixels.flatten(1).numpy(), np.zeros((2, 6)), np.zeros((2, PATTERN_DIMENSION))
     bias = np.linspace(-1, 1, 4)
     for image in x:
         p = np.exp(w.numpy() @ image + bias)
         p /= p.sum()
         for row, c in enumerate(outputs):
-            expected[row] += unit(a.numpy() @ (w.numpy()[c] - p @ w.numpy())) / len(x)
+            gradient = w.numpy()[c] - p @ w.numpy()
+            expected[row] += unit(a.numpy() @ gradient) / len(x)
+            seen[row] += by_cosines(unit(gradient).reshape(3, 4, 4)) / len(x)
     for batch_size in (1, 4, 11, 64):
-        found = responses(marker, suspect, pixels, outputs, batch_size)
+        found, pattern = responses(marker, suspect, pixels, outputs, batch_size)
         assert found.dtype == torch.float64 and found.numpy() == pytest.approx(expected, rel=1e-8)
+        assert pattern.numpy() == pytest.approx(seen, rel=1e-8)
     for layer in (marker, suspect):
         assert all(p.grad is None for p in layer.parameters())
 
@@ -1015,7 +1114,7 @@ def test_response_of_a_dead_output_is_zero():
         Toy(linear(gaussian(6, 48)), gaussian(2, 6)),
         Toy(linear(torch.zeros(4, 48).double()), torch.eye(4).double()),
     )
-    assert not responses(marker, suspect, images_in_unit_range(3), [0, 3], 2).any()
+    assert not any(part.any() for part in responses(marker, suspect, images_in_unit_range(3), [0, 3], 2))
 
 
 class Attention(nn.Module):
@@ -1052,7 +1151,7 @@ def test_response_is_the_finite_difference(body):
                 pushed = (marker.features(image + move) - marker.features(image - move))[0]
                 expected[c] += unit(pushed.numpy()) / 3
     before = torch.backends.mha.get_fastpath_enabled()
-    found = responses(marker, suspect, pixels, [0, 1, 2], 2)
+    found, _ = responses(marker, suspect, pixels, [0, 1, 2], 2)
     assert torch.backends.mha.get_fastpath_enabled() is before is True
     assert found.numpy() == pytest.approx(expected, abs=1e-6)
 
@@ -1111,7 +1210,7 @@ def test_paper_rows_do_not_depend_on_the_suspects_basis():
     first, second = (suspect_rows(marker, s, pixels, pairs, 16) for s in suspects)
     assert first.paper.numpy() == pytest.approx(second.paper.numpy(), rel=1e-7)
     backwards = suspect_rows(marker, suspects[0], pixels, pairs[::-1], 7)
-    for name in ("declared", "paper"):
+    for name in ("declared", "paper", "pattern"):
         assert getattr(backwards, name).flip(0).numpy() == pytest.approx(getattr(first, name).numpy(), rel=1e-7)
     assert backwards.classes == (5, 0, 1)
 
@@ -1143,17 +1242,18 @@ def toys(seed):
 def test_labelled_responses_average_each_class_over_its_own_images():
     marker, suspect, pixels = toys(seed=1), toys(seed=2), images_in_unit_range(7)
     labels = torch.tensor([1, 0, 1, 1, 0, 1, 1])
-    found = responses(marker, suspect, pixels, [2, 0], 3, labels)
+    found, pattern = responses(marker, suspect, pixels, [2, 0], 3, labels)
     for position, output in enumerate((2, 0)):  # oracle: the unlabelled answer on the class's images alone
         expected = responses(marker, suspect, pixels[labels == position], [output], 2)
-        torch.testing.assert_close(found[position], expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[position], expected[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pattern[position], expected[1][0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_class_without_images_answers_nothing():
     marker, suspect = toys(seed=1), toys(seed=2)
-    found = responses(marker, suspect, images_in_unit_range(2), [0, 1], 2, torch.tensor([0, 0]))
-    assert found[0].any()
-    assert not found[1].any()
+    for found in responses(marker, suspect, images_in_unit_range(2), [0, 1], 2, torch.tensor([0, 0])):
+        assert found[0].any()
+        assert not found[1].any()
 
 
 def test_project_own_removes_each_rows_own_direction_only():
@@ -1165,9 +1265,9 @@ def test_project_own_removes_each_rows_own_direction_only():
     assert torch.equal(project_own(rows, torch.zeros_like(own)), rows)  # a silent network takes nothing away
 
 
-def rows_of(declared, paper=None, classes=None):
+def rows_of(declared, paper=None, classes=None, pattern=None):
     classes = tuple(range(len(declared))) if classes is None else classes
-    return Rows(declared=torch.as_tensor(declared), paper=paper, r2=None, classes=classes)
+    return Rows(declared=torch.as_tensor(declared), pattern=pattern, paper=paper, r2=None, classes=classes)
 
 
 def correlated(seed):
@@ -1219,9 +1319,52 @@ def test_p_values_stay_exact_without_dead_rows():
     alive = [0, 2, 3, 4]
     without = evidence(rows_of(declared[alive], paper[[1, 2, 3, 0]], tuple(alive)), carriers)
     assert evidence(rows_of(declared, paper), carriers).log_p == without.log_p
-    for dead in (rows_of(declared * 0), rows_of(declared, paper * 0)):
-        with pytest.raises(RadiotagError, match="do not depend"):
-            evidence(dead, carriers)
+    with pytest.raises(RadiotagError, match="do not depend"):
+        evidence(rows_of(declared * 0), carriers)
+    assert evidence(rows_of(declared, paper * 0), carriers).paper_log_p == 0
+
+
+def test_the_pattern_adds_its_own_exact_p_value():
+    """A fixed suspect, 4,000 keys with two carriers a class; dead rows of either kind are left out, class by class."""
+    declared, pattern = correlated(1), correlated(2)
+    declared[1], pattern[[0, 1]] = 0, 0
+    rows = rows_of(declared, pattern=pattern)
+    keys = zip(fresh_carriers(4000, 5, 32, seed=8), fresh_carriers(4000, 5, 32, seed=9), strict=True)
+    found = [evidence(rows, carriers, patterns) for carriers, patterns in keys]
+    assert {len(e.per_class) for e in found} == {4}
+    assert_uniform(np.exp([e.log_p for e in found]), "both")
+    assert_uniform(np.exp([e.per_class[0] for e in found]), "features alone")
+
+
+def test_the_two_carriers_of_a_class_are_weighted_by_hand():
+    carriers, patterns = (fresh_carriers(1, 5, 32, seed=s)[0] for s in (4, 5))
+    rows = rows_of(correlated(5), pattern=correlated(6))
+    found = evidence(rows, carriers, patterns)
+    scores = np.zeros(5)
+    for weight, vectors, known in zip(WEIGHTS, (rows.declared, rows.pattern), (carriers, patterns), strict=True):
+        cosines = (unit(vectors.numpy()) * unit(known.double().numpy())).sum(1)
+        scores += weight * stats.norm.isf([float(mpmath.exp(exact_log_sf(t, 32))) for t in cosines])
+    expected = stats.norm.sf(scores / np.linalg.norm(WEIGHTS))
+    assert np.exp(found.per_class) == pytest.approx(expected, rel=1e-6)
+    assert math.exp(found.log_p) == pytest.approx(stats.combine_pvalues(expected, "stouffer").pvalue, rel=1e-5)
+    assert evidence(rows, carriers).pattern_cosine is None  # a key's patterns left aside
+
+
+def test_one_carrier_for_every_output_is_corrected_for_the_choice():
+    """A single marked class, and no knowing which output it became: valid under the null, and near the best output."""
+    rows = rows_of(correlated(1), correlated(2), classes=(0,) * 5)
+    found = [evidence(rows, carriers) for carriers in fresh_carriers(4000, 1, 32, seed=3)]
+    for name in ("log_p", "paper_log_p"):
+        p = np.exp([getattr(e, name) for e in found])
+        for a in (0.5, 1e-1, 1e-2):
+            assert (p <= a).sum() <= binomial_limits(len(p), a)[1]
+    spread = rows_of(gaussian(5, 32, seed=1), classes=(0,) * 5)  # nearly orthogonal rows: the correction is tight
+    p = np.exp([evidence(spread, carriers).log_p for carriers in fresh_carriers(4000, 1, 32, seed=4)])
+    assert (p <= 0.1).mean() > 0.08
+    learnt = fresh_carriers(1, 1, 32, seed=5)[0]
+    one = rows_of(torch.cat([gaussian(4, 32, seed=2), learnt.double()]), classes=(0,) * 5)
+    alone = evidence(rows_of(learnt.double(), classes=(0,)), learnt)
+    assert evidence(one, learnt).log_p == pytest.approx(alone.log_p + math.log(5))
 
 
 def test_evidence_by_hand():
