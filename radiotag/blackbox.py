@@ -244,7 +244,8 @@ def _read_csv(path: Path) -> list[tuple[str, Any]]:
         if not line:
             continue
         if len(line) != len(header):
-            raise RadiotagError(f"{path}, line {number}: {len(line)} columns, the header has {len(header)}")
+            columns = f"{len(line)} columns, the header has {len(header)}"
+            raise RadiotagError(f"{path}, line {number}: {columns}", "write as many as the header has")
         if len(header) == 2:
             found.append((line[0], line[1].strip()))
             continue
@@ -268,10 +269,10 @@ def _read_json(path: Path) -> list[tuple[str, Any]]:
         if isinstance(plain, dict):
             numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in plain.values())
             if not plain or not numbers:
-                raise RadiotagError(f"{path}: the answer for {file} is not made of numbers")
+                raise RadiotagError(f"{path}: the answer for {file} is not made of numbers", "write one a class")
             plain = {name: float(v) for name, v in plain.items()}
         elif isinstance(plain, bool) or not isinstance(plain, str | int):
-            raise RadiotagError(f"{path}: the answer for {file} is neither a label nor numbers")
+            raise RadiotagError(f"{path}: the answer for {file} is neither a label nor numbers", "write one of them")
         rows.append((file, plain if isinstance(plain, dict) else str(plain)))
     return rows
 

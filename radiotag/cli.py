@@ -660,7 +660,9 @@ def _tell(report: Report, findings: "list[Finding]", secret: "Key", alpha: float
         f"key          sha256:{secret.fingerprint}",
         f"note         {verification.VOIDS[0]}",
         f"             {verification.VOIDS[1]}",
-        f"report       {page}" if page else "next         the same with --report evidence.html makes a page to keep",
+        f"report       {page}"
+        if page
+        else "next         radiotag verify … --report evidence.html makes a page to keep",
     )
     calibrations = [verification.as_json(f)["calibration"] for f in findings if f.calibration]
     report.give(
@@ -691,7 +693,7 @@ def _finding_lines(finding: "Finding", alpha: float, count: int) -> list[str]:
     how, more = f"black-box, {finding.decoys} decoys", ""
     if finding.method == "white-box":
         how = "alignment R² " + ("none" if finding.alignment_r2 is None else f"{finding.alignment_r2:.2f}")
-        more = f", mean cosine {finding.mean_cosine:+.4f}"
+        more = f", mean cosine {finding.mean_cosine:+.4f}, of patterns {finding.pattern_cosine:+.4f}"
     lines = [
         f"suspect      {finding.path} ({finding.architecture}, {finding.classes_used} classes used, {how})",
         f"verdict      {verdict}: log10 p = {finding.log10_p:.2f}{corrected} (threshold p ≤ {alpha:g}){more}",

@@ -35,6 +35,7 @@ from radiotag.synthetic import dead_leaves
 LOG10 = math.log(10)
 SYNTHETIC_SEED = 20200702  # fixed: images chosen after seeing a suspect would be one more thing to choose
 POOR_R2 = 0.1
+ENOUGH = 5  # images a class that may contradict what a suspect's file says of its outputs
 VOIDS = (
     "the p-value holds only if the key was made before the suspect (publish its fingerprint before the data),",
     "if the images used for alignment are unmarked, and if this key, suspect and statistic are the only ones tried",
@@ -73,7 +74,8 @@ class Finding:
     log10_p_corrected: float  # Holm, over the suspects of this run
     detected: bool
     paper_log10_p: float | None
-    mean_cosine: float | None
+    mean_cosine: float | None  # with the feature carriers
+    pattern_cosine: float | None  # with the patterns
     alignment_r2: float | None
     classes_used: int
     method: str  # white-box or black-box
@@ -99,7 +101,7 @@ def unmarked_images(folder: Path, marked: frozenset[str], queries: bool = False)
 
     Raises RadiotagError if one of them is marked (by `marked`, or by a manifest beside it or a folder above).
     """
-    for place in (folder.absolute(), *folder.resolve().parents, folder.resolve()):
+    for place in (folder, *folder.resolve().parents, folder.resolve()):
         beside = place.with_name(f"{place.name}.manifest.jsonl") if place.name else place
         marked = marked | (marked_hashes(beside) if beside.is_file() else frozenset())
     items, _, _ = scan(folder)
@@ -184,26 +186,38 @@ def class_rows(
     elif key.class_names is not None and len(key.carriers) > 1:
         known = {name: row for row, name in enumerate(key.class_names)}
     else:
-        order = sorted(theirs if theirs and set(found) <= set(theirs) else set(found))
-        known = {name: row for row, name in enumerate(order[: len(key.carriers)])}
+        whole = theirs is not None and set(found) <= set(theirs) and len(theirs) <= len(key.carriers)
+        order = sorted(theirs if theirs and whole else set(found))
+        if len(order) > len(key.carriers):
+            raise RadiotagError(
+                f"the key does not fit: {len(key.carriers)} carriers, images of {len(order)} classes",
+                "name the classes marked with --marked MANIFEST, or use the key that marked the data",
+            )
+        known = {name: row for row, name in enumerate(order)}
     return {name: known[name] for name in sorted(set(found)) if name in known}
 
 
-def match_outputs(means: Tensor, named: Sequence[int | None] | None = None) -> list[int]:
+def _named_outputs(suspect: Network, key: Key, names: Sequence[str]) -> list[int] | None:
+    """The outputs of some classes by the names in the suspect's file, else in the usual sorted order; or None."""
+    for order in (suspect.spec.class_names, key.class_names, names):
+        if order and len(order) == suspect.spec.classes and set(names) <= set(order):
+            return [list(order).index(name) for name in names]
+    return None
+
+
+def match_outputs(means: Tensor, named: Sequence[int] | None = None) -> list[int]:
     """Which output is which class: (L, C') mean probabilities of each class's images → an output a class, or −1.
 
     Hungarian assignment, of the largest sum. It looks at the suspect and at unmarked images alone, never at a carrier.
-    `named` is what the suspect's file says; it is believed where it fits almost as well. A class that gets no more
-    than chance has no output.
+    `named` is what the suspect's file says: it is believed unless the images contradict it, by a sum of twice as much.
+    A class that gets no more than chance has no output.
     """
     rows, columns = optimize.linear_sum_assignment(-means.numpy())
     best = [-1] * len(means)
     for row, column in zip(rows, columns, strict=True):
         best[row] = int(column) if float(means[row, column]) > 1 / means.shape[1] else -1
-    if named and all(output is not None for output in named):
-        told = [int(output) for output in named if output is not None]
-        if float(means[range(len(told)), told].sum()) >= 0.9 * float(means[rows, columns].sum()):
-            return told
+    if named and float(means[range(len(named)), named].sum()) >= 0.5 * float(means[rows, columns].sum()):
+        return list(named)
     return best
 
 
@@ -226,16 +240,14 @@ def examine(
     pixels = synthetic_images(size)
     found: tuple[str, ...] = ()
     if data is not None:
-        pixels, found = real_images(data, size, marked_hashes(manifest) if manifest else frozenset())
+        pixels, found = real_images(data.absolute(), size, marked_hashes(manifest) if manifest else frozenset())
     rows = class_rows(key, [name for name in found if name], manifest, theirs)
     if rows:
-        means = mean_answers(suspect, pixels, found, list(rows), options.batch_size)
-        named = [theirs.index(name) if name in theirs else None for name in rows] if theirs else None
-        matched = [
-            (output, row, name)
-            for output, (name, row) in zip(match_outputs(means, named), rows.items(), strict=True)
-            if output >= 0
-        ]
+        told = _named_outputs(suspect, key, list(rows))
+        outputs = told if min(map(found.count, rows)) < ENOUGH else None
+        if outputs is None:
+            outputs = match_outputs(mean_answers(suspect, pixels, found, list(rows), options.batch_size), told)
+        matched = [(out, row, name) for out, (name, row) in zip(outputs, rows.items(), strict=True) if out >= 0]
         if not matched:
             raise RadiotagError(f"{path} knows none of the classes in {data}", "check --image-size, --mean and --std")
         pairs = [(output, row) for output, row, _ in matched]
@@ -311,6 +323,7 @@ def verify(
             detected=False,
             paper_log10_p=None if found.paper_log_p is None else found.paper_log_p / LOG10,
             mean_cosine=found.mean_cosine,
+            pattern_cosine=found.pattern_cosine,
             alignment_r2=rows.r2,
             classes_used=len(found.per_class),
             method="white-box",
@@ -335,7 +348,7 @@ def prepare_queries(
     note: Callable[[str], None] = lambda _: None, progress: Callable[[int, int], None] = lambda *_: None,
 ) -> blackbox.Queries:  # fmt: skip
     """The queries for labelled, unmarked images: read back if they were made before, else made and kept."""
-    images, found = unmarked_images(data, marked_hashes(manifest) if manifest else frozenset(), queries=True)
+    images, found = unmarked_images(data.absolute(), marked_hashes(manifest) if manifest else frozenset(), queries=True)
     rows = class_rows(key, found, manifest)
     kept = [i for i, name in enumerate(found) if name in rows]
     if not kept:
@@ -411,7 +424,8 @@ def black_box_finding(
     log10_p = resampled_log_p(values) / LOG10
     return Finding(
         path=os.fspath(path), architecture=architecture, log10_p=log10_p, log10_p_corrected=log10_p, detected=False,
-        paper_log10_p=None, mean_cosine=None, alignment_r2=None, classes_used=values.shape[1], method="black-box",
+        paper_log10_p=None, mean_cosine=None, pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1],
+        method="black-box",
         warnings=tuple(warnings), decoys=len(queries.images) - 1,
     )  # fmt: skip
 

@@ -1,0 +1,380 @@
+"""Verification: outputs matched with classes, the black-box test, calibration and the report."""
+
+import csv
+import itertools
+import json
+import stat
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_cli import bad, call, good
+from torch import nn
+
+from radiotag import RadiotagError, blackbox, radioactive, report, synthetic, verification
+from radiotag.networks import marking_weights, save_checkpoint
+from radiotag.radioactive import load_key, new_key, save_key
+from radiotag.verification import Finding, Options, match_outputs
+
+NAMES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A key of three named classes beside 24 unmarked images of theirs."""
+    root = tmp_path_factory.mktemp("place")
+    images, _ = synthetic.demo_images(24, 32, seed=3)
+    synthetic.write_folder(root / "few", images, torch.arange(24) % 3, NAMES)
+    save_key(root / "k.safetensors", new_key(*marking_weights("builtin"), NAMES))
+    return root
+
+
+def suspect(place, name, order, names=None, classes=None, lean=0.0):
+    """The marking network with a head that knows the classes by their mean features, at the outputs of `order`."""
+    key = load_key(place / "k.safetensors")
+    network = key.network()
+    pixels, found = verification.real_images(place / "few", 32, frozenset())
+    features = radioactive.features(network, pixels, 64).float()
+    center = features.mean(0)
+    head = nn.Linear(features.shape[1], classes or len(order))
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+        for row, output in enumerate(order):
+            if output is not None:
+                mean = features[[label == NAMES[row] for label in found]].mean(0) - center
+                head.weight[output] = 9 * mean / mean.square().sum() + lean * key.carriers[row]
+                head.bias[output] = -4.5 - head.weight[output] @ center
+    network.module.fc = head
+    spec = replace(network.spec, classes=head.out_features, class_names=names)
+    save_checkpoint(place / name, network.module, spec)
+    return place / name
+
+
+def verify(place, *models, more=()):
+    return call("verify", *models, "--key", place / "k.safetensors", "--json", *more)
+
+
+# ---------------------------------------------------------------- matching
+
+
+@pytest.mark.parametrize(("classes", "outputs"), [(3, 3), (2, 5), (4, 3), (1, 6)])
+def test_matching_is_the_best_of_all_assignments(classes, outputs):
+    generator = torch.Generator().manual_seed(classes)
+    for _ in range(20):
+        means = torch.rand(classes, outputs, generator=generator, dtype=torch.float64)
+        found = match_outputs(means)
+        used = [output for output in found if output >= 0]
+        assert len(set(used)) == len(used)
+        small, large = sorted((classes, outputs))
+        every = itertools.permutations(range(large), small)
+        best = max(sum(float((means if classes <= outputs else means.T)[i, o]) for i, o in enumerate(p)) for p in every)
+        total = sum(float(means[row, output]) for row, output in enumerate(found) if output >= 0)
+        assert total <= best + 1e-12
+        dropped = min(classes, outputs) - len(used)
+        assert total >= best - dropped / outputs - 1e-12  # what is no better than chance is left out
+
+
+def test_names_are_believed_unless_the_images_contradict_them():
+    sure = torch.eye(3, dtype=torch.float64) * 0.8 + 0.1
+    assert match_outputs(sure, [0, 1, 2]) == [0, 1, 2]
+    assert match_outputs(sure, [1, 2, 0]) == [0, 1, 2]
+    vague = torch.full((3, 3), 0.33, dtype=torch.float64)
+    assert match_outputs(vague, [2, 0, 1]) == [2, 0, 1]
+
+
+def rows_by_carrier(place, path):
+    key = load_key(place / "k.safetensors")
+    _, rows = verification.examine(path, key, key.network(), Options(), place / "few", None)
+    return dict(zip(rows.classes, rows.declared, strict=True))
+
+
+def test_permuted_extra_and_missing_outputs_are_no_obstacle(place):
+    plain = rows_by_carrier(place, suspect(place, "plain.pt", (0, 1, 2), NAMES))
+    permuted = rows_by_carrier(place, suspect(place, "permuted.pt", (2, 0, 1)))
+    lying = rows_by_carrier(place, suspect(place, "lying.pt", (2, 0, 1), NAMES))
+    wider = rows_by_carrier(place, suspect(place, "wider.pt", (4, 1, 3), classes=6))
+    assert set(plain) == set(permuted) == set(lying) == set(wider) == {0, 1, 2}
+    for row in range(3):
+        for other in (permuted, lying):
+            assert torch.allclose(plain[row], other[row], atol=1e-3)
+        assert float(torch.cosine_similarity(plain[row], wider[row], dim=0)) > 0.7  # three outputs more in the softmax
+    fewer = rows_by_carrier(place, suspect(place, "fewer.pt", (1, None, 0), classes=2))
+    assert set(fewer) == {0, 2}
+
+
+def test_a_flat_folder_is_tested_on_every_output_and_corrected(place, tmp_path):
+    flat, key = tmp_path / "flat", tmp_path / "k.safetensors"
+    flat.mkdir()
+    for path in (place / "few" / "bee").iterdir():
+        (flat / path.name).write_bytes(path.read_bytes())
+    good("keygen", "-o", key, "--classes", 1)
+    good("mark", flat, "--key", key, "-o", tmp_path / "out", "--steps", 1)
+    model = suspect(place, "plain.pt", (0, 1, 2), NAMES)
+    manifest = tmp_path / "out.manifest.jsonl"
+    for more in ([], ["--marked", manifest]):
+        answer = call("verify", model, "--key", key, "--json", "--data", flat, *more).json["suspects"][0]
+        assert answer["classes_used"] == 3
+        assert any("corrected for the choice" in warning for warning in answer["warnings"])
+
+
+# ---------------------------------------------------------------- black-box
+
+
+@pytest.fixture(scope="module")
+def asked(place):
+    """Two suspects asked with four decoys."""
+    one, two = suspect(place, "one.pt", (0, 1, 2), NAMES), suspect(place, "two.pt", (1, 2, 0), lean=2.0)
+    return verify(place, one, two, more=["--black-box", "--data", place / "few", "--decoys", 4])
+
+
+def test_black_box_says_what_it_did(place, asked):
+    assert asked.code == 3
+    assert "3 classes, 24 images under the true key and 4 decoys: marking 120 images" in asked.err
+    answer = asked.json
+    assert answer["statistic"] == "black-box"
+    for found in answer["suspects"]:
+        assert (found["method"], found["classes_used"], found["decoys"]) == ("black-box", 3, 4)
+        assert found["mean_cosine"] is found["paper_log10_p"] is found["alignment_r2"] is None
+        assert -3 * np.log10(5) - 1e-9 <= found["log10_p"] <= 0
+    (kept,) = place.glob("k.queries-*.safetensors")
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    before = kept.read_bytes()
+    again = verify(place, place / "one.pt", more=["--black-box", "--data", place / "few", "--decoys", 4])
+    assert "marking" not in again.err  # the marked decoys are reused
+    assert again.json["suspects"][0]["log10_p"] == answer["suspects"][0]["log10_p"]
+    assert kept.read_bytes() == before
+    text = call("verify", place / "one.pt", "--key", place / "k.safetensors", "--black-box", "--decoys", 4,
+                "--data", place / "few").out  # fmt: skip
+    assert "4 decoys" in text and "exact resampling" in text
+
+
+def test_marks_under_the_true_key_help_a_model_made_for_them(place):
+    """A suspect that answers along the carriers is surer of images marked with them than of any decoy's."""
+    model = suspect(place, "leaning.pt", (0, 1, 2), NAMES, lean=8.0)
+    found = verify(place, model, more=["--black-box", "--data", place / "few", "--decoys", 4]).json["suspects"][0]
+    assert found["log10_p"] < -1.5  # of −2.1 at best
+
+
+def test_decoys_are_other_keys_that_nobody_can_draw_again(place):
+    key, other = load_key(place / "k.safetensors"), new_key(*marking_weights("builtin"), NAMES)
+    drawn = [blackbox.decoy(k, n) for k in (key, other) for n in range(3)]
+    assert torch.equal(drawn[0][0], key.carriers) and drawn[0][2] == key.secret
+    for (a, b, c), (x, y, z) in itertools.combinations(drawn, 2):
+        assert not (a == x).any() and not (b == y).any() and c != z
+    again = blackbox.decoy(key, 2)
+    assert torch.equal(again[0], drawn[2][0]) and again[2] == drawn[2][2]
+    for carriers, patterns, _ in drawn:
+        assert carriers.norm(dim=1).tolist() == pytest.approx([1] * 3, abs=1e-6)
+        assert patterns.shape == key.patterns.shape
+
+
+def test_images_to_ask_with_are_shared_evenly():
+    labels = ["a"] * 40 + ["b"] * 3 + ["c"] * 40
+    assert blackbox.choose_images(labels) == [*range(16), 40, 41, 42, *range(43, 59)]
+    assert blackbox.choose_images(labels, images=6) == [0, 1, 40, 41, 43, 44]
+    assert len(blackbox.choose_images([str(i % 1000) for i in range(5000)])) == 1000
+
+
+def test_black_box_without_an_answer_for_some_keys():
+    queries = blackbox.Queries(images=(), rows=(0, 0, 1), names=())
+    answers = torch.full((3, 3, 2), float("nan"), dtype=torch.float64)
+    answers[:, 0, 0], answers[1:, 1, 0], answers[1:, 2, 1] = 0.5, 0.9, 0.9
+    values = blackbox.evidence(queries, answers, [(0, 0), (1, 1)])  # the second class lacks the true key's answer
+    half, more = np.log(0.55), np.log(0.95)
+    assert values[:, 0] == pytest.approx([half, (half + more) / 2, (half + more) / 2])
+    assert values.shape == (3, 1)
+    with pytest.raises(RadiotagError, match="under every key"):
+        blackbox.evidence(queries, answers, [(1, 1)])
+
+
+def test_black_box_is_uniform_for_a_suspect_that_knows_nothing_of_the_keys():
+    """Probabilities as a suspect might give them, the same law under every key; partly unanswered."""
+    generator, p = torch.Generator().manual_seed(0), []
+    rows = tuple(i % 3 for i in range(12))
+    for _ in range(400):
+        answers = torch.rand(6, 12, 3, generator=generator, dtype=torch.float64) ** 3 * torch.rand(12, 1).double()
+        answers[torch.rand(6, 12, generator=generator) < 0.1] = float("nan")
+        values = blackbox.evidence(blackbox.Queries(images=(), rows=rows, names=()), answers, [(0, 0), (1, 1), (2, 2)])
+        p.append(radioactive.resampled_log_p(values))
+    p = np.exp(p)
+    for a in (0.5, 0.2, 0.05):
+        assert abs((p <= a).sum() - 400 * a) < 4 * np.sqrt(400 * a * (1 - a)) + 2
+
+
+# ---------------------------------------------------------------- a suspect that is elsewhere
+
+
+@pytest.fixture(scope="module")
+def exported(place, asked):
+    result = good("verify", "--key", place / "k.safetensors", "--black-box", "--data", place / "few", "--decoys", 4,
+                  "--export", place / "questions", "--json")  # fmt: skip
+    assert result.json["images"] == 120
+    return place / "questions"
+
+
+@pytest.fixture(scope="module")
+def answers(place, exported):
+    """What the first suspect says of each exported file, read back as a stranger would."""
+    network = verification.load_suspect(place / "one.pt", Options())
+    files = sorted(exported.iterdir())
+    pixels = torch.stack([torch.from_numpy(verification.decode(f.read_bytes(), f.name).rgb.transpose(2, 0, 1).copy())
+                          for f in files])  # fmt: skip
+    with torch.no_grad():
+        return {f.name: p.tolist() for f, p in zip(files, network(pixels / 255).double().softmax(1), strict=True)}
+
+
+def test_nothing_in_an_export_tells_true_from_decoy(place, exported):
+    files = sorted(exported.iterdir())
+    assert len(files) == 120
+    assert all(len(f.stem) == 32 and f.suffix == ".png" and f.stat().st_mtime == 0 for f in files)
+    queries = blackbox.load(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
+    true = set(queries.names[0])
+    ranks = [i for i, f in enumerate(files) if f.stem in true]
+    assert len(ranks) == 24 and 35 < np.mean(ranks) < 85  # 59.5 ± 6: spread over the order of names
+    assert bad("verify", "--key", place / "k.safetensors", "--black-box", "--data", place / "few", "--decoys", 4,
+               "--export", exported).err.startswith("error: " + str(exported))  # fmt: skip
+
+
+def write_csv(path, header, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def predictions(place, path):
+    return call("verify", "--key", place / "k.safetensors", "--predictions", path, "--json")
+
+
+def test_answers_from_elsewhere_are_tested_as_those_from_here(place, asked, answers, tmp_path):
+    expected = asked.json["suspects"][0]["log10_p"]
+    probabilities = write_csv(tmp_path / "p.csv", ["file", *NAMES], [[f, *p] for f, p in answers.items()])
+    logits = tmp_path / "l.json"
+    logits.write_text(json.dumps({f: [float(np.log(x)) + 3 for x in p] for f, p in answers.items()}))
+    for path in (probabilities, logits):
+        found = predictions(place, path)
+        assert found.code == 3, found.err
+        assert found.json["suspects"][0]["log10_p"] == pytest.approx(expected, abs=1e-6)
+        assert found.json["suspects"][0]["method"] == "black-box"
+
+
+def test_labels_alone_will_do_by_name_or_number(place, answers, tmp_path):
+    best = {f: int(np.argmax(p)) for f, p in answers.items()}
+    named = write_csv(tmp_path / "n.csv", ["file", "label"], [[f, f"class {c}"] for f, c in best.items()])
+    numbered = tmp_path / "n.json"
+    numbered.write_text(json.dumps(best))
+    found = [predictions(place, path).json["suspects"][0]["log10_p"] for path in (named, numbered)]
+    assert found[0] == pytest.approx(found[1])
+    assert -3 * np.log10(5) - 1e-9 <= found[0] <= 0
+
+
+def test_partial_and_foreign_answers_are_counted(place, answers, tmp_path):
+    some = list(answers.items())[:100]
+    rows = [[f"sub/{f}", *p] for f, p in some] + [["other.png", 1, 0, 0], [some[0][0], *some[0][1]]]
+    path = write_csv(tmp_path / "p.csv", ["file", *NAMES], rows)
+    warnings = predictions(place, path).json["suspects"][0]["warnings"]
+    assert warnings == ["1 answers are for files that were not exported, and ignored",
+                        "20 of 120 exported images have no answer"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "header"),
+        ("file,label\nother.png,ant\n", "none of this key's"),
+        ("file,ant,bee\nFIRST,0.5,x\n", "line 2"),
+        ("file,ant,bee\nFIRST,0.5\n", "line 2"),
+        ("file,ant,bee\nFIRST,0.5,nan\n", "finite"),
+        ("file,label\nFIRST,ant\nFIRST,bee\n", "twice"),
+        ("[1, 2]", "not an object"),
+        ('{"FIRST": true}', "neither"),
+        ('{"FIRST": {"ant": "x"}}', "numbers"),
+        ('{"FIRST": []}', "numbers"),
+        ('{"FIRST": [0.5, 0.5], "SECOND": 1}', "mixes"),
+        ('{"FIRST": [0.5, 0.5], "SECOND": [1]}', "needs 2 numbers"),
+        ("{", "cannot read"),
+    ],
+)
+def test_malformed_answers_are_named(place, exported, tmp_path, content, said):
+    first, second = sorted(f.name for f in exported.iterdir())[:2]
+    path = tmp_path / ("a.json" if content[:1] in "{[" and content else "a.csv")
+    path.write_text(content.replace("FIRST", first).replace("SECOND", second))
+    result = bad("verify", "--key", place / "k.safetensors", "--predictions", path)
+    assert said in result.err and str(path) in result.err
+
+
+def test_predictions_need_an_export(place, tmp_path):
+    good("keygen", "-o", tmp_path / "k.safetensors", "--classes", 3)
+    (tmp_path / "a.csv").write_text("file,label\nx.png,1\n")
+    result = bad("verify", "--key", tmp_path / "k.safetensors", "--predictions", tmp_path / "a.csv")
+    assert "--export" in result.err
+    damaged = tmp_path / "k.queries-0.safetensors"
+    damaged.write_bytes(b"no")
+    assert str(damaged) in bad("verify", "--key", tmp_path / "k.safetensors", "--predictions", tmp_path / "a.csv").err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--black-box"], ["--export", "d"], ["m.pt", "--predictions", "p.csv"], ["m.pt", "--black-box"],
+        ["--export", "d", "--predictions", "p.csv", "--black-box", "--data", "x"],
+        ["m.pt", "--black-box", "--data", "x", "--calibrate", "5"],
+    ],
+)  # fmt: skip
+def test_combinations_that_mean_nothing(more):
+    bad("verify", "--key", "k", *more, code=2)
+
+
+# ---------------------------------------------------------------- calibration and report
+
+
+def test_calibration_shows_a_uniform_law_and_the_true_keys_place(place, tmp_path):
+    model = suspect(place, "plain.pt", (0, 1, 2), NAMES)
+    page = tmp_path / "page.html"
+    result = verify(place, model, more=["--data", place / "few", "--calibrate", 300, "--report", page])
+    answer = result.json
+    found = answer["calibration"]
+    assert found == answer["suspects"][0]["calibration"]
+    assert found["n"] == 300 and sum(found["histogram"]) == 300
+    assert found["ks_p"] > 1e-4
+    assert 1 <= found["rank"] <= 301
+    p = 10 ** answer["suspects"][0]["log10_p"]
+    assert abs(found["rank"] / 301 - p) < 0.2
+    again = verify(place, model, more=["--data", place / "few", "--calibrate", 300]).json["calibration"]
+    assert again == found  # fresh keys follow from the secret one: nobody draws until they suit
+    text = page.read_text()
+    for said in ("300 fresh keys", "null hypothesis", load_key(place / "k.safetensors").fingerprint, "no evidence"):
+        assert said in text
+
+
+def finding(**more):
+    base = {"path": "a<b>[red].pt", "architecture": "resnet10", "log10_p": -1234.56, "log10_p_corrected": -1234.2,
+            "detected": True, "paper_log10_p": -1.0, "mean_cosine": 0.1, "pattern_cosine": 0.2, "alignment_r2": 0.5,
+            "classes_used": 3, "method": "white-box", "warnings": ("[bold]careful",)}  # fmt: skip
+    return Finding(**{**base, **more})
+
+
+@pytest.mark.parametrize("suffix", [".html", ".svg"])
+def test_a_report_is_a_whole_page_that_no_name_can_break(place, tmp_path, suffix):
+    path = tmp_path / f"page{suffix}"
+    report.write(path, [finding(), finding(path="c.pt", detected=False)], load_key(place / "k.safetensors"), 1e-4)
+    text = path.read_text().replace("&#160;", " ")
+    for said in ("MARK DETECTED", "no evidence", "[red]", "[bold]careful", "10^-1235", "Holm"):
+        assert said in text, said
+    assert "a<b>" not in text
+
+
+def test_reports_are_not_written_over_others_nor_in_other_formats(place, tmp_path):
+    model = suspect(place, "plain.pt", (0, 1, 2), NAMES)
+    (tmp_path / "page.svg").write_text("mine")
+    for name in ("page.svg", "page.pdf"):
+        assert name in bad("verify", model, "--key", place / "k.safetensors", "--report", tmp_path / name).err
+    assert (tmp_path / "page.svg").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("log10_p", "shown"), [(-0.3, "0.501"), (0, "1.000"), (-4, "1.0 × 10^-4"), (-1234.56, "2.8 × 10^-1235")]
+)
+def test_probabilities_as_people_write_them(log10_p, shown):
+    assert report.probability(log10_p) == shown
