@@ -47,7 +47,8 @@ from radiotag.networks import Network, State, from_state, spec_from, unpack
 FORMAT = 1  # of key files
 STATISTIC = "response+ridge+pattern"  # what new keys declare
 STATISTICS = {
-    STATISTIC: "response and ridge alignment, unit vectors summed, beside the pattern; Stouffer, also over classes"
+    STATISTIC: "response and ridge alignment, unit vectors summed, and the pattern; Stouffer over the classes of each, "
+    "Fisher over the two"
 }
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
 ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
@@ -55,7 +56,6 @@ GRADIENTS = 2500  # response gradients in all, shared among the classes
 FREQUENCIES = 6  # of a pattern, along each axis: half-waves over the image
 PATTERNED = 0.25  # of a class, at most: were the pattern in all of it, networks would learn that and not the pictures
 PATTERN_DIMENSION = 3 * (FREQUENCIES * FREQUENCIES // 2 - 1)  # m: three colours, mirror-symmetric, no constant
-WEIGHTS = (1.0, 2.0)  # of the features' and the pattern's normal scores in a class's
 Floats = NDArray[np.float64]
 
 
@@ -664,43 +664,51 @@ def evidence(rows: Rows, carriers: Tensor, patterns: Tensor | None = None) -> Ev
     it became is not known: the smallest p-value then counts, times the number of outputs (Bonferroni).
     """
     places = list(rows.classes)
-    parts = [_scores(rows.declared, carriers[places])]
+    parts = [_class_log_p(rows.declared, carriers[places])]
     if rows.pattern is not None and patterns is not None:
-        parts.append(_scores(rows.pattern, patterns[places]))
-    weights = np.stack([w * found.alive for w, found in zip(WEIGHTS, parts, strict=False)])  # (1 or 2, C)
-    alive = weights.any(0)
-    if not alive.any():
+        parts.append(_class_log_p(rows.pattern, patterns[places]))
+    alive = [part.log_p[part.alive] for part in parts if part.alive.any()]
+    if not alive:
         raise RadiotagError("the suspect's outputs do not depend on its input")
-    weights = weights[:, alive] / np.linalg.norm(weights[:, alive], axis=0)
-    log_p = special.log_ndtr(-(weights * np.stack([found.scores[alive] for found in parts])).sum(0))  # (C',)
+    per_class = [_together([part.log_p[c] for part in parts if part.alive[c]]) for c in range(len(places))]
+    answered = np.array([value for value in per_class if value is not None])
     one = len(places) > 1 and len(set(places)) == 1
     paper = None
     if rows.paper is not None:
-        found = _scores(rows.paper, carriers[places])
-        of_paper = cosine_log_sf(found.cosines[found.alive], carriers.shape[1])
-        paper = (bonferroni(of_paper) if one else fisher(of_paper)) if found.alive.any() else 0.0
-    means = [float(part.cosines[part.alive].mean()) if part.alive.any() else 0.0 for part in parts]
+        found = _class_log_p(rows.paper, carriers[places])
+        known = found.log_p[found.alive]
+        paper = 0.0 if not len(known) else bonferroni(known) if one else fisher(known)
+    means = [float(part.cosine[part.alive].mean()) if part.alive.any() else 0.0 for part in parts]
     return Evidence(
-        log_p=bonferroni(log_p) if one else stouffer(log_p), paper_log_p=paper, mean_cosine=means[0],
-        pattern_cosine=means[1] if len(means) > 1 else None, per_class=tuple(log_p.tolist()),
+        log_p=bonferroni(answered) if one else _together([stouffer(part) for part in alive]) or 0.0,
+        paper_log_p=paper, mean_cosine=means[0], pattern_cosine=means[1] if len(means) > 1 else None,
+        per_class=tuple(answered.tolist()),
     )  # fmt: skip
 
 
-class _Scores(NamedTuple):
-    """Of each class (C,): cosine, normal score of its exact p-value, and whether there is a direction at all.
+def _together(log_p: Sequence[float]) -> float | None:
+    """Fisher's combination of the features' and the pattern's p-values, or the one there is, or None.
+
+    Fisher's, because either may be all the evidence: of the pattern in a network trained from scratch, of the features
+    in one fine-tuned. An addend without a signal costs little.
+    """
+    return fisher(np.array(log_p)) if len(log_p) > 1 else log_p[0] if len(log_p) else None
+
+
+class _Classes(NamedTuple):
+    """Of each class (C,): cosine, natural log of its exact p-value, and whether there is a direction at all.
 
     Rows of zeros (a dead output has no direction) say nothing. Leaving them out looks at the suspect alone, so that
     the remaining p-values stay exact.
     """
 
-    cosines: Floats
-    scores: Floats
+    cosine: Floats
+    log_p: Floats
     alive: NDArray[np.bool_]
 
 
-def _scores(rows: Tensor, carriers: Tensor) -> _Scores:
+def _class_log_p(rows: Tensor, carriers: Tensor) -> _Classes:
     """Compare (C, d) with (C, d)."""
     alive = (rows.norm(dim=1) > 0).numpy()
-    cosines: Floats = F.cosine_similarity(rows, carriers.double(), dim=1, eps=1e-300).clamp(-1, 1).numpy()
-    log_p = cosine_log_sf(cosines, carriers.shape[1])
-    return _Scores(cosines=cosines, scores=-special.ndtri_exp(np.minimum(log_p, -1e-300)), alive=alive)
+    cosine: Floats = F.cosine_similarity(rows, carriers.double(), dim=1, eps=1e-300).clamp(-1, 1).numpy()
+    return _Classes(cosine=cosine, log_p=cosine_log_sf(cosine, carriers.shape[1]), alive=alive)

@@ -35,7 +35,7 @@ from torchvision.models import WeightsEnum
 
 from radiotag import __version__, cli, demo, marking, radioactive, synthetic, training, verification
 from radiotag.marking import read_manifest
-from radiotag.networks import Network, find_head, load, save_checkpoint
+from radiotag.networks import Network, load, save_checkpoint
 from radiotag.radioactive import load_key
 
 COMMANDS = ("keygen", "mark", "train-demo", "verify")
@@ -1289,21 +1289,16 @@ def verify(world, *models, more=(), key=None):
 
 @pytest.fixture(scope="module")
 def radioactive_model(world):
-    """The marking network, tuned to tell strong patterns, with its last layer then laid along the carriers."""
+    """The marking network itself, with a last layer of three rows that lean towards the carriers."""
     secret = load_key(world.key)
-    network = Network(secret.network().module, replace(secret.network().spec, classes=len(NAMES), class_names=NAMES))
-    network.module.fc = nn.Linear(secret.carriers.shape[1], len(NAMES))
-    network.module.fc.weight = nn.Parameter(3 * secret.carriers)
-    find_head(network)
-    images, _ = synthetic.demo_images(60, 32, seed=5)
-    labels = torch.randint(0, len(NAMES), (60,), generator=torch.Generator().manual_seed(1))  # the pattern alone tells
-    patterns = radioactive.pattern_images(secret.patterns[labels], 32, 32).float() * 255 * 4
-    data = training.Dataset(images=(images + patterns).round().clamp(0, 255).byte(), labels=labels, names=NAMES)
-    recipe = training.Recipe(epochs=4, batch_size=16, lr=0.02)
-    training.train(network, data, recipe, output=world.root / "radioactive.pt")
-    network.module.fc.weight = nn.Parameter(3 * secret.carriers)
-    network.module.fc.bias = nn.Parameter(torch.zeros(len(NAMES)))
-    save_checkpoint(world.root / "radioactive.pt", network.module, network.spec)
+    marker = secret.network()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(secret.carriers.shape, generator=generator) / secret.carriers.shape[1] ** 0.5
+    head = nn.Linear(secret.carriers.shape[1], len(NAMES))
+    head.weight = nn.Parameter(rows + 3 * secret.carriers)
+    marker.module.fc = head
+    spec = replace(marker.spec, classes=len(NAMES), class_names=NAMES)
+    save_checkpoint(world.root / "radioactive.pt", Network(marker.module, spec).module, spec)
     return world.root / "radioactive.pt"
 
 
@@ -1315,8 +1310,9 @@ def test_a_model_that_carries_the_mark_is_detected(world, radioactive_model):
     assert answer["detected"] is True
     assert suspect["detected"] is True
     assert suspect["log10_p"] <= -4
-    assert suspect["paper_log10_p"] < 0
-    assert suspect["mean_cosine"] > 0.04 and suspect["pattern_cosine"] > 0.1
+    assert suspect["paper_log10_p"] < -1  # six images align little
+    assert suspect["mean_cosine"] > 0.1  # four standard deviations of the mean of three under the null
+    assert abs(suspect["pattern_cosine"]) < 0.5  # its head knows nothing of patterns
     text = verify(world, radioactive_model)
     assert text.code == 0
     assert "MARK DETECTED" in text.out

@@ -26,7 +26,6 @@ from radiotag import RadiotagError, radioactive
 from radiotag.networks import Network, Spec, build, find_head, pack, save_checkpoint, to_metadata
 from radiotag.radioactive import (
     PATTERN_DIMENSION,
-    WEIGHTS,
     Marking,
     Rows,
     aligned_rows,
@@ -1325,28 +1324,32 @@ def test_p_values_stay_exact_without_dead_rows():
 
 
 def test_the_pattern_adds_its_own_exact_p_value():
-    """A fixed suspect, 4,000 keys with two carriers a class; dead rows of either kind are left out, class by class."""
+    """A fixed suspect, 20,000 keys with two carriers a class; dead rows of either kind are left out, class by class."""
     declared, pattern = correlated(1), correlated(2)
     declared[1], pattern[[0, 1]] = 0, 0
     rows = rows_of(declared, pattern=pattern)
-    keys = zip(fresh_carriers(4000, 5, 32, seed=8), fresh_carriers(4000, 5, 32, seed=9), strict=True)
+    keys = zip(fresh_carriers(20_000, 5, 32, seed=8), fresh_carriers(20_000, 5, 32, seed=9), strict=True)
     found = [evidence(rows, carriers, patterns) for carriers, patterns in keys]
     assert {len(e.per_class) for e in found} == {4}
     assert_uniform(np.exp([e.log_p for e in found]), "both")
     assert_uniform(np.exp([e.per_class[0] for e in found]), "features alone")
+    assert_uniform(np.exp([e.per_class[1] for e in found]), "both of one class")
+    low, high = binomial_limits(20_000, 1e-4)
+    assert low <= sum(e.log_p <= -4 * LN10 for e in found) <= high
 
 
-def test_the_two_carriers_of_a_class_are_weighted_by_hand():
+def test_the_two_carriers_of_a_class_are_combined_by_hand():
     carriers, patterns = (fresh_carriers(1, 5, 32, seed=s)[0] for s in (4, 5))
     rows = rows_of(correlated(5), pattern=correlated(6))
     found = evidence(rows, carriers, patterns)
-    scores = np.zeros(5)
-    for weight, vectors, known in zip(WEIGHTS, (rows.declared, rows.pattern), (carriers, patterns), strict=True):
+    p = []
+    for vectors, known in ((rows.declared, carriers), (rows.pattern, patterns)):
         cosines = (unit(vectors.numpy()) * unit(known.double().numpy())).sum(1)
-        scores += weight * stats.norm.isf([float(mpmath.exp(exact_log_sf(t, 32))) for t in cosines])
-    expected = stats.norm.sf(scores / np.linalg.norm(WEIGHTS))
-    assert np.exp(found.per_class) == pytest.approx(expected, rel=1e-6)
-    assert math.exp(found.log_p) == pytest.approx(stats.combine_pvalues(expected, "stouffer").pvalue, rel=1e-5)
+        p.append([float(mpmath.exp(exact_log_sf(t, 32))) for t in cosines])
+    each = [stats.combine_pvalues(pair, "fisher").pvalue for pair in zip(*p, strict=True)]
+    assert np.exp(found.per_class) == pytest.approx(np.array(each), rel=1e-6)
+    both = stats.combine_pvalues([stats.combine_pvalues(part, "stouffer").pvalue for part in p], "fisher").pvalue
+    assert math.exp(found.log_p) == pytest.approx(both, rel=1e-5)
     assert evidence(rows, carriers).pattern_cosine is None  # a key's patterns left aside
 
 
