@@ -1,9 +1,10 @@
 """The exact black-box test: images marked under the true key and under decoy keys, and a suspect's answers to them.
 
-A suspect that learnt from the marked data has become immune to the true key's marks and to no other: they raise its
-loss less than the decoys' do. Under the null the true carriers are one more draw like the decoys', so the true key's
-place among them is uniform, whatever the suspect: see `radioactive.resampled_log_p`. Only answers are needed, be they
-logits, probabilities or top-1 labels, so that a suspect behind an interface can be asked with exported files.
+Each image is marked twice under each key, towards its carriers and away from them. A suspect that learnt from the
+marked data is surer of the first than of the second under the true key, and under no other; what any mark costs any
+network cancels. Under the null the true carriers are one more draw like the decoys', so the true key's place among them
+is uniform, whatever the suspect: see `radioactive.resampled_log_p`. Only answers are needed, be they logits,
+probabilities or top-1 labels, so that a suspect behind an interface can be asked with exported files.
 """
 
 import csv
@@ -34,7 +35,7 @@ IMAGES = 160  # in all, at most 16 a class: what is asked under each key
 LARGEST = 256  # pixels on the longer side of a query
 SOFT = 0.05  # added to a probability: losses stay bounded, and one sure mistake does not outweigh a class
 # Queries need not be imperceptible, only alike under all keys: a stronger mark asks more clearly.
-QUERY = Marking(min_psnr=28.0, epsilon=40.0, steps=12)
+QUERY = Marking(min_psnr=28.0, epsilon=40.0, steps=8)
 
 
 class NotAnswered(RadiotagError):
@@ -43,11 +44,11 @@ class NotAnswered(RadiotagError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queries:
-    """The same N images under K + 1 keys; key 0 is the true one. Secret: it tells true from decoy."""
+    """The same N images, towards and away, under K + 1 keys; key 0 is the true one: this is as secret as the key."""
 
-    images: tuple[tuple[Tensor, ...], ...]  # [K + 1][N] (3, H, W) uint8
+    images: tuple[tuple[Tensor, ...], ...]  # [2(K + 1)][N] (3, H, W) uint8; 2k is towards, 2k + 1 away from key k
     rows: tuple[int, ...]  # (N,) carrier row of each image
-    names: tuple[tuple[str, ...], ...]  # [K + 1][N] random file names, for an export
+    names: tuple[tuple[str, ...], ...]  # [2(K + 1)][N] random file names, for an export
 
 
 def decoy(key: Key, number: int) -> tuple[Tensor, Tensor, bytes]:
@@ -85,15 +86,18 @@ def make(
     device = marker.get_buffer("mean").device
     small = [_shrunk(image) for image in pixels]
     asked = []
-    for number in range(decoys + 1):
-        carriers, patterns, secret = decoy(key, number)
+    for number in range(2 * (decoys + 1)):
+        carriers, patterns, secret = decoy(key, number // 2)
+        sign = 1 - 2 * (number % 2)
         marked: list[Tensor] = []
         for start in range(0, len(small), batch_size):
             some = range(start, min(start + batch_size, len(small)))
             draws = [random.Random(hashlib.sha256(secret + f"query\0{i}".encode()).digest()) for i in some]
             places = [rows[i] for i in some]
             originals = [small[i].float() for i in some]
-            found = mark_images(marker, originals, carriers[places].to(device), draws, QUERY, patterns=patterns[places])
+            found = mark_images(
+                marker, originals, sign * carriers[places].to(device), draws, QUERY, patterns=sign * patterns[places]
+            )
             marked += [image.round().to(torch.uint8) for image in found]
             progress(number * len(small) + len(marked))
         asked.append(tuple(marked))
@@ -165,7 +169,7 @@ def export(queries: Queries, folder: Path) -> int:
 
 @torch.no_grad()
 def ask(suspect: Network, queries: Queries, size: int, batch_size: int) -> Tensor:
-    """The suspect's probabilities on all queries: (K + 1, N, C') float64 on the CPU. Images are resized to `size`."""
+    """The suspect's probabilities on all queries: (2(K + 1), N, C') float64 on the CPU; images resized to `size`."""
     device = suspect.get_buffer("mean").device
     found = []
     for row in queries.images:
@@ -184,18 +188,18 @@ def _resized(image: Tensor, size: int) -> Tensor:
 
 
 def evidence(queries: Queries, answers: Tensor, pairs: Sequence[tuple[int, int]]) -> Floats:
-    """What `resampled_log_p` tests: (K + 1, C) mean log probabilities of the right class, for (output, row) pairs.
+    """What `resampled_log_p` tests: (K + 1, C), for (output, row) pairs: how much surer towards a key than away.
 
-    answers (K + 1, N, C') are probabilities, NaN where there is no answer. A class that some key has no answer for is
-    left out, which looks at all keys alike.
+    The difference of the right class's mean log probabilities; answers (2(K + 1), N, C') are probabilities, NaN where
+    there is no answer. A class that some key has no answer for is left out, which looks at all keys alike.
     """
     rows = torch.tensor(queries.rows)
     columns = []
     for output, row in pairs:
-        right = (answers[:, rows == row, output] + SOFT).log()  # (K + 1, n)
+        right = (answers[:, rows == row, output] + SOFT).log()  # (2(K + 1), n)
         mean = right.nanmean(1)
         if right.shape[1] and not mean.isnan().any():
-            columns.append(mean)
+            columns.append(mean[0::2] - mean[1::2])
     if not columns:
         raise RadiotagError("no class was answered for under every key", "answer all of the exported images")
     values: Floats = torch.stack(columns, 1).numpy()
@@ -203,7 +207,7 @@ def evidence(queries: Queries, answers: Tensor, pairs: Sequence[tuple[int, int]]
 
 
 def read_answers(path: Path, queries: Queries) -> tuple[Tensor, tuple[str, ...] | None, list[str]]:
-    """A file of predictions: ((K + 1, N, C') probabilities with NaN for what is missing, output names, warnings).
+    """A file of predictions: ((2(K + 1), N, C') probabilities with NaN for what is missing, output names, warnings).
 
     CSV: a header with `file` first, then either `label` or one column a class (probabilities or logits). JSON: an
     object of file → label, list of numbers, or object of class → number. RadiotagError names the row that is wrong.

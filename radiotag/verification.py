@@ -358,10 +358,11 @@ def prepare_queries(
     path = blackbox.cache_path(key_path, key, pixels, positions, decoys)
     if path.exists():
         return blackbox.load(path, key)
-    total = len(pixels) * (decoys + 1)
+    total = 2 * len(pixels) * (decoys + 1)
     note(
-        f"black-box: {len(set(positions))} classes, {len(pixels)} images under the true key and {decoys} decoys: "
-        f"marking {total} images, {blackbox.QUERY.steps} steps each; kept in {path} for further suspects"
+        f"black-box: {len(set(positions))} classes, {len(pixels)} images, towards and away, under the true key and "
+        f"{decoys} decoys: marking {total} images, {blackbox.QUERY.steps} steps each; kept in {path.name} for more "
+        "suspects"
     )
     queries = blackbox.make(
         key, key.network(options.device), pixels, positions, decoys, options.batch_size,
@@ -413,7 +414,7 @@ def verify_predictions(path: Path, key: Key, key_path: Path, *, alpha: float = 1
 def black_box_finding(
     path: Path, architecture: str, queries: blackbox.Queries, answers: Tensor, warnings: Sequence[str]
 ) -> Finding:
-    """The finding from (K + 1, N, C') answers. The outputs are matched on the answers under all keys alike."""
+    """The finding from (2(K + 1), N, C') answers. The outputs are matched on the answers under all keys alike."""
     rows = sorted(set(queries.rows))
     images = torch.tensor(queries.rows)
     means = torch.stack([answers[:, images == row].flatten(0, 1).nanmean(0) for row in rows]).nan_to_num()
@@ -426,7 +427,7 @@ def black_box_finding(
         path=os.fspath(path), architecture=architecture, log10_p=log10_p, log10_p_corrected=log10_p, detected=False,
         paper_log10_p=None, mean_cosine=None, pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1],
         method="black-box",
-        warnings=tuple(warnings), decoys=len(queries.images) - 1,
+        warnings=tuple(warnings), decoys=len(queries.images) // 2 - 1,
     )  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def asked(place):
 
 def test_black_box_says_what_it_did(place, asked):
     assert asked.code == 3
-    assert "3 classes, 24 images under the true key and 4 decoys: marking 120 images" in asked.err
+    assert "24 images, towards and away, under the true key and 4 decoys: marking 240 images" in asked.err
     answer = asked.json
     assert answer["statistic"] == "black-box"
     for found in answer["suspects"]:
@@ -152,7 +152,7 @@ def test_black_box_says_what_it_did(place, asked):
 
 def test_marks_under_the_true_key_help_a_model_made_for_them(place):
     """A suspect that answers along the carriers is surer of images marked with them than of any decoy's."""
-    model = suspect(place, "leaning.pt", (0, 1, 2), NAMES, lean=8.0)
+    model = suspect(place, "leaning.pt", (0, 1, 2), NAMES, lean=20.0)
     found = verify(place, model, more=["--black-box", "--data", place / "few", "--decoys", 4]).json["suspects"][0]
     assert found["log10_p"] < -1.5  # of −2.1 at best
 
@@ -179,10 +179,10 @@ def test_images_to_ask_with_are_shared_evenly():
 
 def test_black_box_without_an_answer_for_some_keys():
     queries = blackbox.Queries(images=(), rows=(0, 0, 1), names=())
-    answers = torch.full((3, 3, 2), float("nan"), dtype=torch.float64)
-    answers[:, 0, 0], answers[1:, 1, 0], answers[1:, 2, 1] = 0.5, 0.9, 0.9
+    answers = torch.full((6, 3, 2), float("nan"), dtype=torch.float64)
+    answers[0::2, 0, 0], answers[2::2, 1, 0], answers[1::2, :2, 0], answers[1:, 2, 1] = 0.5, 0.9, 0.2, 0.9
     values = blackbox.evidence(queries, answers, [(0, 0), (1, 1)])  # the second class lacks the true key's answer
-    half, more = np.log(0.55), np.log(0.95)
+    half, more = np.log(0.55 / 0.25), np.log(0.95 / 0.25)
     assert values[:, 0] == pytest.approx([half, (half + more) / 2, (half + more) / 2])
     assert values.shape == (3, 1)
     with pytest.raises(RadiotagError, match="under every key"):
@@ -194,8 +194,9 @@ def test_black_box_is_uniform_for_a_suspect_that_knows_nothing_of_the_keys():
     generator, p = torch.Generator().manual_seed(0), []
     rows = tuple(i % 3 for i in range(12))
     for _ in range(400):
-        answers = torch.rand(6, 12, 3, generator=generator, dtype=torch.float64) ** 3 * torch.rand(12, 1).double()
-        answers[torch.rand(6, 12, generator=generator) < 0.1] = float("nan")
+        level = torch.rand(12, 1, generator=generator, dtype=torch.float64)
+        answers = torch.rand(12, 12, 3, generator=generator, dtype=torch.float64) ** 3 * level
+        answers[torch.rand(12, 12, generator=generator) < 0.1] = float("nan")
         values = blackbox.evidence(blackbox.Queries(images=(), rows=rows, names=()), answers, [(0, 0), (1, 1), (2, 2)])
         p.append(radioactive.resampled_log_p(values))
     p = np.exp(p)
@@ -210,7 +211,7 @@ def test_black_box_is_uniform_for_a_suspect_that_knows_nothing_of_the_keys():
 def exported(place, asked):
     result = good("verify", "--key", place / "k.safetensors", "--black-box", "--data", place / "few", "--decoys", 4,
                   "--export", place / "questions", "--json")  # fmt: skip
-    assert result.json["images"] == 120
+    assert result.json["images"] == 240
     return place / "questions"
 
 
@@ -227,12 +228,12 @@ def answers(place, exported):
 
 def test_nothing_in_an_export_tells_true_from_decoy(place, exported):
     files = sorted(exported.iterdir())
-    assert len(files) == 120
+    assert len(files) == 240
     assert all(len(f.stem) == 32 and f.suffix == ".png" and f.stat().st_mtime == 0 for f in files)
     queries = blackbox.load(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
-    true = set(queries.names[0])
+    true = {*queries.names[0], *queries.names[1]}
     ranks = [i for i, f in enumerate(files) if f.stem in true]
-    assert len(ranks) == 24 and 35 < np.mean(ranks) < 85  # 59.5 ± 6: spread over the order of names
+    assert len(ranks) == 48 and 80 < np.mean(ranks) < 160  # 119.5 ± 9: spread over the order of names
     assert bad("verify", "--key", place / "k.safetensors", "--black-box", "--data", place / "few", "--decoys", 4,
                "--export", exported).err.startswith("error: " + str(exported))  # fmt: skip
 
@@ -270,12 +271,12 @@ def test_labels_alone_will_do_by_name_or_number(place, answers, tmp_path):
 
 
 def test_partial_and_foreign_answers_are_counted(place, answers, tmp_path):
-    some = list(answers.items())[:100]
+    some = list(answers.items())[:220]
     rows = [[f"sub/{f}", *p] for f, p in some] + [["other.png", 1, 0, 0], [some[0][0], *some[0][1]]]
     path = write_csv(tmp_path / "p.csv", ["file", *NAMES], rows)
     warnings = predictions(place, path).json["suspects"][0]["warnings"]
     assert warnings == ["1 answers are for files that were not exported, and ignored",
-                        "20 of 120 exported images have no answer"]  # fmt: skip
+                        "20 of 240 exported images have no answer"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
