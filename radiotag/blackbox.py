@@ -1,19 +1,23 @@
-"""The exact black-box test: images marked under the true key and under decoy keys, and a suspect's answers to them.
+"""The exact black-box test: images under the true key's patterns and under decoys', and a suspect's answers to them.
 
-Each image is marked twice under each key, towards its carriers and away from them. A suspect that learnt from the
-marked data is surer of the first than of the second under the true key, and under no other; what any mark costs any
+Each image is shown twice under each key, with its class's pattern added and taken away. A suspect that learnt from the
+marked data is surer of the first than of the second under the true key, and under no other; what any pattern costs any
 network cancels. Under the null the true carriers are one more draw like the decoys', so the true key's place among them
 is uniform, whatever the suspect: see `radioactive.resampled_log_p`. Only answers are needed, be they logits,
 probabilities or top-1 labels, so that a suspect behind an interface can be asked with exported files.
+
+The patterns alone are asked for: what else a mark does to an image moves any network, under any key, and would only
+blur the difference. What a pattern does by nature to any classifier of these classes is measured on the marking
+network, where it knows them, and taken off.
 """
 
 import csv
 import hashlib
 import json
+import math
 import os
-import random
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +31,15 @@ from torch import Tensor
 from radiotag import RadiotagError
 from radiotag.images import png, write_atomically
 from radiotag.networks import Network
-from radiotag.radioactive import Floats, Key, Marking, fresh_carriers, mark_images
+from radiotag.radioactive import Floats, Key, pattern_images, uniform_carriers
 
 FORMAT = 1  # of the file of queries
-DECOYS = 15
-IMAGES = 160  # in all, at most 16 a class: what is asked under each key
+DECOYS = 23
+IMAGES = 480  # in all, at most EACH a class: what is asked under each key
+EACH = 48
 LARGEST = 256  # pixels on the longer side of a query
-SOFT = 0.05  # added to a probability: losses stay bounded, and one sure mistake does not outweigh a class
-# Queries need not be imperceptible, only alike under all keys: a stronger mark asks more clearly.
-QUERY = Marking(min_psnr=28.0, epsilon=40.0, steps=8)
+PSNR = 28.0  # dB: queries need not be imperceptible, only alike under all keys
+SURE = 1e-4  # probabilities are kept this far from 0 and 1: one sure mistake does not outweigh a class
 
 
 class NotAnswered(RadiotagError):
@@ -44,28 +48,42 @@ class NotAnswered(RadiotagError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queries:
-    """The same N images, towards and away, under K + 1 keys; key 0 is the true one: this is as secret as the key."""
+    """N images to be shown, with and without, under K + 1 keys; key 0 is the true one: this is as secret as the key."""
 
-    images: tuple[tuple[Tensor, ...], ...]  # [2(K + 1)][N] (3, H, W) uint8; 2k is towards, 2k + 1 away from key k
+    images: tuple[Tensor, ...]  # [N] (3, H, W) uint8, unmarked
     rows: tuple[int, ...]  # (N,) carrier row of each image
-    names: tuple[tuple[str, ...], ...]  # [2(K + 1)][N] random file names, for an export
+    labels: tuple[str, ...]  # (N,) its class
+    names: tuple[
+        tuple[str, ...], ...
+    ]  # [2(K + 1)][N] random file names; 2k is with the pattern of key k, 2k + 1 without
 
 
-def decoy(key: Key, number: int) -> tuple[Tensor, Tensor, bytes]:
-    """(carriers (C, d), patterns (C, m), secret) of a decoy key, drawn as the true ones; number 0 is the true key.
+def decoy_patterns(key: Key, number: int) -> Tensor:
+    """(C, m) patterns of a decoy key, drawn as the true ones were; number 0 is the true key itself.
 
     Decoys follow from the key's secret by a hash (SHAKE-256), so that nobody can draw others until they suit.
     """
     if number == 0:
-        return key.carriers, key.patterns, key.secret
-    seed = key.secret + f"decoy\0{number}".encode()
-    return *fresh_carriers(key, hashlib.shake_256(seed).digest), hashlib.sha256(seed).digest()
+        return key.patterns
+    stream = hashlib.shake_256(key.secret + f"decoy\0{number}".encode())
+    return uniform_carriers(*key.patterns.shape, stream.digest)  # type: ignore[call-arg]
+
+
+def shown(queries: Queries, key: Key, number: int) -> list[Tensor]:
+    """The N images (3, H, W) uint8 of one row of names: a key's pattern added, or taken away."""
+    patterns, sign = decoy_patterns(key, number // 2), 1 - 2 * (number % 2)
+    found = []
+    for image, row in zip(queries.images, queries.rows, strict=True):
+        shift = pattern_images(patterns[row][None], *image.shape[1:])[0]
+        length = 255 * 10 ** (-PSNR / 20) * math.sqrt(image.numel()) / max(float(shift.norm()), 1e-9)
+        found.append((image + sign * length * shift).round().clamp(0, 255).to(torch.uint8))
+    return found
 
 
 def choose_images(labels: Sequence[str], images: int = IMAGES) -> list[int]:
-    """Positions of the images to ask with: the first of each class, as many of each, 16 at most."""
+    """Positions of the images to ask with: the first of each class, as many of each, EACH at most."""
     classes = sorted(set(labels))
-    each = max(1, min(16, images // len(classes)))
+    each = max(1, min(EACH, images // len(classes)))
     taken = dict.fromkeys(classes, 0)
     positions = []
     for i, label in enumerate(labels):
@@ -75,34 +93,10 @@ def choose_images(labels: Sequence[str], images: int = IMAGES) -> list[int]:
     return positions
 
 
-def make(
-    key: Key, marker: Network, pixels: Sequence[Tensor], rows: Sequence[int], decoys: int, batch_size: int,
-    progress: Callable[[int], None] = lambda _: None,
-) -> Queries:  # fmt: skip
-    """Mark images (3, H, W) uint8 of carrier rows under the true key and every decoy, in one way.
-
-    `progress(images done)` is called after every batch.
-    """
-    device = marker.get_buffer("mean").device
-    small = [_shrunk(image) for image in pixels]
-    asked = []
-    for number in range(2 * (decoys + 1)):
-        carriers, patterns, secret = decoy(key, number // 2)
-        sign = 1 - 2 * (number % 2)
-        marked: list[Tensor] = []
-        for start in range(0, len(small), batch_size):
-            some = range(start, min(start + batch_size, len(small)))
-            draws = [random.Random(hashlib.sha256(secret + f"query\0{i}".encode()).digest()) for i in some]
-            places = [rows[i] for i in some]
-            originals = [small[i].float() for i in some]
-            found = mark_images(
-                marker, originals, sign * carriers[places].to(device), draws, QUERY, patterns=sign * patterns[places]
-            )
-            marked += [image.round().to(torch.uint8) for image in found]
-            progress(number * len(small) + len(marked))
-        asked.append(tuple(marked))
-    names = tuple(tuple(secrets.token_hex(16) for _ in small) for _ in asked)
-    return Queries(images=tuple(asked), rows=tuple(rows), names=names)
+def make(pixels: Sequence[Tensor], rows: Sequence[int], labels: Sequence[str], decoys: int) -> Queries:
+    """Queries of images (3, H, W) uint8, their carrier rows and classes, with fresh random names."""
+    names = tuple(tuple(secrets.token_hex(16) for _ in pixels) for _ in range(2 * (decoys + 1)))
+    return Queries(images=tuple(map(_shrunk, pixels)), rows=tuple(rows), labels=tuple(labels), names=names)
 
 
 def _shrunk(image: Tensor) -> Tensor:
@@ -120,7 +114,7 @@ def _shrunk(image: Tensor) -> Tensor:
 
 def cache_path(key_path: Path, key: Key, pixels: Sequence[Tensor], rows: Sequence[int], decoys: int) -> Path:
     """Where the queries of a key, images and number of decoys are kept: beside the key."""
-    digest = hashlib.sha256(f"{FORMAT}\0{key.fingerprint}\0{decoys}\0{QUERY}\0{list(rows)}".encode())
+    digest = hashlib.sha256(f"{FORMAT}\0{key.fingerprint}\0{decoys}\0{list(rows)}".encode())
     for image in pixels:
         digest.update(f"\0{tuple(image.shape)}\0".encode() + image.contiguous().numpy().tobytes())
     return key_path.with_name(f"{key_path.stem}.queries-{digest.hexdigest()[:16]}.safetensors")
@@ -128,8 +122,9 @@ def cache_path(key_path: Path, key: Key, pixels: Sequence[Tensor], rows: Sequenc
 
 def save(path: Path, queries: Queries, key: Key) -> None:
     """Write the queries, readable by their owner only."""
-    tensors = {f"{k}/{i}": image for k, row in enumerate(queries.images) for i, image in enumerate(row)}
-    described = {"format": FORMAT, "fingerprint": key.fingerprint, "rows": queries.rows, "names": queries.names}
+    tensors = {f"{i}": image for i, image in enumerate(queries.images)}
+    described = {"format": FORMAT, "fingerprint": key.fingerprint, "rows": queries.rows, "labels": queries.labels,
+                 "names": queries.names}  # fmt: skip
     write_atomically(path, safetensors.torch.save(tensors, {"radiotag": json.dumps(described)}), mode=0o600)
 
 
@@ -138,46 +133,47 @@ def load(path: Path, key: Key) -> Queries:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             described = json.loads((file.metadata() or {})["radiotag"])
-            rows, names = tuple(described["rows"]), tuple(map(tuple, described["names"]))
-            images = tuple(tuple(file.get_tensor(f"{k}/{i}") for i in range(len(rows))) for k in range(len(names)))
+            rows, labels = tuple(described["rows"]), tuple(described["labels"])
+            names = tuple(map(tuple, described["names"]))
+            images = tuple(file.get_tensor(f"{i}") for i in range(len(rows)))
         known = described["format"] == FORMAT and described["fingerprint"] == key.fingerprint
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise RadiotagError(f"{path} is damaged: {error}", "remove it, it will be made again") from error
     if not known:
         raise RadiotagError(f"{path} belongs to another key or version", "remove it, it will be made again")
-    return Queries(images=images, rows=rows, names=names)
+    return Queries(images=images, rows=rows, labels=labels, names=names)
 
 
-def export(queries: Queries, folder: Path) -> int:
-    """Write every query as a PNG under its random name, in the names' order; returns how many.
+def export(queries: Queries, key: Key, folder: Path) -> int:
+    """Write every query as a PNG under its random name; returns how many.
 
     Nothing in a name, its order, a time stamp or the file's layout tells the true key from a decoy.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RadiotagError(f"{folder} exists", "choose another folder for --export")
     folder.mkdir(parents=True, exist_ok=True)
-    places = sorted((name, k, i) for k, row in enumerate(queries.names) for i, name in enumerate(row))
-    for name, k, i in places:
-        path = folder / f"{name}.png"
-        write_atomically(path, png(queries.images[k][i].permute(1, 2, 0).numpy()))
-        os.utime(path, (0, 0))
-    return len(places)
+    for number, names in enumerate(queries.names):
+        for name, image in zip(names, shown(queries, key, number), strict=True):
+            path = folder / f"{name}.png"
+            write_atomically(path, png(image.permute(1, 2, 0).numpy()))
+            os.utime(path, (0, 0))
+    return sum(map(len, queries.names))
 
 
 # ---------------------------------------------------------------- answers
 
 
 @torch.no_grad()
-def ask(suspect: Network, queries: Queries, size: int, batch_size: int) -> Tensor:
-    """The suspect's probabilities on all queries: (2(K + 1), N, C') float64 on the CPU; images resized to `size`."""
-    device = suspect.get_buffer("mean").device
+def ask(suspect: Network, queries: Queries, key: Key, batch_size: int) -> Tensor:
+    """The suspect's probabilities on all queries: (2(K + 1), N, C') float64 on the CPU; images at its own size."""
+    device, size = suspect.get_buffer("mean").device, suspect.spec.image_size
     found = []
-    for row in queries.images:
-        whole = [_resized(image, size) for image in row]
-        for start in range(0, len(whole), batch_size):
-            found.append(suspect(torch.stack(whole[start : start + batch_size]).to(device)).double().softmax(1).cpu())
-    answers = torch.cat(found)
-    return answers.view(len(queries.images), -1, answers.shape[1])
+    for number in range(len(queries.names)):
+        whole = torch.stack([_resized(image, size) for image in shown(queries, key, number)])
+        found.append(
+            torch.cat([suspect(part.to(device)).double().softmax(1).cpu() for part in torch.split(whole, batch_size)])
+        )
+    return torch.stack(found)
 
 
 def _resized(image: Tensor, size: int) -> Tensor:
@@ -187,23 +183,42 @@ def _resized(image: Tensor, size: int) -> Tensor:
     return pixels[0]
 
 
-def evidence(queries: Queries, answers: Tensor, pairs: Sequence[tuple[int, int]]) -> Floats:
-    """What `resampled_log_p` tests: (K + 1, C), for (output, row) pairs: how much surer towards a key than away.
+def evidence(
+    queries: Queries,
+    answers: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    own: Tensor | None = None,
+    own_names: Sequence[str] = (),
+) -> Floats:
+    """What `resampled_log_p` tests: (K + 1, C), for (output, row) pairs: how much surer with a pattern than without.
 
-    The difference of the right class's mean log probabilities; answers (2(K + 1), N, C') are probabilities, NaN where
-    there is no answer. A class that some key has no answer for is left out, which looks at all keys alike.
+    The difference of the right class's mean logits. answers (2(K + 1), N, C') are probabilities, NaN where there is no
+    answer; own (2(K + 1), N, C'') the marking network's, whose difference is taken off for the classes that it names.
+    A class that some key has no answer for is left out, which looks at all keys alike.
     """
     rows = torch.tensor(queries.rows)
+    if own is not None and bool(((answers == 0) | (answers == 1) | answers.isnan()).all()):  # labels against labels
+        own = F.one_hot(own.argmax(2), own.shape[2]).double()
     columns = []
     for output, row in pairs:
-        right = (answers[:, rows == row, output] + SOFT).log()  # (2(K + 1), n)
-        mean = right.nanmean(1)
-        if right.shape[1] and not mean.isnan().any():
-            columns.append(mean[0::2] - mean[1::2])
+        chosen = torch.nonzero(rows == row)[:, 0]
+        column = _difference(answers[:, chosen, output])
+        if len(chosen) == 0 or column.isnan().any():
+            continue
+        name = queries.labels[int(chosen[0])]
+        if own is not None and name in own_names:
+            column = column - _difference(own[:, chosen, own_names.index(name)])
+        columns.append(column)
     if not columns:
         raise RadiotagError("no class was answered for under every key", "answer all of the exported images")
     values: Floats = torch.stack(columns, 1).numpy()
     return values
+
+
+def _difference(right: Tensor) -> Tensor:
+    """(2(K + 1), n) probabilities → (K + 1,): mean logit with each key's pattern less that without."""
+    mean = right.clamp(SURE, 1 - SURE).logit().nanmean(1)
+    return mean[0::2] - mean[1::2]
 
 
 def read_answers(path: Path, queries: Queries) -> tuple[Tensor, tuple[str, ...] | None, list[str]]:

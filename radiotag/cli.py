@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from radiotag.blackbox import Queries
     from radiotag.marking import Summary
     from radiotag.radioactive import Key
-    from radiotag.verification import Finding, Options
+    from radiotag.verification import Finding
 
 DETECTED, ERROR, NO_EVIDENCE, INTERRUPTED = 0, 1, 3, 130  # exit codes; 2 is a usage error
 SCHEMA = 1
@@ -529,9 +529,9 @@ def verify(
         typer.Option(metavar="MANIFEST", help="use this manifest's classes, and refuse its images"),
     ] = None,
     black_box: Annotated[
-        bool, typer.Option("--black-box", help="test by the suspect's answers to images of --data, marked anew")
+        bool, typer.Option("--black-box", help="test by the suspect's answers to images of --data alone")
     ] = False,
-    decoys: Annotated[int, typer.Option(min=1, max=999, help="decoy keys beside the true one, black-box")] = 15,
+    decoys: Annotated[int, typer.Option(min=1, max=999, help="decoy keys beside the true one, black-box")] = 23,
     export: Annotated[
         Path | None, typer.Option(metavar="DIR", help="write the black-box images for a suspect that is elsewhere")
     ] = None,
@@ -578,13 +578,17 @@ def verify(
             report.note(f"examining {path} …")
 
         if predictions:
-            findings = verification.verify_predictions(predictions, secret, key, alpha=alpha)
+            findings = verification.verify_predictions(predictions, secret, key, options, alpha=alpha)
         elif black_box and data:
-            queries = _queries(report, secret, key, options, data, marked, decoys)
+            queries = verification.prepare_queries(secret, key, data, marked, decoys)
+            report.note(
+                f"black-box: {len(set(queries.rows))} classes, {len(queries.rows)} images with and without the "
+                f"patterns of the true key and of {decoys} decoys: {len(queries.rows) * len(queries.names)} questions a suspect"
+            )
             if export:
-                _export(report, queries, export, key, secret.fingerprint)
+                _export(report, queries, secret, export, key)
                 return
-            findings = verification.verify_black_box(models or [], queries, options, alpha=alpha, progress=show)
+            findings = verification.verify_black_box(models or [], queries, secret, options, alpha=alpha, progress=show)
         else:
             findings = verification.verify(
                 models or [], secret, options, data=data, manifest=marked, alpha=alpha, calibration=calibrate,
@@ -617,31 +621,17 @@ def _check_verify(
         raise typer.BadParameter("--calibrate is for the white-box test: black-box counts its null out exactly")
 
 
-def _queries(
-    report: Report, secret: "Key", key: Path, options: "Options", data: Path, marked: Path | None, decoys: int
-) -> "Queries":
-    from radiotag import verification
-
-    with progress_bar(report, "images") as bar:
-        task = bar.add_task("marking", total=None, detail="")
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        return verification.prepare_queries(secret, key, options, data, marked, decoys, report.note, show)
-
-
-def _export(report: Report, queries: "Queries", folder: Path, key: Path, fingerprint: str) -> None:
+def _export(report: Report, queries: "Queries", secret: "Key", folder: Path, key: Path) -> None:
     from radiotag import blackbox
 
-    count = blackbox.export(queries, folder)
+    count = blackbox.export(queries, secret, folder)
     report.say(
         f"exported     {count} images to {folder} (which is which is kept beside the key)",
         "ask          the suspect for a label or its probabilities on each; write file,label or file,CLASS,CLASS,...",
-        f"key          sha256:{fingerprint}",
+        f"key          sha256:{secret.fingerprint}",
         f"next         radiotag verify --key {shlex.quote(str(key))} --predictions answers.csv",
     )
-    report.give(fingerprint=fingerprint, export=str(folder), images=count)
+    report.give(fingerprint=secret.fingerprint, export=str(folder), images=count)
 
 
 def _tell(report: Report, findings: "list[Finding]", secret: "Key", alpha: float, page: Path | None) -> None:
@@ -662,7 +652,7 @@ def _tell(report: Report, findings: "list[Finding]", secret: "Key", alpha: float
         f"             {verification.VOIDS[1]}",
         f"report       {page}"
         if page
-        else "next         radiotag verify … --report evidence.html makes a page to keep",
+        else f"next         {shlex.join(['radiotag', *sys.argv[1:]])} --report evidence.html",
     )
     calibrations = [verification.as_json(f)["calibration"] for f in findings if f.calibration]
     report.give(

@@ -17,8 +17,8 @@ from radiotag.verification import VOIDS, Calibration, Finding
 
 WIDTH = 118  # characters
 BLACK_BOX = (
-    "place of the true key among its decoys in how much surer the suspect is of images marked towards the key than "
-    "away from it, class by class; exact resampling"
+    "place of the true key among its decoys in how much surer the suspect is of images with the key's pattern added "
+    "than taken away, class by class; exact resampling"
 )
 
 

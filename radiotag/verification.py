@@ -343,10 +343,7 @@ def corrected(findings: Sequence[Finding], alpha: float) -> list[Finding]:
     ]
 
 
-def prepare_queries(
-    key: Key, key_path: Path, options: Options, data: Path, manifest: Path | None, decoys: int,
-    note: Callable[[str], None] = lambda _: None, progress: Callable[[int, int], None] = lambda *_: None,
-) -> blackbox.Queries:  # fmt: skip
+def prepare_queries(key: Key, key_path: Path, data: Path, manifest: Path | None, decoys: int) -> blackbox.Queries:
     """The queries for labelled, unmarked images: read back if they were made before, else made and kept."""
     images, found = unmarked_images(data.absolute(), marked_hashes(manifest) if manifest else frozenset(), queries=True)
     rows = class_rows(key, found, manifest)
@@ -358,16 +355,7 @@ def prepare_queries(
     path = blackbox.cache_path(key_path, key, pixels, positions, decoys)
     if path.exists():
         return blackbox.load(path, key)
-    total = 2 * len(pixels) * (decoys + 1)
-    note(
-        f"black-box: {len(set(positions))} classes, {len(pixels)} images, towards and away, under the true key and "
-        f"{decoys} decoys: marking {total} images, {blackbox.QUERY.steps} steps each; kept in {path.name} for more "
-        "suspects"
-    )
-    queries = blackbox.make(
-        key, key.network(options.device), pixels, positions, decoys, options.batch_size,
-        lambda done: progress(done, total),
-    )  # fmt: skip
+    queries = blackbox.make(pixels, positions, [found[i] for i in kept], decoys)
     blackbox.save(path, queries, key)
     return queries
 
@@ -375,6 +363,7 @@ def prepare_queries(
 def verify_black_box(
     paths: Sequence[Path],
     queries: blackbox.Queries,
+    key: Key,
     options: Options,
     *,
     alpha: float = 1e-4,
@@ -382,17 +371,24 @@ def verify_black_box(
 ) -> list[Finding]:
     """Test every suspect by its answers alone: see `blackbox`."""
     _check_files(paths)
+    own = own_answers(queries, key, options)
     findings = []
     for path in paths:
         progress(path)
         suspect = load_suspect(path, options)
-        answers = blackbox.ask(suspect, queries, suspect.spec.image_size, options.batch_size)
+        answers = blackbox.ask(suspect, queries, key, options.batch_size)
         assumed = _assumed(suspect, options)
-        findings.append(black_box_finding(path, suspect.spec.architecture, queries, answers, assumed))
+        findings.append(black_box_finding(path, suspect.spec.architecture, queries, answers, own, assumed))
     return corrected(findings, alpha)
 
 
-def verify_predictions(path: Path, key: Key, key_path: Path, *, alpha: float = 1e-4) -> list[Finding]:
+def own_answers(queries: blackbox.Queries, key: Key, options: Options) -> tuple[Tensor, tuple[str, ...]]:
+    """The marking network's answers to the queries, and the names of its classes."""
+    marker = key.network(options.device)
+    return blackbox.ask(marker, queries, key, options.batch_size), marker.spec.class_names or ()
+
+
+def verify_predictions(path: Path, key: Key, key_path: Path, options: Options, *, alpha: float = 1e-4) -> list[Finding]:
     """Test a suspect by a file of its answers to exported queries, which lie beside the key."""
     kept = sorted(key_path.parent.glob(f"{key_path.stem}.queries-*.safetensors"))
     if not kept:
@@ -407,12 +403,19 @@ def verify_predictions(path: Path, key: Key, key_path: Path, *, alpha: float = 1
         except blackbox.NotAnswered as error:
             failure = error
             continue
-        return corrected([black_box_finding(path, "unknown", queries, answers, warnings)], alpha)
+        return corrected(
+            [black_box_finding(path, "unknown", queries, answers, own_answers(queries, key, options), warnings)], alpha
+        )
     raise failure or RadiotagError(f"{path} answers nothing")
 
 
 def black_box_finding(
-    path: Path, architecture: str, queries: blackbox.Queries, answers: Tensor, warnings: Sequence[str]
+    path: Path,
+    architecture: str,
+    queries: blackbox.Queries,
+    answers: Tensor,
+    own: tuple[Tensor, tuple[str, ...]],
+    warnings: Sequence[str],
 ) -> Finding:
     """The finding from (2(K + 1), N, C') answers. The outputs are matched on the answers under all keys alike."""
     rows = sorted(set(queries.rows))
@@ -421,13 +424,13 @@ def black_box_finding(
     pairs = [(output, row) for output, row in zip(match_outputs(means), rows, strict=True) if output >= 0]
     if not pairs:
         raise RadiotagError(f"{path} knows none of the classes", "check --image-size, --mean and --std, and the images")
-    values = blackbox.evidence(queries, answers, pairs)
+    values = blackbox.evidence(queries, answers, pairs, *own)
     log10_p = resampled_log_p(values) / LOG10
     return Finding(
         path=os.fspath(path), architecture=architecture, log10_p=log10_p, log10_p_corrected=log10_p, detected=False,
         paper_log10_p=None, mean_cosine=None, pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1],
         method="black-box",
-        warnings=tuple(warnings), decoys=len(queries.images) // 2 - 1,
+        warnings=tuple(warnings), decoys=len(queries.names) // 2 - 1,
     )  # fmt: skip
 
 
