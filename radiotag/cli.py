@@ -581,9 +581,10 @@ def verify(
             findings = verification.verify_predictions(predictions, secret, key, options, alpha=alpha)
         elif black_box and data:
             queries = verification.prepare_queries(secret, key, data, marked, decoys)
+            questions = len(queries.rows) * len(queries.names)
             report.note(
-                f"black-box: {len(set(queries.rows))} classes, {len(queries.rows)} images with and without the "
-                f"patterns of the true key and of {decoys} decoys: {len(queries.rows) * len(queries.names)} questions a suspect"
+                f"black-box: {len(set(queries.rows))} classes, {len(queries.rows)} images with and without the patterns"
+                f" of the true key and of {decoys} decoys: {questions} questions a suspect"
             )
             if export:
                 _export(report, queries, secret, export, key)

@@ -44,6 +44,7 @@ from radiotag.radioactive import (
     new_key,
     pattern_coefficients,
     pattern_images,
+    patterned,
     project,
     project_off,
     project_own,
@@ -992,6 +993,16 @@ def test_alignment_of_constant_features_says_nothing():
 
 
 # ---------------------------------------------------------------- patterns
+
+
+def test_the_pattern_goes_to_a_quarter_that_is_chosen_first(key):
+    paths = [f"cat/{i}.png" for i in range(4000)]
+    carrying = {path for path in paths if patterned(key, path)}
+    low, high = binomial_limits(4000, 0.25)
+    assert low <= len(carrying) <= high
+    assert choose(key, paths, 0.2) < carrying < choose(key, paths, 0.3)
+    other = new_key(small_weights(), {}, 4, 3)
+    assert abs(sum(patterned(other, path) for path in carrying) / len(carrying) - 0.25) < 0.08
 
 
 def by_cosines(image):

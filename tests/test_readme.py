@@ -7,33 +7,43 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = json.loads((ROOT / "tests/benchmarks/results/from_scratch.json").read_text(encoding="utf-8"))
+RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text(encoding="utf-8"))
+TESTS = ("bare", "real", "black-box")
 
 
-def minus(value, digits=2):
-    return f"{value:.{digits}f}".replace("-", "−")
+def minus(value):
+    return f"{value:.2f}".replace("-", "−")
 
 
-@pytest.mark.parametrize("suspect", ["clean", "radioactive"])
-@pytest.mark.parametrize("images", ["synthetic", "real"])
-def test_every_row_of_the_table_is_a_measurement(suspect, images):
-    found, model = RESULTS["steps"][f"{suspect}, {images}"], RESULTS["steps"][suspect]
-    row = next(line for line in README.splitlines() if line.startswith(f"| {suspect} | {images}"))
-    cells = [cell.strip(" *") for cell in row.strip("|").split("|")]
-    accuracy = f"{100 * model['accuracy']:.2f} %"
-    assert cells[2:] == [accuracy, minus(found["log10_p"]), minus(found["paper_log10_p"])]
+@pytest.mark.parametrize("number", range(len(RESULTS["runs"])))
+def test_every_row_of_the_table_is_a_measurement(number):
+    run = RESULTS["runs"][number]
+    found = next(
+        [cell.strip(" *") for cell in line.strip("|").split("|")]
+        for line in README.splitlines()
+        if line.startswith(f"| {run['fraction']:.0%}".replace("%", " %") + f" | {run['seed']} |")
+    )
+    paper, clean = run["suspect, real"]["paper_log10_p"], [run.get(f"clean, {test}") for test in TESTS]
+    assert found == [
+        f"{100 * run['fraction']:.0f} %", str(run["seed"]), f"{100 * run['train']['accuracy']:.2f} %",
+        *(minus(run[f"suspect, {test}"]["log10_p"]) for test in TESTS), minus(paper),
+        " / ".join(minus(test["log10_p"]) for test in clean) if all(clean) else "",
+    ]  # fmt: skip
+    assert run["psnr_median"] == pytest.approx(34.0, abs=0.05)
 
 
 def test_the_other_figures_are_measurements_too():
-    mark, null = RESULTS["steps"]["mark"], RESULTS["null"]
-    assert f"PSNR median {mark['psnr_median']:.1f} dB" in README
-    assert f"p = {null['ks_p']:.2f}" in README
-    assert f"Marking took {mark['seconds']:.0f} s" in README
-    assert f"{RESULTS['steps']['radioactive']['seconds']:,.0f} s on one core" in README
+    run = next(run for run in RESULTS["runs"] if run["fraction"] == 0.1 and "train clean" in run)
+    prose = " ".join(README.split())
+    assert f"Its accuracy is {100 * run['train clean']['accuracy']:.2f} %" in prose
+    assert f"p = {run['clean, bare']['calibration']['ks_p']:.2f}" in prose
+    assert f"Marking 10 % took {run['mark']['seconds']:.0f} s" in prose
+    assert f"training a suspect {run['train']['seconds']:,.0f} s" in prose
+    assert f"a black-box one {run['suspect, black-box']['seconds']:.0f} s" in prose
     for name in ("clean", "radioactive"):
         line = next(line for line in README.splitlines() if line.startswith(f"{name}.pt"))
-        assert f"{RESULTS['demo'][f'{name}_log10_p']:.2f}" in line
-        assert f"{RESULTS['demo'][f'{name}_accuracy']:.1%}" in line
+        assert f"{RESULTS['demo'][name]['log10_p']:.2f}" in line
+        assert f"{RESULTS['demo'][name]['accuracy']:.1%}" in line
 
 
 def test_the_three_lines_stand_as_promised():

@@ -90,7 +90,8 @@ def table(a: argparse.Namespace) -> None:
             f"{found[0]:>8.2f}{found[1]:>8.2f}{found[2]:>10.2f}{paper:>7.2f}{' / '.join(clean):>20}"
         )
     if a.json:
-        a.json.write_text(json.dumps({"runs": runs}, indent=1, sort_keys=True) + "\n")
+        demo = {"demo": json.loads(a.demo.read_text())} if a.demo else {}
+        a.json.write_text(json.dumps({"runs": runs, **demo}, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:
@@ -107,6 +108,7 @@ def main() -> None:
     every = commands.add_parser("table")
     every.set_defaults(call=table)
     every.add_argument("--json", type=Path, default=None)
+    every.add_argument("--demo", type=Path, default=None, help="what `radiotag train-demo --json` printed")
     for part in (one, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))
     a = parser.parse_args()
