@@ -55,7 +55,7 @@ def page(findings: Sequence[Finding], key: Key, alpha: float) -> RenderableType:
 
 def _results(findings: Sequence[Finding], alpha: float) -> Table:
     table = Table(title="Suspects", title_justify="left")
-    for column in ("suspect", "network", "method", "classes", "log10 p", "corrected", "p", "verdict"):
+    for column in ("suspect", "network", "method", "classes", "log10 p", "corrected", "corrected p", "verdict"):
         table.add_column(column, overflow="fold")
     for finding in findings:
         table.add_row(
@@ -78,7 +78,7 @@ def probability(log10_p: float) -> str:
 
 def _facts(findings: Sequence[Finding], key: Key, alpha: float) -> Table:
     table = Table(show_header=False, title="What the numbers mean", title_justify="left")
-    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold", max_width=36)
     table.add_column(overflow="fold")
     methods = {finding.method for finding in findings}
     statistic = f"{key.statistic}: {STATISTICS[key.statistic]} (declared in the key)"
@@ -91,6 +91,7 @@ def _facts(findings: Sequence[Finding], key: Key, alpha: float) -> Table:
         ("key fingerprint", f"sha256:{key.fingerprint}"),
         ("what voids it", " ".join(VOIDS)),
     ]
+    rows += [(f"SHA-256 of {finding.path}", finding.sha256) for finding in findings]
     rows += [(f"warning, {finding.path}", warning) for finding in findings for warning in finding.warnings]
     for name, value in rows:
         table.add_row(Text(name), Text(value))

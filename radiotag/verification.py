@@ -69,6 +69,7 @@ class Finding:
     """One suspect's result. Logarithms are to base 10."""
 
     path: str
+    sha256: str  # of the suspect's file
     architecture: str
     log10_p: float
     log10_p_corrected: float  # Holm, over the suspects of this run
@@ -317,6 +318,7 @@ def verify(
         found = evidence(rows, key.carriers, key.patterns)
         finding = Finding(
             path=os.fspath(path),
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
             architecture=suspect.spec.architecture,
             log10_p=found.log_p / LOG10,
             log10_p_corrected=found.log_p / LOG10,
@@ -427,9 +429,9 @@ def black_box_finding(
     values = blackbox.evidence(queries, answers, pairs, *own)
     log10_p = resampled_log_p(values) / LOG10
     return Finding(
-        path=os.fspath(path), architecture=architecture, log10_p=log10_p, log10_p_corrected=log10_p, detected=False,
-        paper_log10_p=None, mean_cosine=None, pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1],
-        method="black-box",
+        path=os.fspath(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), architecture=architecture,
+        log10_p=log10_p, log10_p_corrected=log10_p, detected=False, paper_log10_p=None, mean_cosine=None,
+        pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1], method="black-box",
         warnings=tuple(warnings), decoys=len(queries.names) // 2 - 1,
     )  # fmt: skip
 

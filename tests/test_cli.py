@@ -49,7 +49,7 @@ MARK_KEYS = COMMON | {
 }
 SUSPECT_KEYS = {
     *("path", "architecture", "detected", "log10_p", "log10_p_corrected", "paper_log10_p", "mean_cosine"),
-    "pattern_cosine",
+    *("pattern_cosine", "sha256"),
     *("alignment_r2", "classes_used", "method", "warnings"),
 }
 
@@ -1330,7 +1330,7 @@ def test_a_clean_model_gives_no_evidence_and_all_the_keys(world, clean_result):
     assert (answer["alpha"], answer["detected"]) == (1e-4, False)
     (suspect,) = answer["suspects"]
     assert set(suspect) == SUSPECT_KEYS
-    assert suspect["path"] == str(world.model)
+    assert (suspect["path"], suspect["sha256"]) == (str(world.model), digest(world.model))
     assert (suspect["architecture"], suspect["classes_used"], suspect["method"]) == ("resnet10", 3, "white-box")
     assert suspect["log10_p"] == suspect["log10_p_corrected"]
     assert suspect["warnings"] == [] or "alignment" in suspect["warnings"][0]
