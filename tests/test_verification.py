@@ -393,9 +393,12 @@ def test_calibration_shows_a_uniform_law_and_the_true_keys_place(place, tmp_path
 
 
 def finding(**more):
-    base = {"path": "a<b>[red].pt", "sha256": "0" * 64, "architecture": "resnet10", "log10_p": -1234.56,
-            "log10_p_corrected": -1234.2, "detected": True, "paper_log10_p": -1.0, "mean_cosine": 0.1, "pattern_cosine": 0.2, "alignment_r2": 0.5,
-            "classes_used": 3, "method": "white-box", "warnings": ("[bold]careful",)}  # fmt: skip
+    base = {
+        "path": "a<b>[red].pt", "sha256": "0" * 64, "architecture": "resnet10", "log10_p": -1234.56,
+        "log10_p_corrected": -1234.2, "detected": True, "paper_log10_p": -1.0, "mean_cosine": 0.1,
+        "pattern_cosine": 0.2, "alignment_r2": 0.5, "classes_used": 3, "method": "white-box",
+        "warnings": ("[bold]careful",),
+    }  # fmt: skip
     return Finding(**{**base, **more})
 
 
