@@ -82,8 +82,9 @@ def original(name, classes=7, **options):
     for layer in normalisers:
         layer.momentum = 1.0
         layer.train()
-    with torch.no_grad():
-        module(normalised(pixels(FAMILIES.get(name, (32, 0))[0], 6, seed=1)))
+    if normalisers:
+        with torch.no_grad():
+            module(normalised(pixels(FAMILIES.get(name, (32, 0))[0], 6, seed=1)))
     for layer in normalisers:
         layer.momentum = 0.1
     return module.eval().requires_grad_(False)
