@@ -29,7 +29,7 @@ def test_every_row_of_the_table_is_a_measurement(number):
         *(minus(run[f"suspect, {test}"]["log10_p"]) for test in TESTS), minus(paper),
         " / ".join(minus(test["log10_p"]) for test in clean) if all(clean) else "",
     ]  # fmt: skip
-    assert run["psnr_median"] == pytest.approx(34.0, abs=0.05)
+    assert f"PSNR median {run['psnr_median']:.1f} dB" in README
 
 
 def test_the_other_figures_are_measurements_too():
