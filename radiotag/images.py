@@ -303,6 +303,7 @@ def _image(rgb: NDArray[Any], mode: str, depth: int, plane: NDArray[np.uint8] | 
 
 def _cmyk(rgb: NDArray[Any], black: NDArray[np.uint8]) -> Image.Image:
     """Invert Pillow's CMYK to RGB exactly, with the black ink kept unless a brighter colour needs less."""
+    rgb = rgb.astype(np.float64)  # NumPy rounds bytes to half floats, which are too coarse here
     white = np.maximum(255 - black.astype(np.float64), rgb.max(axis=2))[..., None]  # (H, W, 1)
     inks = np.where(white > 0, 255 - 255 * rgb / np.maximum(white, 1), 0)
     return Image.fromarray(np.rint(np.concatenate([inks, 255 - white], axis=2)).astype(np.uint8), "CMYK")

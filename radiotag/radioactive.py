@@ -692,7 +692,10 @@ def _together(log_p: Sequence[float]) -> float | None:
     Fisher's, because either may be all the evidence: of the pattern in a network trained from scratch, of the features
     in one fine-tuned. An addend without a signal costs little.
     """
-    return fisher(np.array(log_p)) if len(log_p) > 1 else log_p[0] if len(log_p) else None
+    if len(log_p) < 2:
+        return log_p[0] if log_p else None
+    half = -sum(log_p)
+    return min(0.0, -half + math.log1p(half))  # `fisher` of two, in closed form
 
 
 class _Classes(NamedTuple):

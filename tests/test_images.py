@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms, PngImagePlugin
@@ -312,6 +312,7 @@ def test_cmyk_jpeg_keeps_black_and_tables():
 
 @settings(max_examples=30, deadline=None)
 @given(inks=hnp.arrays(np.uint8, (6, 5, 4)), after=hnp.arrays(np.uint8, (6, 5, 3)))
+@example(inks=np.full((6, 5, 4), 8, np.uint8), after=np.full((6, 5, 3), 200, np.uint8))
 def test_cmyk_tiff_is_exact(inks, after):
     picture = images.decode(saved(Image.fromarray(inks, "CMYK"), "TIFF"), "x")
     file = images.encode(picture, after)

@@ -5,6 +5,7 @@ import itertools
 import json
 import stat
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -84,9 +85,14 @@ def test_names_are_believed_unless_the_images_contradict_them():
     assert match_outputs(vague, [2, 0, 1]) == [2, 0, 1]
 
 
-def rows_by_carrier(place, path):
+@cache
+def key_and_marker(place):
     key = load_key(place / "k.safetensors")
-    _, rows = verification.examine(path, key, key.network(), Options(), place / "few", None)
+    return key, key.network()
+
+
+def rows_by_carrier(place, path):
+    _, rows = verification.examine(path, *key_and_marker(place), Options(), place / "few", None)
     return dict(zip(rows.classes, rows.declared, strict=True))
 
 
