@@ -1071,13 +1071,13 @@ def test_resampling_counts_every_assignment(keys, classes, shift):
 
 def test_resampling_is_uniform_under_the_null():
     rng = np.random.default_rng(1)
-    p = np.exp([resampled_log_p(rng.standard_t(3, (8, 6)) * np.arange(1, 7)) for _ in range(2000)])
+    p = np.exp([resampled_log_p(rng.standard_t(3, (8, 6)) * np.arange(1, 7)) for _ in range(1000)])
     assert_uniform(p, "resampled")
 
 
 def test_resampling_with_ties_errs_on_the_side_of_the_suspect():
     rng = np.random.default_rng(2)
-    p = np.exp([resampled_log_p(rng.integers(0, 2, (6, 5)).astype(float)) for _ in range(2000)])
+    p = np.exp([resampled_log_p(rng.integers(0, 2, (6, 5)).astype(float)) for _ in range(1000)])
     for a in (0.5, 0.1, 0.01):
         assert (p <= a).sum() <= binomial_limits(len(p), a)[1]
     assert resampled_log_p(np.ones((4, 3))) == 0
