@@ -14,7 +14,6 @@ network, where it knows them, and taken off.
 import csv
 import hashlib
 import json
-import math
 import os
 import secrets
 from collections.abc import Iterable, Sequence
@@ -30,15 +29,15 @@ from torch import Tensor
 
 from radiotag import RadiotagError
 from radiotag.images import png, write_atomically
-from radiotag.networks import Network
-from radiotag.radioactive import Floats, Key, pattern_images, uniform_carriers
+from radiotag.networks import Network, resized
+from radiotag.radioactive import PATTERN_DIMENSION, Floats, Key, Marking, l2_radius, pattern_images, uniform_carriers
 
 FORMAT = 1  # of the file of queries
 DECOYS = 23
 IMAGES = 480  # in all, at most EACH a class: what is asked under each key
 EACH = 48
 LARGEST = 256  # pixels on the longer side of a query
-PSNR = 28.0  # dB: queries need not be imperceptible, only alike under all keys
+QUERY = Marking(min_psnr=28.0)  # dB: queries need not be imperceptible, only alike under all keys
 SURE = 1e-4  # probabilities are kept this far from 0 and 1: one sure mistake does not outweigh a class
 
 
@@ -53,9 +52,7 @@ class Queries:
     images: tuple[Tensor, ...]  # [N] (3, H, W) uint8, unmarked
     rows: tuple[int, ...]  # (N,) carrier row of each image
     labels: tuple[str, ...]  # (N,) its class
-    names: tuple[
-        tuple[str, ...], ...
-    ]  # [2(K + 1)][N] random file names; 2k is with the pattern of key k, 2k + 1 without
+    names: tuple[tuple[str, ...], ...]  # [2(K + 1)][N] random; row 2k with the pattern of key k, 2k + 1 without
 
 
 def decoy_patterns(key: Key, number: int) -> Tensor:
@@ -66,7 +63,7 @@ def decoy_patterns(key: Key, number: int) -> Tensor:
     if number == 0:
         return key.patterns
     stream = hashlib.shake_256(key.secret + f"decoy\0{number}".encode())
-    return uniform_carriers(*key.patterns.shape, stream.digest)  # type: ignore[call-arg]
+    return uniform_carriers(len(key.patterns), PATTERN_DIMENSION, stream.digest)
 
 
 def shown(queries: Queries, key: Key, number: int) -> list[Tensor]:
@@ -75,7 +72,7 @@ def shown(queries: Queries, key: Key, number: int) -> list[Tensor]:
     found = []
     for image, row in zip(queries.images, queries.rows, strict=True):
         shift = pattern_images(patterns[row][None], *image.shape[1:])[0]
-        length = 255 * 10 ** (-PSNR / 20) * math.sqrt(image.numel()) / max(float(shift.norm()), 1e-9)
+        length = l2_radius(image, QUERY) / max(float(shift.norm()), 1e-9)
         found.append((image + sign * length * shift).round().clamp(0, 255).to(torch.uint8))
     return found
 
@@ -169,18 +166,11 @@ def ask(suspect: Network, queries: Queries, key: Key, batch_size: int) -> Tensor
     device, size = suspect.get_buffer("mean").device, suspect.spec.image_size
     found = []
     for number in range(len(queries.names)):
-        whole = torch.stack([_resized(image, size) for image in shown(queries, key, number)])
+        whole = torch.cat([resized(image[None].float() / 255, size) for image in shown(queries, key, number)])
         found.append(
             torch.cat([suspect(part.to(device)).double().softmax(1).cpu() for part in torch.split(whole, batch_size)])
         )
     return torch.stack(found)
-
-
-def _resized(image: Tensor, size: int) -> Tensor:
-    pixels = image[None].float() / 255
-    if pixels.shape[-2:] != (size, size):
-        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return pixels[0]
 
 
 def evidence(
@@ -221,8 +211,8 @@ def _difference(right: Tensor) -> Tensor:
     return mean[0::2] - mean[1::2]
 
 
-def read_answers(path: Path, queries: Queries) -> tuple[Tensor, tuple[str, ...] | None, list[str]]:
-    """A file of predictions: ((2(K + 1), N, C') probabilities with NaN for what is missing, output names, warnings).
+def read_answers(path: Path, queries: Queries) -> tuple[Tensor, list[str]]:
+    """A file of predictions: ((2(K + 1), N, C') probabilities with NaN for what is missing, warnings).
 
     CSV: a header with `file` first, then either `label` or one column a class (probabilities or logits). JSON: an
     object of file → label, list of numbers, or object of class → number. RadiotagError names the row that is wrong.
@@ -246,7 +236,7 @@ def read_answers(path: Path, queries: Queries) -> tuple[Tensor, tuple[str, ...] 
     answers = torch.full((len(queries.names), len(queries.rows), len(names)), float("nan"), dtype=torch.float64)
     for name, value in given.items():
         answers[known[name]] = _probabilities(value, names, f"{path}: {name}")
-    return answers, names, warnings
+    return answers, warnings
 
 
 def _read_csv(path: Path) -> list[tuple[str, Any]]:

@@ -655,12 +655,13 @@ def _tell(report: Report, findings: "list[Finding]", secret: "Key", alpha: float
         if page
         else f"next         {shlex.join(['radiotag', *sys.argv[1:]])} --report evidence.html",
     )
-    calibrations = [verification.as_json(f)["calibration"] for f in findings if f.calibration]
+    suspects = [verification.as_json(finding) for finding in findings]
+    calibrations = [suspect["calibration"] for suspect in suspects if "calibration" in suspect]
     report.give(
         fingerprint=secret.fingerprint, alpha=alpha,
         statistic=secret.statistic if white else "black-box",
         detected=all(finding.detected for finding in findings),
-        suspects=[verification.as_json(finding) for finding in findings],
+        suspects=suspects,
         **({"calibration": calibrations[0]} if len(calibrations) == 1 else {}),
         **({"report": str(page)} if page else {}),
     )  # fmt: skip

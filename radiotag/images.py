@@ -3,6 +3,7 @@
 Only what can be kept is accepted: a file whose depth or layout Pillow would silently change raises RadiotagError.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -416,6 +417,12 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal, without holding it in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
     """Write a file whole or not at all; `mode` sets its permissions, which otherwise follow the umask."""
     _fill_atomically(path, lambda file: file.write(data), mode)
@@ -482,9 +489,7 @@ def contact_sheet(rows: list[tuple[NDArray[Any], NDArray[Any], str]]) -> bytes:
             sheet.paste(cell, (gap + column * (width + gap), top))
         draw.text((gap, top + line[0].height + 3), caption, "dimgray", font)
         top += line[0].height + text + gap
-    file = io.BytesIO()
-    sheet.save(file, "PNG")
-    return file.getvalue()
+    return png(np.asarray(sheet))
 
 
 def _fit(pixels: NDArray[Any]) -> Image.Image:

@@ -30,13 +30,14 @@ from radiotag.images import (
     decode,
     encode,
     extension,
+    file_hash,
     linf,
     psnr,
     roundtrip,
     scan,
     write_atomically,
 )
-from radiotag.networks import Network
+from radiotag.networks import Network, resized
 from radiotag.radioactive import Key, Marking, choose, default_psnr, image_random, mark_images, patterned
 
 MANIFEST_FORMAT = 1
@@ -307,8 +308,7 @@ def _record(row: dict[str, Any], journal: IO[bytes], summary: Summary, strict: b
 
 def _file_hash(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     except OSError:
         return None  # missing or unreadable: it will be done again, and then named
 
@@ -458,7 +458,7 @@ def feature_gains(
     device, size = network.get_buffer("mean").device, network.spec.image_size
 
     def phi(arrays: Sequence[Pixels]) -> Tensor:
-        whole = [F.interpolate(_tensor(a)[None], (size, size), mode="bilinear", antialias=True) for a in arrays]
+        whole = [resized(_tensor(a)[None], size) for a in arrays]
         missing = -len(whole) % 16  # as in marking: full batches, so that the numbers do not depend on the batch size
         padded = F.pad(torch.cat(whole), (0, 0, 0, 0, 0, 0, 0, missing))
         return network.features(padded.to(device) / 255)[: len(whole)]  # (B, d)

@@ -51,6 +51,13 @@ class Spec:
     class_names: tuple[str, ...] | None = None
 
 
+def resized(pixels: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) → (B, 3, size, size), as Pillow's bilinear filter does it; the same tensor where nothing changes."""
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
 class Network(nn.Module):
     """A classifier with its input convention: takes pixels in [0, 1], resizes and normalises them itself."""
 
@@ -64,9 +71,7 @@ class Network(nn.Module):
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] → the network's input (B, 3, S, S)."""
-        size = self.spec.image_size
-        if pixels.shape[-2:] != (size, size):
-            pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        pixels = resized(pixels, self.spec.image_size)
         return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
 
     def forward(self, pixels: Tensor) -> Tensor:

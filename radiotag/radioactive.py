@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from radiotag import RadiotagError
 from radiotag.images import write_atomically
-from radiotag.networks import Network, State, from_state, spec_from, unpack
+from radiotag.networks import Network, State, from_state, resized, spec_from, unpack
 
 FORMAT = 1  # of key files
 STATISTIC = "response+ridge+pattern"  # what new keys declare
@@ -105,11 +105,10 @@ def uniform_carriers(classes: int, dimension: int, entropy: Callable[[int], byte
 
 def fresh_carriers(key: Key, digest: Callable[[int], bytes]) -> tuple[Tensor, Tensor]:
     """Carriers (C, d) and patterns (C, m) of another key like this one, from a stream of bytes: digest(n) begins it."""
-    split = 8 * key.carriers.numel()
+    (classes, dimension), split = key.carriers.shape, 8 * key.carriers.numel()
     stream = digest(split + 8 * key.patterns.numel())
-    parts = iter((stream[:split], stream[split:]))
-    drawn = [uniform_carriers(*rows.shape, lambda _: next(parts)) for rows in (key.carriers, key.patterns)]  # type: ignore[call-arg]
-    return drawn[0], drawn[1]
+    carriers = uniform_carriers(classes, dimension, lambda _: stream[:split])
+    return carriers, uniform_carriers(classes, PATTERN_DIMENSION, lambda _: stream[split:])
 
 
 def new_key(weights: State, network: dict[str, Any], dimension: int, classes: int | Sequence[str]) -> Key:
@@ -279,7 +278,7 @@ def _waves(count: int, size: int, step: int) -> Tensor:
 def pattern_images(patterns: Tensor, height: int, width: int) -> Tensor:
     """(B, m) patterns → (B, 3, H, W) images: sums of cosines over the image, even ones across, so that a flip is none.
 
-    A coefficient is an amplitude in an orthonormal basis: for images of 8 pixels or more norms are kept.
+    A coefficient is an amplitude in an orthonormal basis: for images of 6 pixels or more norms are kept.
     """
     grid = F.pad(patterns.double().view(len(patterns), 3, -1), (1, 0))  # the constant is 0: normalisation removes it
     grid = grid.view(len(patterns), 3, FREQUENCIES, FREQUENCIES // 2)
@@ -312,8 +311,7 @@ def augmented(pair: Tensor, crop: tuple[int, int, int, int, bool], size: int) ->
     """F: one crop and flip for x and x̃ alike, resized to the network's input. (2, 3, H, W) → (2, 3, S, S)."""
     top, left, height, width, flip = crop
     out = pair[:, :, top : top + height, left : left + width]
-    if out.shape[-2:] != (size, size):
-        out = F.interpolate(out, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    out = resized(out, size)
     return out.flip(3) if flip else out
 
 
@@ -337,9 +335,10 @@ def mark_images(
     radius = [l2_radius(x, marking) for x in clean]
     base = [torch.zeros_like(x) for x in clean]  # the pattern, to which the image's own mark is added
     for i, row in enumerate([] if patterns is None else patterns):
-        pattern = pattern_images(row[None], *clean[i].shape[1:])[0].float().to(device)
-        if pattern.any():
-            base[i] = project(pattern * 1e9, radius[i] * math.sqrt(marking.pattern_share), marking.epsilon)
+        if row.any():
+            pattern = pattern_images(row[None], *clean[i].shape[1:])[0].float().to(device)
+            far = pattern * 1e9  # outside the ball, so that its projection lies on the surface
+            base[i] = project(far, radius[i] * math.sqrt(marking.pattern_share), marking.epsilon)
             radius[i] *= math.sqrt(1 - marking.pattern_share)
     delta = [torch.zeros_like(x) for x in clean]
     std = network.get_buffer("std")[0] * 255  # (3, 1, 1)
@@ -560,9 +559,9 @@ def responses(
             for classes in every if labels is None else [labels[start : start + batch_size]]:
                 wanted = scores.gather(1, column[classes].to(device)[:, None])
                 (g,) = torch.autograd.grad(wanted.sum(), x, retain_graph=labels is None)
-                scale = g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-                pushed = torch.func.jvp(marker.features, (x.detach(),), (g / scale,))[1]  # (B, d)
-                pattern.index_add_(0, classes, pattern_coefficients(g / scale))
+                g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+                pushed = torch.func.jvp(marker.features, (x.detach(),), (g,))[1]  # (B, d)
+                pattern.index_add_(0, classes, pattern_coefficients(g))
                 total.index_add_(0, classes, F.normalize(pushed.detach().double(), dim=1).cpu())
                 count[:, 0] += torch.bincount(classes, minlength=len(outputs))
     return total / count.clamp_min(1), pattern / count.clamp_min(1)

@@ -43,7 +43,7 @@ def page(findings: Sequence[Finding], key: Key, alpha: float) -> RenderableType:
         Text("radiotag: was this model trained on the marked data?", style="bold"),
         Text(f"radiotag {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"),
         Text(),
-        _results(findings, alpha),
+        _results(findings),
         Text(),
         _facts(findings, key, alpha),
     ]
@@ -53,7 +53,7 @@ def page(findings: Sequence[Finding], key: Key, alpha: float) -> RenderableType:
     return Group(*parts)
 
 
-def _results(findings: Sequence[Finding], alpha: float) -> Table:
+def _results(findings: Sequence[Finding]) -> Table:
     table = Table(title="Suspects", title_justify="left")
     for column in ("suspect", "network", "method", "classes", "log10 p", "corrected", "corrected p", "verdict"):
         table.add_column(column, overflow="fold")

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import optimize, stats
 from torch import Tensor
 
 from radiotag import RadiotagError, blackbox
-from radiotag.images import decode, scan
+from radiotag.images import decode, file_hash, scan
 from radiotag.marking import read_manifest
-from radiotag.networks import Network, load
+from radiotag.networks import Network, load, resized
 from radiotag.radioactive import (
     ALIGNMENT_IMAGES,
     Key,
@@ -127,8 +126,7 @@ def unmarked_images(folder: Path, marked: frozenset[str], queries: bool = False)
 def real_images(folder: Path, size: int, marked: frozenset[str]) -> tuple[Tensor, tuple[str, ...]]:
     """(N, 3, size, size) in [0, 1] and class names of unmarked images: see `unmarked_images`."""
     images, labels = unmarked_images(folder, marked)
-    small = [F.interpolate(image[None] / 255, (size, size), mode="bilinear", antialias=True) for image in images]
-    return torch.cat(small).clamp_(0, 1), tuple(labels)
+    return torch.cat([resized(image[None] / 255, size) for image in images]).clamp_(0, 1), tuple(labels)
 
 
 def marked_classes(key: Key, manifest: Path) -> dict[str, int]:
@@ -318,7 +316,7 @@ def verify(
         found = evidence(rows, key.carriers, key.patterns)
         finding = Finding(
             path=os.fspath(path),
-            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            sha256=file_hash(path),
             architecture=suspect.spec.architecture,
             log10_p=found.log_p / LOG10,
             log10_p_corrected=found.log_p / LOG10,
@@ -401,7 +399,7 @@ def verify_predictions(path: Path, key: Key, key_path: Path, options: Options, *
     for place in kept:
         queries = blackbox.load(place, key)
         try:
-            answers, _, warnings = blackbox.read_answers(path, queries)
+            answers, warnings = blackbox.read_answers(path, queries)
         except blackbox.NotAnswered as error:
             failure = error
             continue
@@ -429,7 +427,7 @@ def black_box_finding(
     values = blackbox.evidence(queries, answers, pairs, *own)
     log10_p = resampled_log_p(values) / LOG10
     return Finding(
-        path=os.fspath(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), architecture=architecture,
+        path=os.fspath(path), sha256=file_hash(path), architecture=architecture,
         log10_p=log10_p, log10_p_corrected=log10_p, detected=False, paper_log10_p=None, mean_cosine=None,
         pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1], method="black-box",
         warnings=tuple(warnings), decoys=len(queries.names) // 2 - 1,

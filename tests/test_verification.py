@@ -183,7 +183,7 @@ def test_queries_are_the_image_with_and_without_its_pattern(place):
             assert np.abs((seen.double() - image.double() - expected).numpy()).max() <= 0.51
 
 
-def pattern_reader(answers, queries, key, strength):
+def pattern_reader(answers, strength):
     """A suspect's probabilities, where it has learnt the true key's patterns: surer with them, less sure without."""
     moved = answers.clamp(1e-3, 1 - 1e-3).logit()
     moved[0] += strength
@@ -196,10 +196,7 @@ def test_a_suspect_that_learnt_the_patterns_is_found(place, asked):
     queries = blackbox.load(next(place.glob("k.queries-*.safetensors")), key)
     answers = blackbox.ask(verification.load_suspect(place / "one.pt", Options()), queries, key, 64)
     pairs = [(0, 0), (1, 1), (2, 2)]
-    found = [
-        radioactive.resampled_log_p(blackbox.evidence(queries, pattern_reader(answers, queries, key, s), pairs))
-        for s in (0, 5)
-    ]
+    found = [radioactive.resampled_log_p(blackbox.evidence(queries, pattern_reader(answers, s), pairs)) for s in (0, 5)]
     assert found[1] == pytest.approx(-3 * np.log(5)) and found[0] > found[1]
 
 
