@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text(encoding="utf-8"))
+ALONE = json.loads((ROOT / "tests/benchmarks/results/features_alone.json").read_text(encoding="utf-8"))
 TESTS = ("bare", "real", "black-box")
 
 
@@ -40,6 +41,11 @@ def test_the_other_figures_are_measurements_too():
     assert f"Marking 10 % took {run['mark']['seconds']:.0f} s" in prose
     assert f"training a suspect {run['train']['seconds']:,.0f} s" in prose
     assert f"a black-box one {run['suspect, black-box']['seconds']:.0f} s" in prose
+    small = next(run for run in RESULTS["runs"] if run["fraction"] == 0.02)
+    cosines = [each["suspect, real"]["pattern_cosine"] for each in (run, small)]
+    assert f"from {cosines[0]:.2f} at 10 % to {cosines[1]:.2f}" in prose
+    bare, real = (ALONE["steps"][f"radioactive, {images}"]["log10_p"] for images in ("synthetic", "real"))
+    assert f"gave {minus(bare)} without data and {minus(real)} with it" in prose
     for name in ("clean", "radioactive"):
         line = next(line for line in README.splitlines() if line.startswith(f"{name}.pt"))
         assert f"{RESULTS['demo'][name]['log10_p']:.2f}" in line

@@ -70,7 +70,8 @@ def once(a: argparse.Namespace) -> None:
             result[f"{name}, {test}"] = {**answer["suspects"][0], "command": answer["command"],
                                          "seconds": answer["seconds"]}  # fmt: skip
     result["versions"] = {"radiotag": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
-                          "python": platform.python_version(), "cores": os.cpu_count()}  # fmt: skip
+                          "python": platform.python_version()}  # fmt: skip
+    result["machine"] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     (work / "result.json").write_text(json.dumps(result, indent=1, sort_keys=True))
     shutil.rmtree(work / "marked", ignore_errors=True)  # tens of thousands of copies a run
 
