@@ -241,8 +241,6 @@ class Marking:
     min_psnr: float | None = None  # dB; None: `default_psnr` of each image
     steps: int = 20  # along the normalised gradient, 15–20 decaying steps reach what 80 do
     reach: float = 6.0  # length of the whole path, in radii of the L2 ball: crops disagree, so much of it cancels
-    lambda_pixel: float = 0.0005  # λ1, squared, in normalised pixels of the network's input size
-    lambda_feature: float = 0.01  # λ2, plain norm
     pattern_share: float = 0.5  # of the squared amplitude, for the pattern that the class's images share
     crop_scale: tuple[float, float] = (0.4, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -254,14 +252,14 @@ def default_psnr(height: int, width: int) -> float:
     return 34.0 + 6.0 * min(1.0, max(0.0, share))
 
 
-def marking_loss(shift: Tensor, carriers: Tensor, pixel_shift: Tensor, marking: Marking) -> Tensor:
-    """Equation 6 of the paper for each image: (B, d) feature shifts, (B, d) carriers, (B,) ‖x̃ − x‖² → (B,).
+def marking_loss(features: Tensor, carriers: Tensor) -> Tensor:
+    """−⟨φ(F(x̃)), u⟩ of each image: (B, d) features, (B, d) carriers → (B,). Equation 6 within a ball.
 
-    −⟨φ(F(x̃)) − φ(F(x)), u⟩ + λ1‖x̃ − x‖² + λ2‖φ(F(x̃)) − φ(F(x))‖
+    φ(F(x)) is left out: it does not depend on x̃. So are the two penalties, λ1‖x̃ − x‖ and λ2‖φ(F(x̃)) − φ(F(x))‖: the
+    change is held to a ball of a known PSNR instead, and the second, at the paper's weight, turns the gradient by less
+    than a degree but costs a forward pass of φ at every step.
     """
-    along = (shift * carriers).sum(1)
-    length = (shift.square().sum(1) + 1e-12).sqrt()  # the norm has no gradient at zero, where every image starts
-    return -along + marking.lambda_pixel * pixel_shift + marking.lambda_feature * length
+    return -(features * carriers).sum(1)
 
 
 @lru_cache(maxsize=16)
@@ -307,12 +305,11 @@ def random_crop(height: int, width: int, draw: random.Random, marking: Marking) 
     return top, left, h, w, draw.random() < 0.5
 
 
-def augmented(pair: Tensor, crop: tuple[int, int, int, int, bool], size: int) -> Tensor:
-    """F: one crop and flip for x and x̃ alike, resized to the network's input. (2, 3, H, W) → (2, 3, S, S)."""
+def augmented(image: Tensor, crop: tuple[int, int, int, int, bool], size: int) -> Tensor:
+    """F: one crop and flip, resized to the network's input. (3, H, W) → (3, S, S)."""
     top, left, height, width, flip = crop
-    out = pair[:, :, top : top + height, left : left + width]
-    out = resized(out, size)
-    return out.flip(3) if flip else out
+    out = resized(image[None, :, top : top + height, left : left + width], size)[0]
+    return out.flip(2) if flip else out
 
 
 def mark_images(
@@ -332,47 +329,42 @@ def mark_images(
     """
     device = carriers.device
     clean = [x.to(device) for x in images]
-    radius = [l2_radius(x, marking) for x in clean]
-    base = [torch.zeros_like(x) for x in clean]  # the pattern, to which the image's own mark is added
-    for i, row in enumerate([] if patterns is None else patterns):
-        if row.any():
-            pattern = pattern_images(row[None], *clean[i].shape[1:])[0].float().to(device)
-            far = pattern * 1e9  # outside the ball, so that its projection lies on the surface
-            base[i] = project(far, radius[i] * math.sqrt(marking.pattern_share), marking.epsilon)
-            radius[i] *= math.sqrt(1 - marking.pattern_share)
-    delta = [torch.zeros_like(x) for x in clean]
-    std = network.get_buffer("std")[0] * 255  # (3, 1, 1)
+    rows = [None] * len(clean) if patterns is None else [row if row.any() else None for row in patterns]
+    starts = [_start(x, row, marking) for x, row in zip(clean, rows, strict=True)]
+    delta = [base.clone() for base, _ in starts]
     for step in range(marking.steps):
         size = marking.reach * 2 * (1 - step / marking.steps) / (marking.steps + 1)  # decays linearly, sums to `reach`
-        moved = [(x + b + d).clamp_(0, 255).requires_grad_() for x, b, d in zip(clean, base, delta, strict=True)]
+        moved = [(x + d).clamp_(0, 255).requires_grad_() for x, d in zip(clean, delta, strict=True)]
         views = []
-        for i, (x, y) in enumerate(zip(clean, moved, strict=True)):
+        for i, y in enumerate(moved):
             seen = y if read_back is None else y + (read_back(i, y.detach()).to(device) - y.detach())
-            crop = random_crop(x.shape[1], x.shape[2], draws[i], marking)
-            views.append(augmented(torch.stack([x, seen]), crop, network.spec.image_size) / 255)
-        inputs = _pad(torch.stack(views, dim=1))  # (2, B', 3, S, S)
-        with torch.no_grad():
-            before = network.features(inputs[0])  # (B', d)
-        shift = (network.features(inputs[1]) - before)[: len(images)]  # (B, d)
-        # The square is brought to the input size: summed over a large photograph it would drown the gain.
-        own = zip(clean, base, moved, strict=True)
-        pixels = torch.stack([((y - x - b) / std).square().mean() for x, b, y in own])
-        pixels = pixels * inputs[0, 0].numel()
-        gradients = torch.autograd.grad(marking_loss(shift, carriers, pixels, marking).sum(), moved)
-        for i, g in enumerate(gradients):
-            stepped = moved[i].detach() - clean[i] - base[i] - size * radius[i] * g / g.norm().clamp_min(1e-20)
-            whole = base[i] + project(stepped, radius[i], marking.epsilon)
-            delta[i] = whole.clamp(-marking.epsilon, marking.epsilon) - base[i]
-    return [(x + b + d).clamp(0, 255).cpu() for x, b, d in zip(clean, base, delta, strict=True)]
+            crop = random_crop(y.shape[1], y.shape[2], draws[i], marking)
+            views.append(augmented(seen, crop, network.spec.image_size) / 255)
+        features = network.features(_pad(torch.stack(views)))[: len(images)]  # (B, d)
+        gradients = torch.autograd.grad(marking_loss(features, carriers).sum(), moved)
+        for i, (g, (base, radius)) in enumerate(zip(gradients, starts, strict=True)):
+            own = moved[i].detach() - clean[i] - base - size * radius * g / g.norm().clamp_min(1e-20)
+            delta[i] = (base + project(own, radius, marking.epsilon)).clamp_(-marking.epsilon, marking.epsilon)
+    return [(x + d).clamp(0, 255).cpu() for x, d in zip(clean, delta, strict=True)]
+
+
+def _start(image: Tensor, pattern: Tensor | None, marking: Marking) -> tuple[Tensor, float]:
+    """The class's pattern as it lies in one image (zeros if none), and the L2 radius left for the image's own mark."""
+    radius = l2_radius(image, marking)
+    if pattern is None:
+        return torch.zeros_like(image), radius
+    far = pattern_images(pattern[None], *image.shape[1:])[0].float().to(image.device) * 1e9  # projected to the surface
+    share = marking.pattern_share
+    return project(far, radius * math.sqrt(share), marking.epsilon), radius * math.sqrt(1 - share)
 
 
 def _pad(inputs: Tensor) -> Tensor:
-    """Fill the batch (2, B, …) up to a multiple of 16: convolutions then round alike whatever stands beside an image.
+    """Fill the batch (B, …) up to a multiple of 16: convolutions then round alike whatever stands beside an image.
 
     Otherwise the bytes of a marked file would depend on the batch size, and on where an earlier run was interrupted.
     """
-    missing = -inputs.shape[1] % 16
-    return torch.cat([inputs, inputs.new_zeros(2, missing, *inputs.shape[2:])], dim=1) if missing else inputs
+    missing = -len(inputs) % 16
+    return torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])]) if missing else inputs
 
 
 def l2_radius(image: Tensor, marking: Marking) -> float:
