@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from radiotag.blackbox import Queries
-    from radiotag.marking import Summary
+    from radiotag.manifest import Summary
     from radiotag.radioactive import Key
     from radiotag.verification import Finding
 
@@ -98,7 +97,8 @@ def printable(text: str) -> str:
 @contextmanager
 def reporting(command: str, as_json: bool, quiet: bool) -> Iterator[Report]:
     """Map what goes wrong to one message and an exit code, in one place."""
-    report = Report(command, as_json, quiet)
+    aside = os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ  # the launcher's other processes
+    report = Report(command, as_json and not aside, quiet or aside)
     try:
         yield report
     except RadiotagError as error:
@@ -212,11 +212,12 @@ def keygen(
         for path in (output, public):
             if path.exists() and not force:
                 raise RadiotagError(f"{path} exists", "choose another name with -o, or overwrite it with --force")
-        from radiotag.images import scan, write_atomically
+        from radiotag.images import write_atomically
         from radiotag.networks import marking_weights
         from radiotag.radioactive import new_key, public_half, save_key
+        from radiotag.shards import listing
 
-        names = [name for name in scan(data)[1] if name] if data else None
+        names = [name for name in listing(data)[2] if name] if data else None
         if data and not names:
             raise RadiotagError(f"{data} has no class sub-folders", "leave out --data, or give a folder of folders")
         weights, described, dimension = marking_weights(network)
@@ -282,22 +283,23 @@ def mark(
             raise RadiotagError(f"--format {format_} is unknown", "use keep or png")
         report.note("planning …")
         from radiotag import marking as folder
+        from radiotag.manifest import Summary
         from radiotag.radioactive import Marking, load_key
 
         secret = load_key(key)
         settings = Marking(epsilon=epsilon, min_psnr=min_psnr, steps=steps)
-        where = output or source.resolve().with_name(source.resolve().name + "-marked")
+        where = output or _marked_name(source.resolve())
         plan = folder.plan(source, where, secret, settings, fraction=fraction, format=format_, seed=seed)
         _check_preview(plan, preview, force)
         if dry_run:
             report.say(*_plan_lines(plan, key))
-            report.give(**_mark_json(plan, folder.Summary(images=len(plan.items)), dry_run=True))
+            report.give(**_mark_json(plan, Summary(images=len(plan.items)), dry_run=True))
             return
         with progress_bar(report, "images") as bar:
             task = bar.add_task("marking", total=len(plan.items), detail="")
 
-            def show(done: int, summary: "Summary") -> None:
-                bar.update(task, completed=done, detail=_running(summary, report))
+            def show(summary: Summary) -> None:
+                bar.update(task, total=summary.images, completed=summary.done, detail=_running(summary, report))
 
             summary = folder.run(
                 plan, secret, settings, device=choose_device(device), batch_size=batch_size, force=force, strict=strict,
@@ -305,12 +307,11 @@ def mark(
             )  # fmt: skip
         if preview:
             folder.preview(plan, summary, preview)
-        failed = summary.with_status("failed")
-        for row in failed:
+        for row in summary.failed:
             print(printable(f"error: {row['error']}"), file=sys.stderr)
         report.say(*_mark_lines(plan, summary, key))
         report.give(**_mark_json(plan, summary))
-        if failed:
+        if summary.failed:
             raise typer.Exit(ERROR)
 
 
@@ -325,10 +326,15 @@ def _check_preview(plan: Any, preview: Path | None, force: bool) -> None:
         raise RadiotagError(f"{preview} exists", "choose another name for --preview, or overwrite it with --force")
 
 
+def _marked_name(source: Path) -> Path:
+    """SRC-marked, which for a tar file still ends in .tar."""
+    stem, suffix = (source.stem, source.suffix) if source.is_file() else (source.name, "")
+    return source.with_name(f"{stem}-marked{suffix}")
+
+
 def _running(summary: "Summary", report: Report) -> str:
-    latest = islice(reversed(summary.rows.values()), 64)
-    psnr = [row["psnr"] for row in latest if row["status"] == "marked"]
-    rate = (len(summary.rows) - summary.skipped) / max(1e-3, time.monotonic() - report.started)
+    psnr = summary.psnr[-64:]
+    rate = (summary.done - summary.skipped) / max(1e-3, time.monotonic() - report.started)
     return f"{rate:.1f}/s" + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
 
 
@@ -347,43 +353,48 @@ def _plan_lines(plan: Any, key: Path) -> list[str]:
 
 
 def _statistics(summary: "Summary") -> dict[str, Any]:
-    import statistics
+    import numpy as np
 
-    rows = summary.with_status("marked")
-    psnr = [row["psnr"] for row in rows]
+    psnr, ssim, linf, gain = (np.asarray(v) for v in (summary.psnr, summary.ssim, summary.linf, summary.gain))
+    some = summary.marked > 0
     return {
-        "psnr_median": statistics.median(psnr) if rows else None,
-        "psnr_min": min(psnr) if rows else None,
-        "linf_max": max(row["linf"] for row in rows) if rows else None,
-        "feature_gain_mean": statistics.fmean(row["gain"] for row in rows) if rows else None,
+        "psnr_median": float(np.median(psnr)) if some else None,
+        "psnr_p5": float(np.percentile(psnr, 5)) if some else None,
+        "psnr_min": float(psnr.min()) if some else None,
+        "ssim_median": float(np.median(ssim)) if some else None,
+        "ssim_min": float(ssim.min()) if some else None,
+        "linf_max": float(linf.max()) if some else None,
+        "feature_gain_mean": float(gain.mean()) if some else None,
     }
 
 
 def _mark_json(plan: Any, summary: "Summary", **more: Any) -> dict[str, Any]:
-    failed = [{"path": row["path"], "error": row["error"]} for row in summary.with_status("failed")]
+    failed = [{"path": row["path"], "error": row["error"]} for row in summary.failed]
     return {
         "fingerprint": plan.header["fingerprint"], "output": str(plan.output), "manifest": str(plan.manifest),
-        "images": len(plan.items), "marked": len(summary.with_status("marked")) if summary.rows else 0,
-        "copied": len(summary.with_status("copied")), "skipped": summary.skipped, "failed": failed,
+        "images": len(plan.items), "marked": summary.marked, "copied": summary.copied, "skipped": summary.skipped,
+        "failed": failed,
         **_statistics(summary), **more,
     }  # fmt: skip
 
 
 def _mark_lines(plan: Any, summary: "Summary", key: Path) -> list[str]:
-    marked, copied = len(summary.with_status("marked")), len(summary.with_status("copied"))
-    failed, numbers = len(summary.with_status("failed")), _statistics(summary)
+    numbers, failed = _statistics(summary), len(summary.failed)
     lines = [
-        f"marked       {marked} of {len(plan.items)} images, {copied} copied, {failed} failed"
+        f"marked       {summary.marked} of {len(plan.items)} images, {summary.copied} copied, {failed} failed"
         + (f" ({summary.skipped} done earlier)" if summary.skipped else ""),
         f"output       {plan.output}",
         f"manifest     {plan.manifest} (keep it secret)",
         f"key          sha256:{plan.header['fingerprint']}",
     ]
-    if marked:
-        lines.append(
-            f"quality      PSNR median {numbers['psnr_median']:.1f} dB, lowest {numbers['psnr_min']:.1f} dB, "
-            f"largest change {numbers['linf_max']:.0f} of 255, feature gain {numbers['feature_gain_mean']:.3f}"
-        )
+    if summary.marked:
+        lines += [
+            f"quality      PSNR median {numbers['psnr_median']:.1f} dB, lowest twentieth {numbers['psnr_p5']:.1f} dB, "
+            f"lowest {numbers['psnr_min']:.1f} dB; SSIM median {numbers['ssim_median']:.3f}, "
+            f"lowest {numbers['ssim_min']:.3f}",
+            f"strength     largest change {numbers['linf_max']:.0f} of 255, "
+            f"feature gain {numbers['feature_gain_mean']:.3f} as read back",
+        ]
     later = f"radiotag verify model.pt --key {shlex.quote(str(key))}"
     return [*lines, f"next         release {plan.output.name}; later: {later}"]
 

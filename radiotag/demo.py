@@ -62,7 +62,7 @@ def run(
     plan = marking.plan(folder / "images", folder / "images-marked", key, settings, fraction=size.fraction)
     summary = marking.run(plan, key, settings, device=device)
     marking.preview(plan, summary, folder / "preview.png")
-    psnr = sorted(row["psnr"] for row in summary.with_status("marked"))
+    psnr = sorted(summary.psnr)
     paths, accuracy = [], []
     held_out = training.load_folder(folder / "held-out", size.pixels)
     for number, (name, images) in enumerate((("clean", "images"), ("radioactive", "images-marked")), 3):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
+from scipy import ndimage
 
 from radiotag import RadiotagError
 
@@ -47,6 +48,9 @@ TURN_BACK = {  # Pillow turns a TIFF upright as it reads it, and nothing else: t
 }
 WEBP_QUALITY = 90  # a lossy WebP does not tell its quality; the usual 75-80 would wash out part of the mark
 SMALL, LARGE = 128, 320  # pixels on the long side of a picture in the contact sheet
+LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
+# Of odd metadata, and of large images, which are refused. Once for all: catching warnings is not for threads.
+warnings.filterwarnings("ignore", module=r"PIL\b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,20 +73,20 @@ def decode(data: bytes, name: str) -> Picture:
     """Decode a whole image file; the pixels are those Pillow shows, so that orientation stays a tag except in TIFF.
 
     RadiotagError names `name` for what is empty, truncated, no image, animated, too large, or cannot be kept.
-    Not for use from several threads at once (it sets warning filters).
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # complaints on odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _picture(_load(data, name), data, name)
+        return _picture(_load(data, name), data, name)
     except RadiotagError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        hint = f"reduce it to fewer than {Image.MAX_IMAGE_PIXELS} pixels, or leave it out"
-        raise RadiotagError(f"{name}: too many pixels, it may be a decompression bomb", hint) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # by Pillow, from twice the pixels
+        raise _bomb(name) from error
     except Exception as error:  # a broken file can raise anything inside a decoder: struct.error, SyntaxError, ...
         raise RadiotagError(f"{name}: not an image that can be read ({error})", "replace or remove the file") from error
+
+
+def _bomb(name: str) -> RadiotagError:
+    hint = f"reduce it to fewer than {Image.MAX_IMAGE_PIXELS} pixels, or leave it out"
+    return RadiotagError(f"{name}: too many pixels, it may be a decompression bomb", hint)
 
 
 def _load(data: bytes, name: str) -> Image.Image:
@@ -93,6 +97,8 @@ def _load(data: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError as error:  # its own message shows only the address of a buffer
         hint = f"the formats read are {', '.join(FORMATS)}; replace or remove the file"
         raise RadiotagError(f"{name}: not an image, or a broken one", hint) from error
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise _bomb(name)
     if getattr(image, "n_frames", 1) > 1:
         raise RadiotagError(f"{name}: it holds several frames or pages", "keep one frame a file")
     if isinstance(image, TiffImageFile):
@@ -425,7 +431,7 @@ def file_hash(path: Path) -> str:
 
 def write_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
     """Write a file whole or not at all; `mode` sets its permissions, which otherwise follow the umask."""
-    _fill_atomically(path, lambda file: file.write(data), mode)
+    fill_atomically(path, lambda file: file.write(data), mode)
 
 
 def copy_atomically(source: Path, target: Path) -> None:
@@ -435,10 +441,11 @@ def copy_atomically(source: Path, target: Path) -> None:
     except OSError as error:
         raise RadiotagError(f"cannot read {source}: {error.strerror}", "check the file and its permissions") from error
     with original:
-        _fill_atomically(target, lambda file: shutil.copyfileobj(original, file), None)
+        fill_atomically(target, lambda file: shutil.copyfileobj(original, file), None)
 
 
-def _fill_atomically(path: Path, fill: Callable[[IO[bytes]], object], mode: int | None) -> None:
+def fill_atomically(path: Path, fill: Callable[[IO[bytes]], object], mode: int | None) -> None:
+    """Let `fill` write a file that then appears whole or not at all."""
     # The name does not build on the target's, which may already have all the 255 bytes that a name can have.
     part = path.parent / f".{secrets.token_hex(8)}.part"
     try:
@@ -466,6 +473,24 @@ def psnr(a: NDArray[Any], b: NDArray[Any]) -> float:
     """
     error = float(np.mean((a.astype(np.float64) - b) ** 2))
     return 10 * math.log10(255**2 / error) if error > 0 else math.inf
+
+
+def ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Return the mean structural similarity of two (H, W, 3) images in [0, 255], on luma (Wang et al. 2004).
+
+    Gaussian windows of σ = 1.5 and 11 x 11 pixels that lie within the image, or reach over the edges of a smaller one.
+    """
+    x, y = a.astype(np.float64) @ LUMA, b.astype(np.float64) @ LUMA  # (H, W)
+
+    def local(values: NDArray[Any]) -> NDArray[np.float64]:
+        blurred: NDArray[np.float64] = ndimage.gaussian_filter(values, 1.5, truncate=3.5)
+        return blurred[5:-5, 5:-5] if min(values.shape) > 10 else blurred
+
+    mean_x, mean_y, c1, c2 = local(x), local(y), (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    spread = local(x * x) + local(y * y) - mean_x**2 - mean_y**2
+    shared = local(x * y) - mean_x * mean_y
+    similarity = (2 * mean_x * mean_y + c1) * (2 * shared + c2) / ((mean_x**2 + mean_y**2 + c1) * (spread + c2))
+    return float(similarity.mean())
 
 
 def linf(a: NDArray[Any], b: NDArray[Any]) -> float:

@@ -1,27 +1,31 @@
-"""Marking a folder: plan, mark in batches, write whole files, record each in a manifest, go on after an interruption.
+"""Marking a folder or tar shards: plan, mark in batches, write whole files, record each, go on after an interruption.
 
-The manifest is the journal: its first line says how the folder is marked, each further line is written after the file
-it speaks of. What it records and what still matches is skipped by the next run; everything else is done again. An
-image's mark depends on the key, the settings, its path and its bytes alone, so any interruption gives the same bytes.
+The manifest is the journal. What it records and what still matches is skipped by the next run; everything else is done
+again. An image's mark depends on the key, the settings, its path and its bytes alone, so any interruption, and any
+number of processes, gives the same bytes.
 """
 
 import hashlib
-import json
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, distributed
 
-from radiotag import RadiotagError
+from radiotag import RadiotagError, manifest, shards
 from radiotag.images import (
     Item,
     Picture,
@@ -34,17 +38,19 @@ from radiotag.images import (
     linf,
     psnr,
     roundtrip,
-    scan,
+    ssim,
     write_atomically,
 )
+from radiotag.manifest import FORMAT, Row, Summary
 from radiotag.networks import Network, resized
 from radiotag.radioactive import Key, Marking, choose, default_psnr, image_random, mark_images, patterned
 
-MANIFEST_FORMAT = 1
 LOSSLESS = {"PNG", "BMP", "TIFF"}
 TOGETHER = 2**24  # pixels optimised at once, at most: some 2 GiB; many photographs are slower together than apart
 PART = re.compile(r"\.[0-9a-f]{16}\.part")  # what a file is called while it is written
 BEST_PSNR = 100.0  # dB recorded of an image that came out unchanged: JSON has no infinity
+AHEAD = 64  # files copied at once; images decoded before they are needed are bounded by pixels, too
+THREADS = max(2, min(8, os.cpu_count() or 2))  # decode, encode and copy beside the optimisation
 Pixels = NDArray[np.float32]
 
 
@@ -60,20 +66,9 @@ class Plan:
     rows: dict[str, int]  # class → carrier row
     chosen: frozenset[str]  # relative paths to mark
     others: tuple[Path, ...]  # copied so that the tree is complete
-    header: dict[str, Any]  # the manifest's first line
-
-
-@dataclass(slots=True, kw_only=True)
-class Summary:
-    """What a run did; `rows` are the manifest's, by path."""
-
-    images: int
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    skipped: int = 0
-
-    def with_status(self, status: str) -> list[dict[str, Any]]:
-        """The rows of one status: marked, copied or failed."""
-        return [row for row in self.rows.values() if row["status"] == status]
+    header: Row  # the manifest's first line
+    archive: shards.Archive | None  # where the source is tar shards
+    work: Path  # where images are written: the output, or beside it until a shard can be put together
 
 
 def plan(
@@ -87,7 +82,9 @@ def plan(
     seed: int = 0,
 ) -> Plan:
     """Pair every input with its output and choose what is marked. Raises RadiotagError before anything is touched."""
-    items, names, others = scan(source)
+    archive, items, names, others = shards.listing(source)
+    if archive and format != "keep":
+        raise RadiotagError(f"{source}: the images of a tar shard keep their format", "leave out --format")
     inside = output.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(output.resolve())
     if inside:
         raise RadiotagError(f"{output} and {source} lie in each other", "choose another folder with -o")
@@ -98,14 +95,15 @@ def plan(
     _check_collisions(items, chosen, format)
     settings = {name: getattr(marking, name) for name in ("epsilon", "min_psnr", "steps")}
     header = {
-        "radiotag": MANIFEST_FORMAT, "fingerprint": key.fingerprint, "fraction": fraction, "format": format,
+        "radiotag": FORMAT, "fingerprint": key.fingerprint, "fraction": fraction, "format": format,
         "seed": seed, **settings,
     }  # fmt: skip
     beside = output if output.name else output.absolute()
+    work = beside.with_name(f".{beside.name}.staged") if archive else output
     return Plan(
         source=source, output=output, manifest=beside.with_name(beside.name + ".manifest.jsonl"), items=tuple(items),
         names=tuple(names), rows=carrier_rows(key, names), chosen=chosen, others=tuple(map(Path, others)),
-        header=header,
+        header=header, archive=archive, work=work,
     )  # fmt: skip
 
 
@@ -132,118 +130,33 @@ def _check_collisions(items: Sequence[Item], chosen: frozenset[str], format: str
         raise RadiotagError(f"two images would both become {twice}", "rename one, or use --format keep")
 
 
-# ---------------------------------------------------------------- manifest
+# ---------------------------------------------------------------- several processes
 
 
-def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(header, rows by path) of a manifest; a torn last line, left by a power cut, is passed over."""
-    rows: dict[str, dict[str, Any]] = {}
-    header: dict[str, Any] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines[:-1]):  # what follows the last newline is not a whole line
-            row = json.loads(line)
-            if number == 0:
-                header = dict(row)
-            else:
-                rows[row["path"]] = dict(row)
-    except OSError as error:
-        raise RadiotagError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RadiotagError(f"{path} is not a radiotag manifest: {error}") from error
-    if header.get("radiotag") != MANIFEST_FORMAT:
-        raise RadiotagError(f"{path} is not a radiotag manifest")
-    return header, rows
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The processes that mark together, as PyTorch's launcher started them; alone without it."""
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Wait for all, and learn what each has to say."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            distributed.all_gather_object(values, value)
+        return values
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, sort_keys=True) + "\n"
-
-
-def _begin(plan: Plan, force: bool) -> dict[str, dict[str, Any]]:
-    """Rows of earlier runs; a fresh manifest where there was none, or by force. Refuses what it cannot go on from."""
-    rows: dict[str, dict[str, Any]] = {}
-    if plan.manifest.exists():
-        with plan.manifest.open("rb") as file:
-            _lock(file, plan.output)  # force is no licence to mark beside another run
-            try:
-                header, rows = read_manifest(plan.manifest)
-            except RadiotagError:
-                if not force:
-                    raise
-                header = {}
-            if force:
-                write_atomically(plan.manifest, _line(plan.header).encode(), mode=0o600)
-                return rows
-        differing = [name for name in plan.header if header.get(name) != plan.header[name]]
-        if differing:
-            name = differing[0]
-            raise RadiotagError(
-                f"{plan.output} was begun with {name} {header.get(name)}, not {plan.header[name]}",
-                "repeat the earlier setting, choose another -o, or start over with --force",
-            )
-        return rows
-    if plan.output.exists() and not force and (not plan.output.is_dir() or any(plan.output.iterdir())):
-        raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
-    plan.manifest.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(plan.manifest, _line(plan.header).encode(), mode=0o600)  # it tells marked from unmarked
-    return rows
-
-
-def _lock(file: IO[Any], output: Path) -> None:
-    """Hold the manifest for this process; a second run into the same folder is refused."""
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: no lock, files still appear whole
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RadiotagError(
-            f"another radiotag is marking into {output}", "wait for it, or choose another -o"
-        ) from error
-    except OSError:  # a file system without locks
-        return
-
-
-def _mend(journal: IO[bytes]) -> None:
-    """Cut a torn last line off, which would spoil the next one."""
-    data = journal.read()
-    journal.truncate(data.rfind(b"\n") + 1)
-    journal.seek(0, os.SEEK_END)
-
-
-def _sweep(plan: Plan, earlier: dict[str, dict[str, Any]], force: bool) -> None:
-    """Remove what a killed run left half-written, and by force what an earlier one wrote and this one does not."""
-    for part in plan.output.rglob(".*.part"):
-        if PART.fullmatch(part.name):
-            part.unlink(missing_ok=True)
-    first = _line(plan.header).encode()
-    for part in plan.manifest.parent.glob(".*.part"):  # a folder that others may be writing to
-        if PART.fullmatch(part.name) and part.is_file() and _starts_with(part, first):
-            part.unlink(missing_ok=True)
-    outputs = {_output(plan, item) for item in plan.items} | {path.as_posix() for path in plan.others}
-    for row in earlier.values():
-        if row["status"] == "failed" or row["output"] in outputs:
-            continue
-        stale = plan.output / row["output"]
-        if force and _file_hash(stale) == row["sha256_out"]:
-            stale.unlink(missing_ok=True)
-        elif not force and stale.exists():
-            raise RadiotagError(
-                f"{stale} was made by an earlier run, and would not be made by this one",
-                "remove it, choose another -o, or start over with --force",
-            )
-
-
-def _starts_with(path: Path, first: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(first)) == first
-
-
-def _output(plan: Plan, item: Item) -> str:
-    """The output's relative path: unmarked images keep their format."""
-    return str(extension(item.path, plan.header["format"] if item.path.as_posix() in plan.chosen else "keep"))
+def team() -> Team:
+    """Join the processes that `torchrun` started, by its environment variables."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        return Team()
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may have hours more to do
+    return Team(int(os.environ["RANK"]), size)
 
 
 # ---------------------------------------------------------------- the run
@@ -258,52 +171,159 @@ def run(
     batch_size: int = 64,
     force: bool = False,
     strict: bool = False,
-    progress: Callable[[int, Summary], None] = lambda *_: None,
+    progress: Callable[[Summary], None] = lambda _: None,
 ) -> Summary:
-    """Carry out a plan; `progress(images done, summary)` is called after every file."""
-    earlier = _begin(plan, force)
-    summary = Summary(images=len(plan.items))
-    with plan.manifest.open("r+b") as journal:
-        _lock(journal, plan.output)
-        _mend(journal)
-        _sweep(plan, earlier, force)
-        todo = list(_remaining(plan, {} if force else earlier, summary))
-        progress(len(summary.rows), summary)
-        for item in todo:
-            if item.path.as_posix() not in plan.chosen:
-                _record(_copied(plan, item), journal, summary, strict)
-                progress(len(summary.rows), summary)
-        _copy_others(plan)
-        for row in _marked(
-            plan, [i for i in todo if i.path.as_posix() in plan.chosen], key, marking, device, batch_size
-        ):
-            _record(row, journal, summary, strict)
-            progress(len(summary.rows), summary)
-        ordered = [summary.rows[item.path.as_posix()] for item in plan.items]
-        write_atomically(plan.manifest, "".join(map(_line, [plan.header, *ordered])).encode(), mode=0o600)
+    """Carry out a plan, or this process's share of it; `progress(summary)` is called after every file.
+
+    The summary of the first process is of all.
+    """
+    together = team()
+    path = manifest.rank_journal(plan.manifest, together.rank)
+    with _journal(plan, path, together, force) as journal, ThreadPoolExecutor(THREADS) as pool:
+        mine = plan.items[together.rank :: together.size]
+        summary = Summary(images=len(mine))
+        todo = _remaining(plan, mine, summary)
+        progress(summary)
+        for row in _rows(plan, todo, key, marking, device, batch_size, pool):
+            summary.add(row)
+            journal.write(manifest.line(row))
+            journal.flush()
+            progress(summary)
+            if strict and row["status"] == "failed":
+                raise RadiotagError(row["error"], "mend or remove the file, or leave out --strict")
+        if together.rank:
+            journal.close()  # a folder that machines share may not show what is open
+        skipped = sum(together.gather(summary.skipped))
+        if together.rank == 0:
+            manifest.take_in(plan.manifest, journal)
+            wanted = (item.path.as_posix() for item in plan.items)
+            summary = manifest.put_in_order(plan.manifest, plan.header, wanted, skipped)
+            _finish_archive(plan)
+        together.gather(None)
     return summary
 
 
-def _remaining(plan: Plan, done: dict[str, dict[str, Any]], summary: Summary) -> Iterator[Item]:
+def _journal(plan: Plan, path: Path, together: Team, force: bool) -> IO[bytes]:
+    """Begin or go on: the first process prepares the folder and says so to the others, each then has its own file."""
+    journal, problem = None, None
+    if together.rank == 0:
+        try:
+            journal = _begin(plan, force)
+        except RadiotagError as error:
+            problem = error
+    if any(together.gather(problem is not None)):
+        if problem is None:
+            raise SystemExit(1)  # the first process says why
+        raise problem
+    return journal or os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "r+b")
+
+
+def _begin(plan: Plan, force: bool) -> IO[bytes]:
+    """Open and lock the manifest, new or with what earlier runs did. Refuses what it cannot go on from."""
+    there = plan.manifest.exists()
+    if not there and plan.output.exists() and not force and (not plan.output.is_dir() or any(plan.output.iterdir())):
+        raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
+    if there:
+        with plan.manifest.open("rb") as earlier:
+            manifest.lock(earlier, plan.output)  # force is no licence to mark beside another run
+            if force:
+                _remove_stale(plan)
+            else:
+                _check_settings(plan, manifest.read_header(plan.manifest))
+    else:
+        plan.manifest.parent.mkdir(parents=True, exist_ok=True)
+    if force or not there:
+        for other in manifest.rank_journals(plan.manifest):
+            other.unlink()
+        write_atomically(plan.manifest, manifest.line(plan.header), mode=0o600)  # it tells marked from unmarked
+    journal = plan.manifest.open("r+b")
+    try:
+        manifest.lock(journal, plan.output)
+        manifest.mend(journal)
+        manifest.take_in(plan.manifest, journal)
+        _sweep(plan)
+    except BaseException:
+        journal.close()
+        raise
+    return journal
+
+
+def _check_settings(plan: Plan, header: Row) -> None:
+    for name in plan.header:
+        if header.get(name) != plan.header[name]:
+            raise RadiotagError(
+                f"{plan.output} was begun with {name} {header.get(name)}, not {plan.header[name]}",
+                "repeat the earlier setting, choose another -o, or start over with --force",
+            )
+
+
+def _sweep(plan: Plan) -> None:
+    """Remove what a killed run left half-written; refuse to leave what this run would not make beside what it will."""
+    for folder in {plan.output, plan.work}:
+        for part in folder.rglob(".*.part") if folder.is_dir() else ():
+            if PART.fullmatch(part.name):
+                part.unlink(missing_ok=True)
+    first = manifest.line(plan.header)
+    for part in plan.manifest.parent.glob(".*.part"):  # a folder that others may be writing to
+        if PART.fullmatch(part.name) and part.is_file() and _starts_with(part, first):
+            part.unlink(missing_ok=True)
+    for stale, _ in _stale(plan):
+        if stale.exists():
+            raise RadiotagError(
+                f"{stale} was made by an earlier run, and would not be made by this one",
+                "remove it, choose another -o, or start over with --force",
+            )
+
+
+def _stale(plan: Plan) -> Iterator[tuple[Path, str]]:
+    """Files that earlier runs wrote and this one will not, with their hashes."""
+    outputs = {_output(plan, item) for item in plan.items} | {path.as_posix() for path in plan.others}
+    for _, row in manifest.read_lines(plan.manifest):
+        if "status" in row and row["status"] != "failed" and row["output"] not in outputs:
+            yield plan.work / row["output"], row["sha256_out"]
+
+
+def _remove_stale(plan: Plan) -> None:
+    try:
+        for stale, digest in _stale(plan):
+            if _file_hash(stale) == digest:
+                stale.unlink(missing_ok=True)
+    except RadiotagError:
+        return  # no manifest, or a damaged one, which force is there to overwrite
+
+
+def _starts_with(path: Path, first: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(first)) == first
+
+
+def _output(plan: Plan, item: Item) -> str:
+    """The output's relative path: unmarked images keep their format."""
+    return str(extension(item.path, plan.header["format"] if item.path.as_posix() in plan.chosen else "keep"))
+
+
+def _remaining(plan: Plan, mine: Sequence[Item], summary: Summary) -> list[Item]:
     """The items whose record is missing, or no longer true of the plan, the file that came in or that gone out."""
-    for item in plan.items:
-        path = item.path.as_posix()
-        row = done.get(path)
-        wanted = ("marked" if path in plan.chosen else "copied", plan.rows[item.label])
-        kept = row and (row["status"], row["row"]) == wanted and row["sha256_in"] == _file_hash(plan.source / path)
-        if row and kept and row["sha256_out"] == _file_hash(plan.output / row["output"]):
-            summary.rows[path] = row
-            summary.skipped += 1
-        else:
-            yield item
+    found, todo = manifest.places(plan.manifest), []
+    with plan.manifest.open("rb") as file:
+        for item in mine:
+            place = found.get(item.path.as_posix())
+            row = None if place is None else manifest.row_at(file, place)
+            if row and _holds(plan, item, row):
+                summary.add(row)
+                summary.skipped += 1
+            else:
+                todo.append(item)
+    return todo
 
 
-def _record(row: dict[str, Any], journal: IO[bytes], summary: Summary, strict: bool) -> None:
-    summary.rows[row["path"]] = row
-    journal.write(_line(row).encode())
-    journal.flush()
-    if strict and row["status"] == "failed":
-        raise RadiotagError(row["error"], "mend or remove the file, or leave out --strict")
+def _holds(plan: Plan, item: Item, row: Row) -> bool:
+    wanted = ("marked" if item.path.as_posix() in plan.chosen else "copied", plan.rows[item.label])
+    if (row["status"], row["row"]) != wanted or row["sha256_in"] != _source_hash(plan, item):
+        return False
+    if plan.archive and row["status"] == "copied":
+        return True  # it goes from shard to shard when that is put together
+    return bool(row["sha256_out"] == _file_hash(plan.work / row["output"]))
 
 
 def _file_hash(path: Path) -> str | None:
@@ -313,13 +333,48 @@ def _file_hash(path: Path) -> str | None:
         return None  # missing or unreadable: it will be done again, and then named
 
 
-def _row(plan: Plan, item: Item, status: str, **more: Any) -> dict[str, Any]:
+def _source_hash(plan: Plan, item: Item) -> str | None:
+    if plan.archive:
+        return hashlib.sha256(plan.archive.read(item.path)).hexdigest()
+    return _file_hash(plan.source / item.path)
+
+
+def _rows(
+    plan: Plan, todo: Sequence[Item], key: Key, marking: Marking, device: str, batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[Row]:
+    """Do what is left, and say what was done: first the copies, then the marks."""
+    copies = [item for item in todo if item.path.as_posix() not in plan.chosen]
+    yield from ahead(pool, partial(_copied, plan), copies, AHEAD)
+    _copy_others(plan)
+    yield from _marked(
+        plan, [i for i in todo if i.path.as_posix() in plan.chosen], key, marking, device, batch_size, pool
+    )
+
+
+def ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any], limit: int
+) -> Generator[Any, None, None]:
+    """The results of `work` in order, at most `limit` of them computed before they are asked for."""
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= limit:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _row(plan: Plan, item: Item, status: str, **more: Any) -> Row:
     path = item.path.as_posix()
     return {"path": path, "class": item.label, "row": plan.rows[item.label], "status": status, **more}
 
 
-def _target(plan: Plan, relative: str) -> Path:
-    target = plan.output / relative
+def _target(folder: Path, relative: str) -> Path:
+    target = folder / relative
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
@@ -329,10 +384,13 @@ def _same_time(source: Path, target: Path) -> None:
     os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))  # a fresh time stamp would give the marked files away
 
 
-def _copied(plan: Plan, item: Item) -> dict[str, Any]:
+def _copied(plan: Plan, item: Item) -> Row:
     source, path = plan.source / item.path, item.path.as_posix()
+    if plan.archive:
+        digest = _source_hash(plan, item)
+        return _row(plan, item, "copied", output=path, sha256_in=digest, sha256_out=digest)
     try:
-        target = _target(plan, path)
+        target = _target(plan.output, path)
         copy_atomically(source, target)
         _same_time(source, target)
     except RadiotagError as error:
@@ -347,40 +405,78 @@ def _copy_others(plan: Plan) -> None:
     for relative in plan.others:
         source, target = plan.source / relative, plan.output / relative
         if _file_hash(source) != _file_hash(target) or not target.exists():
-            copy_atomically(source, _target(plan, relative.as_posix()))
+            copy_atomically(source, _target(plan.output, relative.as_posix()))
             _same_time(source, target)
 
 
+def _finish_archive(plan: Plan) -> None:
+    """Put the shards together from the source's and the marked images, and remove what was kept for that."""
+    if plan.archive is None:
+        return
+
+    def marked(path: str) -> bytes | None:
+        return (plan.work / path).read_bytes() if (plan.work / path).is_file() else None
+
+    for shard in plan.archive.shards:
+        target = plan.output / shard if plan.source.is_dir() else plan.output
+        shards.assemble(plan.archive, shard, _target(target.parent, target.name), marked)
+        _same_time(plan.archive.root / shard, target)
+    shutil.rmtree(plan.work, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- images
+
+
+def _read(plan: Plan, item: Item) -> tuple[Item, bytes, Picture] | Row:
+    """Read and decode an image, or say why that cannot be done."""
+    source = plan.source / item.path
+    try:
+        data = plan.archive.read(item.path) if plan.archive else source.read_bytes()
+        picture = decode(data, str(source))
+        encode(picture, picture.rgb, plan.header["format"])  # what cannot be written costs this image alone
+    except OSError as error:
+        return _row(plan, item, "failed", error=f"cannot read {source}: {error.strerror}")
+    except RadiotagError as error:
+        return _row(plan, item, "failed", error=str(error))
+    return item, data, picture
+
+
 def _marked(
-    plan: Plan, items: Sequence[Item], key: Key, marking: Marking, device: str, batch_size: int
-) -> Iterator[dict[str, Any]]:
-    """Decode images into batches that fit in memory and mark them; yields a manifest row an image."""
+    plan: Plan,
+    items: Sequence[Item],
+    key: Key,
+    marking: Marking,
+    device: str,
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+) -> Iterator[Row]:
+    """Gather decoded images into batches that fit in memory and mark them; yields a manifest row an image."""
     network = key.network(device) if items else None
     ready: list[tuple[Item, bytes, Picture]] = []
-    for item in items:
-        source = plan.source / item.path
-        try:
-            data = source.read_bytes()
-            picture = decode(data, str(source))
-            encode(picture, picture.rgb, plan.header["format"])  # what cannot be written costs this image alone
-        except OSError as error:
-            yield _row(plan, item, "failed", error=f"cannot read {source}: {error.strerror}")
-            continue
-        except RadiotagError as error:
-            yield _row(plan, item, "failed", error=str(error))
-            continue
-        pixels = sum(other.rgb.size // 3 for _, _, other in ready) + picture.rgb.size // 3
-        if network and ready and (len(ready) == batch_size or pixels > TOGETHER):
-            yield from _mark_batch(plan, ready, key, network, marking)
-            ready = []
-        ready.append((item, data, picture))
+    pixels = 0
+    with closing(ahead(pool, partial(_read, plan), items, batch_size)) as images:
+        for image in images:
+            if isinstance(image, dict):
+                yield image
+                continue
+            size = image[2].rgb.size // 3
+            if network and ready and (len(ready) == batch_size or pixels + size > TOGETHER):
+                yield from _mark_batch(plan, ready, key, network, marking, pool)
+                ready, pixels = [], 0
+            ready.append(image)
+            pixels += size
     if network and ready:
-        yield from _mark_batch(plan, ready, key, network, marking)
+        yield from _mark_batch(plan, ready, key, network, marking, pool)
 
 
 def _mark_batch(
-    plan: Plan, ready: Sequence[tuple[Item, bytes, Picture]], key: Key, network: Network, marking: Marking
-) -> Iterator[dict[str, Any]]:
+    plan: Plan,
+    ready: Sequence[tuple[Item, bytes, Picture]],
+    key: Key,
+    network: Network,
+    marking: Marking,
+    pool: ThreadPoolExecutor,
+) -> Iterator[Row]:
     """Mark decoded images together, or by halves where memory does not suffice, and write their files."""
     format = str(plan.header["format"])
     pictures = [picture for _, _, picture in ready]
@@ -390,24 +486,30 @@ def _mark_batch(
     patterns = key.patterns[rows] * carrying[:, None]
     draws = [image_random(key, item.path.as_posix(), int(plan.header["seed"])) for item, _, _ in ready]
     try:
-        marked = mark_pictures(network, pictures, carriers, patterns, draws, marking, format)
+        marked = mark_pictures(network, pictures, carriers, patterns, draws, marking, format, pool)
     except torch.OutOfMemoryError:
         if len(ready) == 1:
             raise
         for half in (ready[: len(ready) // 2], ready[len(ready) // 2 :]):
-            yield from _mark_batch(plan, half, key, network, marking)
+            yield from _mark_batch(plan, half, key, network, marking, pool)
         return
     gains = feature_gains(network, pictures, [seen for _, seen in marked], carriers)
-    for (item, data, picture), (encoded, seen), gain in zip(ready, marked, gains, strict=True):
-        relative = _output(plan, item)
-        target = _target(plan, relative)
-        write_atomically(target, encoded)
+    files, seen = zip(*marked, strict=True)
+    yield from pool.map(partial(_written, plan), ready, files, seen, gains)
+
+
+def _written(plan: Plan, image: tuple[Item, bytes, Picture], encoded: bytes, seen: Pixels, gain: float) -> Row:
+    item, data, picture = image
+    relative = _output(plan, item)
+    target = _target(plan.work, relative)
+    write_atomically(target, encoded)
+    if plan.archive is None:
         _same_time(plan.source / item.path, target)
-        yield _row(
-            plan, item, "marked", output=relative, sha256_in=hashlib.sha256(data).hexdigest(),
-            sha256_out=hashlib.sha256(encoded).hexdigest(), psnr=round(min(psnr(picture.rgb, seen), BEST_PSNR), 3),
-            linf=round(linf(picture.rgb, seen), 3), gain=round(gain, 5),
-        )  # fmt: skip
+    return _row(
+        plan, item, "marked", output=relative, sha256_in=hashlib.sha256(data).hexdigest(),
+        sha256_out=hashlib.sha256(encoded).hexdigest(), psnr=round(min(psnr(picture.rgb, seen), BEST_PSNR), 3),
+        ssim=round(ssim(picture.rgb, seen), 5), linf=round(linf(picture.rgb, seen), 3), gain=round(gain, 5),
+    )  # fmt: skip
 
 
 def mark_pictures(
@@ -418,17 +520,23 @@ def mark_pictures(
     draws: Sequence[Any],
     marking: Marking,
     format: str,
+    pool: ThreadPoolExecutor,
 ) -> list[tuple[bytes, Pixels]]:
     """Mark decoded images: (file bytes, pixels (H, W, 3) as read back from them) of each."""
 
-    def read_back(i: int, image: Tensor) -> Tensor:
-        if _lossless(pictures[i], format):
-            return image
-        return _tensor(roundtrip(pictures[i], _array(image), format))
+    def seen(picture: Picture, image: Tensor) -> Tensor:
+        return image if _lossless(picture, format) else _tensor(roundtrip(picture, _array(image), format))
 
+    def read_back(images: Sequence[Tensor]) -> list[Tensor]:
+        return list(pool.map(seen, pictures, images))
+
+    def finish(picture: Picture, image: Tensor) -> tuple[bytes, Pixels]:
+        return _finish(picture, _array(image), marking, format)
+
+    lossy = not all(_lossless(picture, format) for picture in pictures)
     images = [_tensor(picture.rgb) for picture in pictures]
-    marked = mark_images(network, images, carriers, draws, marking, read_back, patterns)
-    return [_finish(picture, _array(m), marking, format) for picture, m in zip(pictures, marked, strict=True)]
+    marked = mark_images(network, images, carriers, draws, marking, read_back if lossy else None, patterns)
+    return list(pool.map(finish, pictures, marked))
 
 
 def _lossless(picture: Picture, format: str) -> bool:
@@ -477,12 +585,23 @@ def _array(image: Tensor) -> Pixels:
 
 
 def preview(plan: Plan, summary: Summary, path: Path) -> None:
-    """Write a sheet of the marked images of lowest, middle and highest PSNR."""
-    rows = sorted(summary.with_status("marked"), key=lambda row: float(row["psnr"]))
-    picks = sorted({0, len(rows) // 4, len(rows) // 2, 3 * len(rows) // 4, len(rows) - 1}) if rows else []
+    """Write a sheet of the marked images of lowest, middle and highest PSNR, and two between."""
+    order = sorted(range(summary.marked), key=lambda i: summary.psnr[i])
+    picks = sorted({0, len(order) // 4, len(order) // 2, 3 * len(order) // 4, len(order) - 1}) if order else []
+    released = shards.scan(plan.output)[0] if plan.archive and picks else None
     sheet = []
-    for row in (rows[i] for i in picks):
-        before, after = plan.source / row["path"], plan.output / row["output"]
-        pair = [decode(file.read_bytes(), str(file)).rgb for file in (before, after)]
-        sheet.append((pair[0], pair[1], f"{row['path']}  {row['psnr']:.1f} dB"))
+    with plan.manifest.open("rb") as file:
+        for row in (manifest.row_at(file, summary.places[order[i]]) for i in picks):
+            before = _bytes_of(plan.archive, plan.source, row["path"])
+            after = _bytes_of(released, plan.output, row["output"])
+            caption = f"{row['path']}  {row['psnr']:.1f} dB"
+            sheet.append((decode(before, row["path"]).rgb, decode(after, row["output"]).rgb, caption))
     write_atomically(path, contact_sheet(sheet))
+
+
+def _bytes_of(archive: shards.Archive | None, folder: Path, relative: str) -> bytes:
+    if archive is None:
+        return (folder / relative).read_bytes()
+    if folder.is_file():  # a single shard, which may be called otherwise than its source
+        relative = relative.replace(relative.split("/", maxsplit=1)[0], folder.name, 1)
+    return archive.read(PurePosixPath(relative))

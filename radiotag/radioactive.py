@@ -318,14 +318,13 @@ def mark_images(
     carriers: Tensor,
     draws: Sequence[random.Random],
     marking: Marking,
-    read_back: Callable[[int, Tensor], Tensor] | None = None,
+    read_back: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
     patterns: Tensor | None = None,
 ) -> list[Tensor]:
     """Mark images of any sizes together: each (3, H, W) in [0, 255] → (3, H, W) float, within ε and the PSNR.
 
-    carriers is (B, d), patterns (B, m), rows of zeros for none, draws one generator an image. `read_back(i, image)` is
-    what a reader of the written file would see of image i; the loss is taken there and its gradient passed straight
-    through.
+    carriers is (B, d), patterns (B, m), rows of zeros for none, draws one generator an image. `read_back(images)` is
+    what a reader of the written files would see; the loss is taken there and its gradient passed straight through.
     """
     device = carriers.device
     clean = [x.to(device) for x in images]
@@ -335,10 +334,11 @@ def mark_images(
     for step in range(marking.steps):
         size = marking.reach * 2 * (1 - step / marking.steps) / (marking.steps + 1)  # decays linearly, sums to `reach`
         moved = [(x + d).clamp_(0, 255).requires_grad_() for x, d in zip(clean, delta, strict=True)]
+        written = [None] * len(moved) if read_back is None else read_back([y.detach() for y in moved])
         views = []
-        for i, y in enumerate(moved):
-            seen = y if read_back is None else y + (read_back(i, y.detach()).to(device) - y.detach())
-            crop = random_crop(y.shape[1], y.shape[2], draws[i], marking)
+        for y, w, draw in zip(moved, written, draws, strict=True):
+            seen = y if w is None else y + (w.to(device) - y.detach())
+            crop = random_crop(y.shape[1], y.shape[2], draw, marking)
             views.append(augmented(seen, crop, network.spec.image_size) / 255)
         features = network.features(_pad(torch.stack(views)))[: len(images)]  # (B, d)
         gradients = torch.autograd.grad(marking_loss(features, carriers).sum(), moved)

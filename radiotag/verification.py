@@ -17,7 +17,7 @@ from torch import Tensor
 
 from radiotag import RadiotagError, blackbox
 from radiotag.images import decode, file_hash, scan
-from radiotag.marking import read_manifest
+from radiotag.manifest import read_manifest
 from radiotag.networks import Network, load, resized
 from radiotag.radioactive import (
     ALIGNMENT_IMAGES,

@@ -34,7 +34,7 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from radiotag import __version__, cli, demo, marking, radioactive, synthetic, training, verification
-from radiotag.marking import read_manifest
+from radiotag.manifest import read_manifest
 from radiotag.networks import Network, load, save_checkpoint
 from radiotag.radioactive import load_key
 
@@ -45,7 +45,7 @@ ESCAPE = "\x1b"
 COMMON = {"schema", "command", "version", "seconds"}
 MARK_KEYS = COMMON | {
     *("fingerprint", "output", "manifest", "images", "marked", "copied", "skipped", "failed"),
-    *("psnr_median", "psnr_min", "linf_max", "feature_gain_mean"),
+    *("psnr_median", "psnr_p5", "psnr_min", "ssim_median", "ssim_min", "linf_max", "feature_gain_mean"),
 }
 SUSPECT_KEYS = {
     *("path", "architecture", "detected", "log10_p", "log10_p_corrected", "paper_log10_p", "mean_cosine"),
@@ -241,6 +241,22 @@ def pixels(path):
 
 def measured_psnr(a, b):
     return 10 * np.log10(255**2 / np.mean((pixels(a) - pixels(b)) ** 2))
+
+
+def measured_ssim(a, b):
+    """Wang et al. 2004, window by window."""
+    x, y = (pixels(path).astype(float) @ [0.299, 0.587, 0.114] for path in (a, b))
+    bell = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(bell, bell) / bell.sum() ** 2
+    found = []
+    for i in range(x.shape[0] - 10):
+        for j in range(x.shape[1] - 10):
+            p, q = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
+            m, n = (window * p).sum(), (window * q).sum()
+            s, t = (window * (p - m) ** 2).sum(), (window * (q - n) ** 2).sum()
+            both, c, d = (window * (p - m) * (q - n)).sum(), 2.55**2, 7.65**2
+            found.append((2 * m * n + c) * (2 * both + d) / ((m * m + n * n + c) * (s + t + d)))
+    return np.mean(found)
 
 
 def rows_of(output):
@@ -516,6 +532,10 @@ def test_mark_makes_a_drop_in_replacement(world, tmp_path):
     assert max(linf) <= 10
     assert answer["psnr_min"] == pytest.approx(min(psnr), abs=1e-3)
     assert answer["psnr_median"] == pytest.approx(np.median(psnr), abs=1e-3)
+    assert answer["psnr_p5"] == pytest.approx(np.percentile(psnr, 5), abs=1e-3)
+    similar = [measured_ssim(source / n, output / n) for n in before if n.endswith(".png")]
+    assert answer["ssim_median"] == pytest.approx(np.median(similar), abs=1e-5)
+    assert answer["ssim_min"] == pytest.approx(min(similar), abs=1e-5)
     assert answer["linf_max"] == max(linf)
     assert answer["feature_gain_mean"] > 0.02
     for name in before:
@@ -1528,7 +1548,7 @@ def test_progress_goes_to_stderr_and_results_to_stdout(world, nursery, tmp_path)
     assert "planning" in result.err
     assert "planning" not in result.out
     assert ESCAPE not in result.out + result.err
-    assert len(result.out.splitlines()) == 6
+    assert len(result.out.splitlines()) == 7
 
 
 def on_terminal(world, nursery, tmp_path, **env):

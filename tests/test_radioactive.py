@@ -841,7 +841,7 @@ def test_one_step_is_the_projected_gradient_at_what_a_reader_sees(network, poste
     x, u = photos(1)[0], carriers_for(1)[0]
     seen = (x / 64).round() * 64 if posterise else x  # its own gradient is zero almost everywhere
     marking = Marking(steps=1, reach=0.5, **WHOLE)
-    hook = (lambda _, y: (y / 64).round() * 64) if posterise else None
+    hook = (lambda images: [(y / 64).round() * 64 for y in images]) if posterise else None
     (found,) = marked_by(network, [x], marking, hook)
     flip = random_crop(32, 32, random.Random("0"), marking)[4]
     at = seen.clone().requires_grad_()
@@ -856,10 +856,11 @@ def test_one_step_is_the_projected_gradient_at_what_a_reader_sees(network, poste
 def test_read_back_is_asked_for_each_image_at_each_step(network):
     images, calls = photos(3), []
 
-    def rounded(i, image):
-        assert not image.requires_grad and image.shape == images[i].shape
-        calls.append((i, image.clone()))
-        return image.round()
+    def rounded(seen):
+        assert [image.shape for image in seen] == [image.shape for image in images]
+        assert not any(image.requires_grad for image in seen)
+        calls.extend((i, image.clone()) for i, image in enumerate(seen))
+        return [image.round() for image in seen]
 
     marked_by(network, images, Marking(steps=3), rounded)
     assert [i for i, _ in calls] == [0, 1, 2] * 3

@@ -26,7 +26,7 @@ import torch
 import torchvision
 
 from radiotag import __version__
-from radiotag.marking import read_manifest
+from radiotag.manifest import read_manifest
 
 TESTS = {"bare": "", "real": " --data ../cifar10/test", "black-box": " --data ../cifar10/test --black-box"}
 

@@ -1,0 +1,174 @@
+"""The manifest: which images are marked, and the journal that an interrupted run goes on from.
+
+JSON lines: the first says how the folder is marked, each further one is written after the file it speaks of, and the
+last line of a path counts. Several processes write a journal each (NAME.rank1, …), which the first one takes in.
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from radiotag import RadiotagError
+from radiotag.images import fill_atomically
+
+FORMAT = 1
+Row = dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """What rows say together; a few numbers an image, so that folders of any size fit in memory."""
+
+    images: int  # that there are to be
+    skipped: int = 0  # done by an earlier run
+    done: int = 0
+    copied: int = 0
+    failed: list[Row] = field(default_factory=list)
+    psnr: "array[float]" = field(default_factory=lambda: array("d"))  # dB, of the marked ones in the rows' order
+    ssim: "array[float]" = field(default_factory=lambda: array("d"))
+    linf: "array[float]" = field(default_factory=lambda: array("d"))
+    gain: "array[float]" = field(default_factory=lambda: array("d"))
+    places: "array[int]" = field(default_factory=lambda: array("q"))  # bytes into the manifest
+
+    @property
+    def marked(self) -> int:
+        """How many are marked."""
+        return len(self.psnr)
+
+    def add(self, row: Row, place: int = 0) -> None:
+        """Count a row in."""
+        self.done += 1
+        if row["status"] == "failed":
+            self.failed.append(row)
+        elif row["status"] == "copied":
+            self.copied += 1
+        else:
+            for name in ("psnr", "ssim", "linf", "gain"):
+                getattr(self, name).append(row[name])
+            self.places.append(place)
+
+
+def line(row: Row) -> bytes:
+    """One row as it lies in the file."""
+    return (json.dumps(row, sort_keys=True) + "\n").encode()
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    """(place in bytes, row) of every whole line, the header first; a torn last line, of a power cut, is no line."""
+    try:
+        place = 0
+        with path.open("rb") as file:
+            for number, text in enumerate(file):
+                if not text.endswith(b"\n"):
+                    break
+                row = dict(json.loads(text))
+                if row["radiotag"] != FORMAT if number == 0 else not isinstance(row["path"], str):
+                    raise ValueError("a line that is none of a manifest's")
+                yield place, row
+                place += len(text)
+    except OSError as error:
+        raise RadiotagError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RadiotagError(f"{path} is not a radiotag manifest: {error}") from error
+
+
+def read_header(path: Path) -> Row:
+    """The first line. RadiotagError if the file is no manifest, down to its last line."""
+    header = None
+    for place, row in read_lines(path):
+        header = header if place else row
+    if header is None:
+        raise RadiotagError(f"{path} is not a radiotag manifest: it is empty")
+    return header
+
+
+def read_manifest(path: Path) -> tuple[Row, dict[str, Row]]:
+    """(header, rows by path) of a whole manifest."""
+    header = read_header(path)
+    return header, {row["path"]: row for place, row in read_lines(path) if place}
+
+
+def places(path: Path) -> dict[str, int]:
+    """Where the row that counts of each path begins, in bytes."""
+    return {row["path"]: place for place, row in read_lines(path) if place}
+
+
+def row_at(file: IO[bytes], place: int) -> Row:
+    """The row that begins at a place."""
+    file.seek(place)
+    return dict(json.loads(file.readline()))
+
+
+def rank_journal(path: Path, rank: int) -> Path:
+    """The journal of one of several processes; the first writes the manifest itself."""
+    return path.with_name(f"{path.name}.rank{rank}") if rank else path
+
+
+def rank_journals(path: Path) -> list[Path]:
+    """Those that lie beside a manifest."""
+    start = f"{path.name}.rank"
+    found = [other for other in path.parent.iterdir() if other.name.startswith(start)]
+    return sorted(other for other in found if other.name.removeprefix(start).isdigit())
+
+
+def mend(journal: IO[bytes]) -> None:
+    """Cut a torn last line off, which would spoil the next one, and stand at the end."""
+    end = journal.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        journal.seek(start)
+        cut = journal.read(end - start).rfind(b"\n")
+        if cut >= 0:
+            journal.truncate(start + cut + 1)
+            break
+        end = start
+    journal.seek(0, os.SEEK_END)
+
+
+def take_in(path: Path, journal: IO[bytes]) -> None:
+    """Append what other processes' journals say, and remove them."""
+    for other in rank_journals(path):
+        for place, row in read_lines(other):
+            if place:
+                journal.write(line(row))
+        journal.flush()
+        os.fsync(journal.fileno())
+        other.unlink()
+
+
+def put_in_order(path: Path, header: Row, wanted: Iterable[str], skipped: int) -> Summary:
+    """Write the manifest anew with one row a path, in the order wanted, and sum it up."""
+    found = places(path)
+    order = [found[name] for name in wanted]
+    summary = Summary(images=len(order), skipped=skipped)
+
+    def fill(new: IO[bytes]) -> None:
+        with path.open("rb") as old:
+            new.write(line(header))
+            for place in order:
+                row = row_at(old, place)
+                summary.add(row, new.tell())
+                new.write(line(row))
+
+    fill_atomically(path, fill, 0o600)
+    return summary
+
+
+def lock(file: IO[Any], output: Path) -> None:
+    """Hold the manifest for this process; a second run into the same folder is refused."""
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: no lock, files still appear whole
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RadiotagError(
+            f"another radiotag is marking into {output}", "wait for it, or choose another -o"
+        ) from error
+    except OSError:  # a file system without locks
+        return

@@ -1,0 +1,164 @@
+"""Tar shards in WebDataset's layout: samples are members that share a name up to its first dot, `.cls` holds the class.
+
+A shard is marked by copying its bytes, with the marked members put in their place: every other byte, header and
+padding stays as it was.
+"""
+
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from radiotag import RadiotagError, images
+from radiotag.images import SUFFIXES, Item, fill_atomically
+
+BLOCK = 512
+CHUNK = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where an image lies in a shard, in bytes."""
+
+    header: int  # the header block that tells its size, the last before its data
+    data: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """The end of its data and their padding."""
+        return self.data + -(-self.size // BLOCK) * BLOCK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Archive:
+    """Shards with an index of their images by path: SHARD/MEMBER."""
+
+    root: Path  # the folder that the shards lie in
+    shards: tuple[str, ...]
+    members: dict[str, Member]
+
+    def read(self, path: PurePosixPath) -> bytes:
+        """One image's bytes."""
+        member = self.members[path.as_posix()]
+        with (self.root / path.parts[0]).open("rb") as file:
+            file.seek(member.data)
+            return file.read(member.size)
+
+
+def listing(source: Path) -> tuple[Archive | None, list[Item], list[str], list[PurePosixPath]]:
+    """A data set's index if it is shards, images, class names and other files, whichever way it is kept."""
+    return scan(source) if is_archive(source) else (None, *images.scan(source))
+
+
+def is_archive(source: Path) -> bool:
+    """A .tar file, or a folder with .tar files in it and no folder that could be a class."""
+    if source.is_dir():
+        return any(is_shard(p) for p in source.iterdir()) and not any(p.is_dir() for p in source.iterdir())
+    return is_shard(source)
+
+
+def is_shard(path: Path) -> bool:
+    """By its name."""
+    return path.suffix.lower() == ".tar" and path.is_file()
+
+
+def scan(source: Path) -> tuple[Archive, list[Item], list[str], list[PurePosixPath]]:
+    """As `images.scan`, of shards: the index, the images in their order, the class names, the other files to copy.
+
+    A class is what the sample's `.cls` member says, else the folder in the member's name, else there is one class.
+    Classes that are numbers are carrier rows, as they are a model's outputs.
+    """
+    files = [source] if source.is_file() else sorted(source.iterdir())
+    shards = [path for path in files if is_shard(path)]
+    others = [PurePosixPath(p.name) for p in files if p not in shards and p.is_file() and p.suffix != ".part"]
+    members: dict[str, Member] = {}
+    labels: dict[str, str] = {}
+    for shard in shards:
+        try:
+            _index(shard, members, labels)
+        except (OSError, tarfile.TarError) as error:
+            raise RadiotagError(f"{shard}: not a tar file that can be read ({error})", "replace the file") from error
+    if not members:
+        raise RadiotagError(f"no images in {source}", f"members are taken by suffix: {' '.join(sorted(SUFFIXES))}")
+    names = _names(set(labels.values()))
+    rows = {name: row for row, name in enumerate(names)}
+    items = [Item(path=PurePosixPath(p), label=labels[p], row=rows[labels[p]]) for p in members]
+    archive = Archive(root=shards[0].parent, shards=tuple(s.name for s in shards), members=members)
+    return archive, items, names, others
+
+
+def _names(labels: set[str]) -> list[str]:
+    if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in labels):
+        return [str(row) for row in range(max(map(int, labels)) + 1)]
+    return sorted(labels)
+
+
+def _index(shard: Path, members: dict[str, Member], labels: dict[str, str]) -> None:
+    """Add a shard's images and their classes."""
+    classes: dict[str, str] = {}
+    samples: dict[str, str] = {}
+    with tarfile.open(shard, "r:") as tar:
+        for info in tar:
+            name = PurePosixPath(info.name)
+            path = f"{shard.name}/{name}"
+            sample = str(name.with_name(name.name.split(".")[0]))
+            if info.isreg() and name.suffix == ".cls":
+                file = tar.extractfile(info)
+                classes[sample] = file.read(1024).decode("utf-8", "replace").strip() if file else ""
+            elif info.isreg() and name.suffix.lower() in SUFFIXES:
+                _check(shard, info, path in members)
+                header = info.offset_data - BLOCK
+                members[path] = Member(header=header, data=info.offset_data, size=info.size)
+                samples[path] = sample
+            tar.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
+    for path, sample in samples.items():
+        parents = PurePosixPath(sample).parts[:-1]
+        labels[path] = classes.get(sample, parents[0] if parents else "")
+
+
+def _check(shard: Path, info: tarfile.TarInfo, twice: bool) -> None:
+    """Names become paths while a shard is worked on: none may lead out of it."""
+    name = PurePosixPath(info.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise RadiotagError(f"{shard}: the member {info.name!r} has a name that leads elsewhere", "rename it")
+    if twice:
+        raise RadiotagError(f"{shard}: the member {info.name!r} is there twice", "keep one of them")
+    if info.sparse is not None or "size" in info.pax_headers:
+        raise RadiotagError(f"{shard}: the member {info.name!r} is stored sparsely or beyond 8 GiB", "pack it anew")
+
+
+def assemble(archive: Archive, shard: str, target: Path, marked: Callable[[str], bytes | None]) -> None:
+    """Write one shard, whole or not at all, with the bytes that `marked(path)` gives instead of an image's own."""
+    members = sorted((m.data, path, m) for path, m in archive.members.items() if path.startswith(shard + "/"))
+    source = archive.root / shard
+
+    def fill(new: IO[bytes]) -> None:
+        with source.open("rb") as old:
+            for _, path, member in members:
+                data = marked(path)
+                if data is not None:
+                    _copy(old, new, member.header)
+                    new.write(_resized(old.read(BLOCK), len(data)))
+                    new.write(data + bytes(-len(data) % BLOCK))
+                    old.seek(member.end)
+            _copy(old, new, source.stat().st_size)
+
+    fill_atomically(target, fill, None)
+
+
+def _copy(old: IO[bytes], new: IO[bytes], end: int) -> None:
+    """Copy up to a place in the old file."""
+    while (left := end - old.tell()) > 0:
+        chunk = old.read(min(left, CHUNK))
+        if not chunk:
+            raise OSError(os.strerror(5))  # it shrank while it was read
+        new.write(chunk)
+
+
+def _resized(header: bytes, size: int) -> bytes:
+    """A member's header block with another size, and the checksum that goes with it."""
+    block = header[:124] + b"%011o\0" % size + header[136:148] + b" " * 8 + header[156:]
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
