@@ -198,7 +198,7 @@ def run(
             manifest.take_in(plan.manifest, journal)
             wanted = (item.path.as_posix() for item in plan.items)
             summary = manifest.put_in_order(plan.manifest, plan.header, wanted, skipped)
-            _finish_archive(plan)
+            _finish_archive(plan, summary)
         together.gather(None)
     return summary
 
@@ -215,7 +215,10 @@ def _journal(plan: Plan, path: Path, together: Team, force: bool) -> IO[bytes]:
         if problem is None:
             raise SystemExit(1)  # the first process says why
         raise problem
-    return journal or os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "r+b")
+    if journal is None:
+        write_atomically(path, manifest.line(plan.header), mode=0o600)
+        journal = path.open("ab")
+    return journal
 
 
 def _begin(plan: Plan, force: bool) -> IO[bytes]:
@@ -304,12 +307,12 @@ def _output(plan: Plan, item: Item) -> str:
 
 def _remaining(plan: Plan, mine: Sequence[Item], summary: Summary) -> list[Item]:
     """The items whose record is missing, or no longer true of the plan, the file that came in or that gone out."""
-    found, todo = manifest.places(plan.manifest), []
+    found, todo, released = manifest.places(plan.manifest), [], _released(plan)
     with plan.manifest.open("rb") as file:
         for item in mine:
             place = found.get(item.path.as_posix())
             row = None if place is None else manifest.row_at(file, place)
-            if row and _holds(plan, item, row):
+            if row and _holds(plan, item, row, released):
                 summary.add(row)
                 summary.skipped += 1
             else:
@@ -317,13 +320,28 @@ def _remaining(plan: Plan, mine: Sequence[Item], summary: Summary) -> list[Item]
     return todo
 
 
-def _holds(plan: Plan, item: Item, row: Row) -> bool:
+def _holds(plan: Plan, item: Item, row: Row, released: shards.Archive | None) -> bool:
     wanted = ("marked" if item.path.as_posix() in plan.chosen else "copied", plan.rows[item.label])
     if (row["status"], row["row"]) != wanted or row["sha256_in"] != _source_hash(plan, item):
         return False
     if plan.archive and row["status"] == "copied":
         return True  # it goes from shard to shard when that is put together
-    return bool(row["sha256_out"] == _file_hash(plan.work / row["output"]))
+    digest = _file_hash(plan.work / row["output"])
+    if digest is None and released:
+        digest = hashlib.sha256(_released_bytes(plan, released, row["output"])).hexdigest()
+    return bool(row["sha256_out"] == digest)
+
+
+def _released(plan: Plan) -> shards.Archive | None:
+    """The index of shards that an earlier run has put together."""
+    return shards.scan(plan.output)[0] if plan.archive and shards.is_archive(plan.output) else None
+
+
+def _released_bytes(plan: Plan, released: shards.Archive, path: str) -> bytes:
+    """An image out of a finished shard; none of it if it is not there."""
+    if plan.output.is_file():  # a single shard, which may be called otherwise than its source
+        path = path.replace(path.split("/", maxsplit=1)[0], plan.output.name, 1)
+    return released.read(PurePosixPath(path)) if path in released.members else b""
 
 
 def _file_hash(path: Path) -> str | None:
@@ -409,13 +427,19 @@ def _copy_others(plan: Plan) -> None:
             _same_time(source, target)
 
 
-def _finish_archive(plan: Plan) -> None:
+def _finish_archive(plan: Plan, summary: Summary) -> None:
     """Put the shards together from the source's and the marked images, and remove what was kept for that."""
-    if plan.archive is None:
+    if plan.archive is None or (summary.skipped == summary.images and not plan.work.exists()):
         return
+    released = _released(plan)
+    with plan.manifest.open("rb") as file:
+        outputs = {row["path"]: row["output"] for row in (manifest.row_at(file, place) for place in summary.places)}
 
     def marked(path: str) -> bytes | None:
-        return (plan.work / path).read_bytes() if (plan.work / path).is_file() else None
+        if path not in outputs:
+            return None
+        staged = plan.work / outputs[path]
+        return staged.read_bytes() if released is None or staged.is_file() else _released_bytes(plan, released, path)
 
     for shard in plan.archive.shards:
         target = plan.output / shard if plan.source.is_dir() else plan.output
@@ -588,20 +612,15 @@ def preview(plan: Plan, summary: Summary, path: Path) -> None:
     """Write a sheet of the marked images of lowest, middle and highest PSNR, and two between."""
     order = sorted(range(summary.marked), key=lambda i: summary.psnr[i])
     picks = sorted({0, len(order) // 4, len(order) // 2, 3 * len(order) // 4, len(order) - 1}) if order else []
-    released = shards.scan(plan.output)[0] if plan.archive and picks else None
+    released = _released(plan)
     sheet = []
     with plan.manifest.open("rb") as file:
         for row in (manifest.row_at(file, summary.places[order[i]]) for i in picks):
-            before = _bytes_of(plan.archive, plan.source, row["path"])
-            after = _bytes_of(released, plan.output, row["output"])
+            if plan.archive and released:
+                before = plan.archive.read(PurePosixPath(row["path"]))
+                after = _released_bytes(plan, released, row["output"])
+            else:
+                before, after = (plan.source / row["path"]).read_bytes(), (plan.output / row["output"]).read_bytes()
             caption = f"{row['path']}  {row['psnr']:.1f} dB"
             sheet.append((decode(before, row["path"]).rgb, decode(after, row["output"]).rgb, caption))
     write_atomically(path, contact_sheet(sheet))
-
-
-def _bytes_of(archive: shards.Archive | None, folder: Path, relative: str) -> bytes:
-    if archive is None:
-        return (folder / relative).read_bytes()
-    if folder.is_file():  # a single shard, which may be called otherwise than its source
-        relative = relative.replace(relative.split("/", maxsplit=1)[0], folder.name, 1)
-    return archive.read(PurePosixPath(relative))
