@@ -28,6 +28,7 @@ import torchvision
 from radiotag import __version__
 from radiotag.manifest import read_manifest
 
+EPOCHS = 6
 TESTS = {"bare": "", "real": " --data ../cifar10/test", "black-box": " --data ../cifar10/test --black-box"}
 
 
@@ -46,7 +47,7 @@ def step(log: Path, name: str, command: str) -> dict:
 
 
 def once(a: argparse.Namespace) -> None:
-    work = a.work / f"q{a.fraction:g}-seed{a.seed}"
+    work = a.work / (f"q{a.fraction:g}-seed{a.seed}" + (f"-epochs{a.epochs}" if a.epochs != EPOCHS else ""))
     work.mkdir(parents=True, exist_ok=True)
     if not (a.work / "cifar10").exists():
         zipfile.ZipFile(a.data).extractall(a.work)
@@ -77,17 +78,17 @@ def once(a: argparse.Namespace) -> None:
 
 
 def table(a: argparse.Namespace) -> None:
-    runs = [json.loads(path.read_text()) for path in sorted(a.work.glob("q*-seed*/result.json"))]
-    runs.sort(key=lambda run: (-run["fraction"], run["seed"]))
+    runs = [json.loads(path.read_text()) for path in sorted(a.work.glob("q*/result.json"))]
+    runs.sort(key=lambda run: (-run["fraction"], run["train"]["epochs"], run["seed"]))
     print(
-        f"{'q':>5}{'seed':>5}{'PSNR':>6}{'accuracy':>9}{'bare':>8}{'real':>8}{'black-box':>10}{'paper':>7}{'clean':>20}"
+        f"{'q':>5}{'epochs':>7}{'seed':>5}{'PSNR':>6}{'accuracy':>9}{'bare':>8}{'real':>8}{'black-box':>10}{'paper':>7}{'clean':>20}"
     )
     for run in runs:
         found = [run[f"suspect, {test}"]["log10_p"] for test in TESTS]
         clean = [f"{run[f'clean, {test}']['log10_p']:.2f}" for test in TESTS if f"clean, {test}" in run]
         paper = run["suspect, real"]["paper_log10_p"]
         print(
-            f"{run['fraction']:>5.0%}{run['seed']:>5}{run['psnr_median']:>6.1f}{run['train']['accuracy']:>9.2%}"
+            f"{run['fraction']:>5.0%}{run['train']['epochs']:>7}{run['seed']:>5}{run['psnr_median']:>6.1f}{run['train']['accuracy']:>9.2%}"
             f"{found[0]:>8.2f}{found[1]:>8.2f}{found[2]:>10.2f}{paper:>7.2f}{' / '.join(clean):>20}"
         )
     if a.json:
@@ -104,7 +105,7 @@ def main() -> None:
     one.add_argument("--fraction", type=float, default=0.1)
     one.add_argument("--seed", type=int, default=2)
     one.add_argument("--arch", default="resnet10")
-    one.add_argument("--epochs", type=int, default=6)
+    one.add_argument("--epochs", type=int, default=EPOCHS)
     one.add_argument("--clean", action="store_true")
     every = commands.add_parser("table")
     every.set_defaults(call=table)

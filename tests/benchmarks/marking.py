@@ -1,0 +1,365 @@
+"""What a mark is worth at a given PSNR, against how it is made; and how fast it is made.
+
+    python tests/benchmarks/marking.py evidence cifar10.zip --work bench-out --psnr 34 --recipe radiotag --seed 2
+    python tests/benchmarks/marking.py speed cifar10.zip photos --work bench-out
+    python tests/benchmarks/marking.py table --work bench-out --json marking.json
+
+`evidence` marks a share of CIFAR-10's first images by one recipe (RECIPES), trains a suspect from scratch and verifies
+it; recipes of one seed share a key, the choice of images and the suspect's seed. It repeats nothing that lies in the
+work folder. `speed` times the plain recipe beside radiotag's on the same images in one run. `photos` is a folder of
+photographs, which a ResNet-18 with 224-pixel input marks; its weights are random, since time does not depend on them.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from radiotag import __version__, networks, radioactive, training
+from radiotag.images import decode
+from radiotag.manifest import read_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """A recipe for the features' mark alone, on a batch of small images; the defaults are the paper's.
+
+    90 steps of SGD at rate 1 on normalised pixels, a tenth of that after each third; equation 6; L∞ ≤ 10. To be
+    compared at one PSNR, every recipe is projected to the same L2 ball.
+    """
+
+    steps: int = 90
+    rule: str = "sgd"  # or "l2", "sign": normalised steps whose lengths decay linearly
+    crops: tuple[float, float] | None = (0.4, 1.0)  # of random resized crops; None: the whole image
+    shift: int = 0  # pixels of random translation
+    noise: float = 0.0  # standard deviation, of 255
+    blur: bool = False  # 3 x 3 binomial, half of the time
+    loss: str = "features"  # or "response": the network's answer to the mark's direction, which verification reads
+    penalties: bool = True  # λ1 = 0.0005, λ2 = 0.01
+
+
+L2 = {"steps": 20, "rule": "l2", "penalties": False}
+RECIPES: dict[str, radioactive.Marking | Plain] = {
+    "radiotag": radioactive.Marking(),
+    "features alone": radioactive.Marking(pattern_share=0.0),
+    "pattern alone": radioactive.Marking(pattern_share=1.0),
+    "paper": Plain(),
+    "90 steps of l2": Plain(steps=90, rule="l2", penalties=False),
+    "sign steps": Plain(**{**L2, "rule": "sign"}),
+    "whole images": Plain(**L2, crops=None),
+    "small crops": Plain(**L2, crops=(0.1, 1.0)),
+    "shifts": Plain(**L2, crops=None, shift=4),
+    "noise": Plain(**L2, noise=8.0),
+    "blur": Plain(**L2, blur=True),
+    "response": Plain(**L2, loss="response"),
+}
+
+
+def view(x: Tensor, recipe: Plain, draws: list[random.Random], size: int) -> Tensor:
+    """F of a batch (B, 3, H, W), one draw an image."""
+    out = x
+    if recipe.crops:
+        marking = radioactive.Marking(crop_scale=recipe.crops)
+        out = torch.stack(
+            [
+                radioactive.augmented(image, radioactive.random_crop(*image.shape[1:], draw, marking), size)
+                for image, draw in zip(x, draws, strict=True)
+            ]
+        )
+    if recipe.shift:
+        far = recipe.shift
+        padded = F.pad(out, (far,) * 4, mode="reflect")
+        places = [(d.randint(0, 2 * far), d.randint(0, 2 * far)) for d in draws]
+        h, w = out.shape[2:]
+        out = torch.stack([p[:, i : i + h, j : j + w] for p, (i, j) in zip(padded, places, strict=True)])
+    if recipe.noise:
+        seeds = [torch.Generator().manual_seed(d.getrandbits(62)) for d in draws]
+        out = out + recipe.noise * torch.stack([torch.randn(out.shape[1:], generator=g) for g in seeds])
+    if recipe.blur:
+        row = torch.tensor([1.0, 2.0, 1.0]) / 4
+        kernel = (row[:, None] * row).expand(3, 1, 3, 3)
+        soft = F.conv2d(F.pad(out, (1,) * 4, mode="replicate"), kernel, groups=3)
+        out = torch.where(torch.tensor([d.random() < 0.5 for d in draws])[:, None, None, None], soft, out)
+    return out
+
+
+def mark_plainly(
+    network: networks.Network, x: Tensor, u: Tensor, recipe: Plain, psnr: float, draws: list[random.Random]
+) -> Tensor:
+    """A batch (B, 3, H, W) in [0, 255] → marked, with a loop as short as a paper's."""
+    delta = torch.zeros_like(x)
+    std, size = network.get_buffer("std") * 255, network.spec.image_size
+    radius = 255 * 10 ** (-psnr / 20) * math.sqrt(x[0].numel())
+    for step in range(recipe.steps):
+        delta.requires_grad_()
+        states = [d.getstate() for d in draws]
+        seen = view((x + delta).clamp(0, 255), recipe, draws, size) / 255
+        after = network.features(seen)  # (B, d)
+        loss = -(after * u).sum()
+        if recipe.loss == "response":  # the network's own gradient along u, at the marked image, moves towards u again
+            (uphill,) = torch.autograd.grad((after * u).sum(), seen, create_graph=True)
+            loss = -uphill.flatten(1).norm(dim=1).sum() + loss
+        if recipe.penalties:
+            for draw, state in zip(draws, states, strict=True):
+                draw.setstate(state)
+            before = network.features(view(x, recipe, draws, size) / 255).detach()
+            loss = loss + 0.01 * ((after - before).square().sum(1) + 1e-12).sqrt().sum()
+            loss = loss + 0.0005 * (delta / std).square().sum()
+        (g,) = torch.autograd.grad(loss, delta)
+        with torch.no_grad():
+            if recipe.rule == "sgd":
+                moved = delta - 0.1 ** (step * 3 // recipe.steps) * g * std**2
+            else:
+                g = g.sign() if recipe.rule == "sign" else g
+                length = 6.0 * 2 * (1 - step / recipe.steps) / (recipe.steps + 1)  # of the ball's radius, 6 in all
+                moved = delta - length * radius * g / g.flatten(1).norm(dim=1).clamp_min(1e-20).view(-1, 1, 1, 1)
+            far = moved.flatten(1).norm(dim=1).clamp_min(radius).view(-1, 1, 1, 1)
+            delta = (moved * radius / far).clamp(-10, 10)
+    short = delta.detach().flatten(1).norm(dim=1).clamp_min(1e-20).view(-1, 1, 1, 1)
+    return (x + (delta.detach() * radius / short).clamp(-10, 10)).clamp(0, 255)  # at rate 1, SGD does not fill the ball
+
+
+def mark_all(
+    network: networks.Network, x: Tensor, key: radioactive.Key, y: Tensor, recipe: object, psnr: float
+) -> Tensor:
+    """Mark (N, 3, H, W) uint8 of labels y (N,), image i drawing its augmentations from i."""
+    out = []
+    for part in torch.split(torch.arange(len(x)), 64):
+        images, rows = x[part].float(), y[part]
+        draws = [random.Random(f"mark {i}") for i in part.tolist()]
+        if isinstance(recipe, Plain):
+            marked = mark_plainly(network, images, key.carriers[rows], recipe, psnr, draws)
+        else:
+            settings = radioactive.Marking(min_psnr=psnr, pattern_share=recipe.pattern_share)
+            patterns = key.patterns[rows] * (recipe.pattern_share > 0)
+            marked = torch.stack(
+                radioactive.mark_images(network, list(images), key.carriers[rows], draws, settings, None, patterns)
+            )
+        out.append(marked.round().to(torch.uint8))
+    return torch.cat(out)
+
+
+def cifar(a: argparse.Namespace) -> Path:
+    if not (a.work / "cifar10").exists():
+        zipfile.ZipFile(a.data).extractall(a.work)
+    return a.work / "cifar10"
+
+
+def versions() -> dict:
+    return {"radiotag": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "python": platform.python_version(), "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(), "threads": torch.get_num_threads()}  # fmt: skip
+
+
+def evidence(a: argparse.Namespace) -> None:
+    """One recipe at one PSNR: mark, train, verify."""
+    name = f"mark-{a.recipe.replace(' ', '-')}-{a.psnr:g}dB-n{a.images}-q{a.fraction:g}-e{a.epochs}-seed{a.seed}"
+    if (a.work / f"{name}.json").exists():
+        return
+    root, key_file = cifar(a), a.work / f"mark-seed{a.seed}.safetensors"
+    if not key_file.exists():
+        key = radioactive.new_key(*networks.marking_weights("builtin"), 10)
+        radioactive.save_key(key_file, key)
+    key = radioactive.load_key(key_file)
+    data = training.load_folder(root / "train", 32)
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[: a.images]
+    x, y, count = data.images[order].clone(), data.labels[order], round(a.fraction * a.images)
+    network, started = key.network(), time.monotonic()
+    marked = mark_all(network, x[:count], key, y[:count], RECIPES[a.recipe], a.psnr)
+    seconds = time.monotonic() - started
+    error = (marked.float() - x[:count].float()).square().flatten(1).mean(1)
+    with torch.no_grad():
+        shift = network.features(marked[:500].float() / 255) - network.features(x[: min(500, count)].float() / 255)
+    x[:count] = marked
+    dataset = training.Dataset(images=x, labels=y, names=data.names)
+    suspect, model = training.new_network("resnet10", dataset, stem=None, seed=a.seed), a.work / f"{name}.pt"
+    held_out, plan = training.load_folder(root / "test", 32), training.Recipe(epochs=a.epochs, seed=a.seed)
+    accuracy = training.train(suspect, dataset, plan, validation=held_out, output=model, resume=model.exists())
+    found = {}
+    for test, options in (("bare", []), ("real", ["--data", str(root / "test")])):
+        command = [sys.executable, "-m", "radiotag", "verify", str(model), "--key", str(key_file), "--json", *options]
+        answer = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout)
+        wanted = ("log10_p", "paper_log10_p", "mean_cosine", "pattern_cosine")
+        found[test] = {field: answer["suspects"][0][field] for field in wanted}
+    result = {
+        "recipe": a.recipe, "psnr": a.psnr, "images": a.images, "fraction": a.fraction, "epochs": a.epochs,
+        "seed": a.seed, "psnr_median": float((10 * torch.log10(255**2 / error.clamp_min(1e-9))).median()),
+        "gain": float((shift * key.carriers[y[: len(shift)]]).sum(1).mean()), "seconds_per_image": seconds / count,
+        "accuracy": accuracy, **found, "versions": versions(),
+    }  # fmt: skip
+    (a.work / f"{name}.json").write_text(json.dumps(result, indent=1, sort_keys=True))
+    model.unlink()
+
+
+def plain_folder(source: Path, output: Path, key_file: Path, psnr: float) -> None:
+    """Mark a folder by the paper's recipe as a script would: one image size after another, no overlap, PNG."""
+    key = radioactive.load_key(key_file)
+    network = key.network()
+    by_size: dict[tuple[int, ...], list[Path]] = {}
+    for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"}):
+        by_size.setdefault(decode(path.read_bytes(), str(path)).rgb.shape, []).append(path)
+    for group in by_size.values():
+        for at in range(0, len(group), 16):
+            files = group[at : at + 16]
+            rgb = [torch.from_numpy(decode(p.read_bytes(), str(p)).rgb).permute(2, 0, 1) for p in files]
+            draws = [random.Random(str(p)) for p in files]
+            rows = [
+                sorted(q.name for q in source.iterdir()).index(p.parent.name) if p.parent != source else 0
+                for p in files
+            ]
+            out = mark_plainly(network, torch.stack(rgb), key.carriers[rows], Plain(), psnr, draws)
+            for path, image in zip(files, out.round(), strict=True):
+                target = output / path.relative_to(source).with_suffix(".png")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8)).save(target)
+
+
+def quality(source: Path, output: Path) -> float:
+    """Median PSNR of a folder's marked PNG files."""
+    found = []
+    for path in sorted(output.rglob("*.png")):
+        (before,) = (p for p in (source / path.relative_to(output)).parent.glob(f"{path.stem}.*"))
+        a, b = (decode(p.read_bytes(), str(p)).rgb for p in (before, path))
+        found.append(10 * math.log10(255**2 / max(1e-9, float(np.mean((a - b) ** 2)))))
+    return float(np.median(found))
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def step_cost(key: radioactive.Key, side: int, batch: int, size: int) -> dict:
+    """Seconds of a step of marking beside a bare pass forward and back to the input, interleaved; medians of 7."""
+    network = key.network()
+    x = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)) * 255
+    u, inputs = key.carriers[:1].expand(batch, -1), torch.rand(batch, 3, size, size)
+    steps = radioactive.Marking(steps=4)
+
+    def bare() -> None:
+        z = inputs.clone().requires_grad_()
+        torch.autograd.grad((network.features(z) * u).sum(), z)
+
+    def marking() -> None:
+        radioactive.mark_images(network, list(x), u, [random.Random(i) for i in range(batch)], steps)
+
+    bare()
+    times = [(timed(bare), timed(marking) / steps.steps) for _ in range(7)]
+    one, other = (float(np.median(column)) for column in zip(*times, strict=True))
+    return {"batch": batch, "bare_seconds": one, "step_seconds": other, "ratio": other / one}
+
+
+def speed(a: argparse.Namespace) -> None:
+    """The plain recipe beside `radiotag mark --format png`, on photographs and on CIFAR images."""
+    result: dict = {"versions": versions()}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for path in sorted((cifar(a) / "train").rglob("*.jpg"))[:: 50_000 // a.small]:
+            target = work / "cifar" / path.parent.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        photos = sorted(a.photos.iterdir())[: a.large]
+        (work / "photos").mkdir()
+        for path in photos:
+            (work / "photos" / path.name).write_bytes(path.read_bytes())
+        spec = networks.Spec(architecture="resnet18", classes=1000, small_stem=False, image_size=224,
+                             mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), class_names=None)  # fmt: skip
+        torch.manual_seed(1)
+        networks.save_checkpoint(work / "resnet18.pt", networks.Network(networks.build(spec), spec))
+        for name, network, psnr, side, size in (
+            ("cifar", "builtin", 34.0, 32, 32), ("photos", str(work / "resnet18.pt"), 40.0, 375, 224),
+        ):  # fmt: skip
+            file = work / f"{name}.safetensors"
+            keygen = [sys.executable, "-m", "radiotag", "keygen", "-q", "-o", str(file), "--network", network]
+            subprocess.run([*keygen, "--classes", "10"], check=True)
+            mark = [
+                sys.executable,
+                "-m",
+                "radiotag",
+                "mark",
+                str(work / name),
+                "--key",
+                str(file),
+                "--format",
+                "png",
+                "-q",
+            ]
+            source, ours, plain = work / name, work / f"{name}-marked", work / f"{name}-plain"
+            seconds = timed(lambda command=mark: subprocess.run(command, check=True))
+            other = timed(lambda s=source, o=plain, f=file, p=psnr: plain_folder(s, o, f, p))
+            rows = read_manifest(work / f"{name}-marked.manifest.jsonl")[1].values()
+            result[name] = {
+                "images": len(rows), "seconds": seconds, "plain_seconds": other, "ratio": other / seconds,
+                "psnr": quality(source, ours), "plain_psnr": quality(source, plain),
+                "step": step_cost(radioactive.load_key(file), side, 64 if size == 32 else 16, size),
+            }  # fmt: skip
+            print(name, json.dumps(result[name]), flush=True)
+    (a.work / "mark-speed.json").write_text(json.dumps(result, indent=1, sort_keys=True))
+
+
+def table(a: argparse.Namespace) -> None:
+    runs = [json.loads(p.read_text()) for p in sorted(a.work.glob("mark-*-seed*.json"))]
+    runs.sort(key=lambda r: (r["images"], r["psnr"], list(RECIPES).index(r["recipe"]), r["seed"]))
+    heads = ("images", "q", "PSNR", "seed", "gain", "ms", "accuracy", "bare", "real")
+    print(f"{'recipe':<16}" + "".join(f"{head:>9}" for head in heads))
+    for r in runs:
+        numbers = (
+            f"{r['images']}", f"{r['fraction']:.0%}", f"{r['psnr_median']:.1f}", f"{r['seed']}", f"{r['gain']:.3f}",
+            f"{1e3 * r['seconds_per_image']:.0f}", f"{r['accuracy']:.2%}", f"{r['bare']['log10_p']:.2f}",
+            f"{r['real']['log10_p']:.2f}",
+        )  # fmt: skip
+        print(f"{r['recipe']:<16}" + "".join(f"{number:>9}" for number in numbers))
+    file = a.work / "mark-speed.json"
+    speeds = {"speed": json.loads(file.read_text())} if file.exists() else {}
+    if a.json:
+        a.json.write_text(json.dumps({"runs": runs, **speeds}, indent=1, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("evidence")
+    one.set_defaults(call=evidence)
+    one.add_argument("data", type=Path)
+    one.add_argument("--recipe", choices=RECIPES, default="radiotag")
+    one.add_argument("--psnr", type=float, default=34.0)
+    one.add_argument("--images", type=int, default=50_000)
+    one.add_argument("--fraction", type=float, default=0.1)
+    one.add_argument("--epochs", type=int, default=6)
+    one.add_argument("--seed", type=int, default=2)
+    fast = commands.add_parser("speed")
+    fast.set_defaults(call=speed)
+    fast.add_argument("data", type=Path)
+    fast.add_argument("photos", type=Path)
+    fast.add_argument("--small", type=int, default=1000, help="CIFAR images")
+    fast.add_argument("--large", type=int, default=120, help="photographs")
+    every = commands.add_parser("table")
+    every.set_defaults(call=table)
+    every.add_argument("--json", type=Path, default=None)
+    for part in (one, fast, every):
+        part.add_argument("--work", type=Path, default=Path("bench-out"))
+    a = parser.parse_args()
+    a.work.mkdir(parents=True, exist_ok=True)
+    a.call(a)
+
+
+if __name__ == "__main__":
+    main()
