@@ -132,8 +132,11 @@ def mark_plainly(
                 moved = delta - length * radius * g / g.flatten(1).norm(dim=1).clamp_min(1e-20).view(-1, 1, 1, 1)
             far = moved.flatten(1).norm(dim=1).clamp_min(radius).view(-1, 1, 1, 1)
             delta = (moved * radius / far).clamp(-10, 10)
-    short = delta.detach().flatten(1).norm(dim=1).clamp_min(1e-20).view(-1, 1, 1, 1)
-    return (x + (delta.detach() * radius / short).clamp(-10, 10)).clamp(0, 255)  # at rate 1, SGD does not fill the ball
+    delta = delta.detach()
+    for _ in range(10):  # at rate 1, SGD does not fill the ball: stretch what it found
+        short = delta.flatten(1).norm(dim=1).clamp_min(1e-20).view(-1, 1, 1, 1)
+        delta = (delta * radius / short).clamp(-10, 10)
+    return (x + delta).clamp(0, 255)
 
 
 def mark_all(
