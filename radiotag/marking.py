@@ -182,7 +182,7 @@ def run(
     with _journal(plan, path, together, force) as journal, ThreadPoolExecutor(THREADS) as pool:
         mine = plan.items[together.rank :: together.size]
         summary = Summary(images=len(mine))
-        todo = _remaining(plan, mine, summary)
+        todo = _remaining(plan, mine, summary, pool)
         progress(summary)
         for row in _rows(plan, todo, key, marking, device, batch_size, pool):
             summary.add(row)
@@ -305,14 +305,19 @@ def _output(plan: Plan, item: Item) -> str:
     return str(extension(item.path, plan.header["format"] if item.path.as_posix() in plan.chosen else "keep"))
 
 
-def _remaining(plan: Plan, mine: Sequence[Item], summary: Summary) -> list[Item]:
+def _remaining(plan: Plan, mine: Sequence[Item], summary: Summary, pool: ThreadPoolExecutor) -> list[Item]:
     """The items whose record is missing, or no longer true of the plan, the file that came in or that gone out."""
     found, todo, released = manifest.places(plan.manifest), [], _released(plan)
+
+    def check(image: tuple[Item, Row | None]) -> tuple[Item, Row | None]:
+        item, row = image
+        return item, row if row and _holds(plan, item, row, released) else None
+
     with plan.manifest.open("rb") as file:
-        for item in mine:
-            place = found.get(item.path.as_posix())
-            row = None if place is None else manifest.row_at(file, place)
-            if row and _holds(plan, item, row, released):
+        places = ((item, found.get(item.path.as_posix())) for item in mine)
+        rows = ((item, None if place is None else manifest.row_at(file, place)) for item, place in places)
+        for item, row in ahead(pool, check, rows, AHEAD):
+            if row:
                 summary.add(row)
                 summary.skipped += 1
             else:

@@ -246,10 +246,31 @@ class Marking:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
 
+def largeness(height: int, width: int) -> float:
+    """0 up to 64 pixels on the short side, 1 from 224, in between by octaves."""
+    share = math.log2(max(min(height, width), 1) / 64) / math.log2(224 / 64)
+    return min(1.0, max(0.0, share))
+
+
 def default_psnr(height: int, width: int) -> float:
     """34 dB up to 64 pixels, 40 dB from 224: small images need more amplitude, and hide more."""
-    share = math.log2(max(min(height, width), 1) / 64) / math.log2(224 / 64)
-    return 34.0 + 6.0 * min(1.0, max(0.0, share))
+    return 34.0 + 6.0 * largeness(height, width)
+
+
+def visibility_mask(image: Tensor) -> Tensor:
+    """(3, H, W) in [0, 255] → (1, H, W) in (0, 1]: where the eye overlooks a change. 1 throughout in small images.
+
+    Texture hides, flat areas show: σ/(σ + 6) of the luma in windows of 5 pixels, the least of all windows around a
+    pixel, so that a flat area beside an edge counts as flat; at least 0.15.
+    """
+    height, width = image.shape[1:]
+    share = largeness(height, width)
+    if share == 0:
+        return torch.ones_like(image[:1])
+    luma = F.pad(image.mean(0)[None, None], (2,) * 4, mode="reflect")
+    spread = (F.avg_pool2d(luma.square(), 5, 1) - F.avg_pool2d(luma, 5, 1).square()).clamp_min(0).sqrt()
+    least = -F.max_pool2d(-spread, 9, 1, padding=4)[0]  # (1, H, W)
+    return (least / (least + 6)).clamp_min(0.15) ** share
 
 
 def marking_loss(features: Tensor, carriers: Tensor) -> Tensor:
@@ -329,7 +350,8 @@ def mark_images(
     device = carriers.device
     clean = [x.to(device) for x in images]
     rows = [None] * len(clean) if patterns is None else [row if row.any() else None for row in patterns]
-    starts = [_start(x, row, marking) for x, row in zip(clean, rows, strict=True)]
+    masks = [visibility_mask(x) for x in clean]
+    starts = [_start(x, row, mask, marking) for x, row, mask in zip(clean, rows, masks, strict=True)]
     delta = [base.clone() for base, _ in starts]
     for step in range(marking.steps):
         size = marking.reach * 2 * (1 - step / marking.steps) / (marking.steps + 1)  # decays linearly, sums to `reach`
@@ -342,18 +364,19 @@ def mark_images(
             views.append(augmented(seen, crop, network.spec.image_size) / 255)
         features = network.features(_pad(torch.stack(views)))[: len(images)]  # (B, d)
         gradients = torch.autograd.grad(marking_loss(features, carriers).sum(), moved)
-        for i, (g, (base, radius)) in enumerate(zip(gradients, starts, strict=True)):
+        for i, (base, radius) in enumerate(starts):
+            g = gradients[i] * masks[i].square()  # the gradient in δ/mask, as a step in δ
             own = moved[i].detach() - clean[i] - base - size * radius * g / g.norm().clamp_min(1e-20)
             delta[i] = (base + project(own, radius, marking.epsilon)).clamp_(-marking.epsilon, marking.epsilon)
     return [(x + d).clamp(0, 255).cpu() for x, d in zip(clean, delta, strict=True)]
 
 
-def _start(image: Tensor, pattern: Tensor | None, marking: Marking) -> tuple[Tensor, float]:
+def _start(image: Tensor, pattern: Tensor | None, mask: Tensor, marking: Marking) -> tuple[Tensor, float]:
     """The class's pattern as it lies in one image (zeros if none), and the L2 radius left for the image's own mark."""
-    radius = l2_radius(image, marking)
+    radius = l2_radius(image, marking) * min(1.0, 2 * float(mask.square().mean().sqrt()))  # less where much is flat
     if pattern is None:
         return torch.zeros_like(image), radius
-    far = pattern_images(pattern[None], *image.shape[1:])[0].float().to(image.device) * 1e9  # projected to the surface
+    far = pattern_images(pattern[None], *image.shape[1:])[0].float().to(image.device) * mask * 1e9  # to the surface
     share = marking.pattern_share
     return project(far, radius * math.sqrt(share), marking.epsilon), radius * math.sqrt(1 - share)
 

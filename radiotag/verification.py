@@ -151,8 +151,9 @@ def pair_classes(key: Key, suspect: Network, manifest: Path | None) -> list[tupl
     if (marked is not None and set(marked) == {""}) or (len(key.carriers) == 1 and not (ours and theirs)):
         pairs = [(output, 0) for output in range(outputs)]
     elif marked is not None and manifest:
-        order = sorted({row["class"] for row in read_manifest(manifest)[1].values()})
-        names = {name: i for i, name in enumerate(theirs or order)}
+        rows = {row["class"]: int(row["row"]) for row in read_manifest(manifest)[1].values()}
+        numbered = all(name == str(row) for name, row in rows.items())  # a shard's classes, of which some may be absent
+        names = rows if numbered and not theirs else {name: i for i, name in enumerate(theirs or sorted(rows))}
         pairs = [(names[name], row) for name, row in sorted(marked.items()) if names.get(name, outputs) < outputs]
     elif ours and theirs:
         pairs = [(theirs.index(name), row) for row, name in enumerate(ours) if name in theirs]

@@ -56,6 +56,7 @@ from radiotag.radioactive import (
     stouffer,
     suspect_rows,
     uniform_carriers,
+    visibility_mask,
 )
 
 LN10 = math.log(10)
@@ -897,6 +898,43 @@ def linear(matrix):
     layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False).to(matrix.dtype)
     layer.weight.data = matrix
     return nn.Sequential(nn.Flatten(), layer)
+
+
+def by_windows(image):
+    """The mask of a large image, pixel by pixel: the least σ/(σ + 6) of the 5-pixel windows within 4 pixels."""
+    luma = np.pad(image.mean(0), 2, mode="reflect")
+    height, width = image.shape[1:]
+    spread = [[luma[i : i + 5, j : j + 5].std() for j in range(width)] for i in range(height)]
+    spread = np.pad(spread, 4, constant_values=np.inf)
+    least = np.array([[spread[i : i + 9, j : j + 9].min() for j in range(width)] for i in range(height)])
+    return np.maximum(least / (least + 6), 0.15)
+
+
+def test_the_mask_spares_flat_areas_of_large_images():
+    image = (128 + 40 * gaussian(3, 64, 64, seed=4).float()).clamp(0, 255)
+    assert torch.equal(visibility_mask(image), torch.ones(1, 64, 64))
+    whole = torch.full((3, 230, 240), 90.0)
+    whole[:, 60:124, 80:144] = image
+    mask = visibility_mask(whole)
+    assert mask.shape == (1, 230, 240)
+    expected = by_windows(whole.double().numpy())
+    assert mask[0].numpy() == pytest.approx(expected, abs=2e-3)  # float32 squares
+    assert (expected == 0.15).mean() > 0.8 and expected.max() > 0.4  # the picture has both
+    middle = visibility_mask(whole[:, :120, :120])  # its short side lies half-way between 64 and 224 by octaves
+    assert middle.min() == pytest.approx(0.15 ** (math.log2(120 / 64) / math.log2(224 / 64)), rel=1e-5)
+
+
+def test_a_photograph_is_marked_where_it_has_texture(network):
+    image = torch.full((3, 240, 240), 120.0)
+    image[:, :, 120:] += 40 * gaussian(3, 240, 120, seed=4).float()
+    image.clamp_(0, 255)
+    (flat,) = marked_by(network, [torch.full((3, 240, 240), 120.0)], Marking(steps=4))
+    (marked,) = marked_by(network, [image], Marking(steps=4))
+    left, right = (float((marked - image)[:, :, part].square().mean()) for part in (slice(0, 110), slice(130, 240)))
+    assert right > 20 * left > 0
+    error = [float((y - x).square().mean()) for y, x in ((marked, image), (flat, torch.full_like(flat, 120.0)))]
+    assert 10 * math.log10(255**2 / error[0]) < 41
+    assert 10 * math.log10(255**2 / error[1]) > 50  # where nothing hides it, the mark is fainter than it may be
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
