@@ -52,7 +52,7 @@ STATISTICS = {
 }
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
 ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
-GRADIENTS = 2500  # response gradients in all, shared among the classes
+GRADIENTS = 1200  # response gradients in all, shared among the classes
 FREQUENCIES = 6  # of a pattern, along each axis: half-waves over the image
 PATTERNED = 0.25  # of a class, at most: were the pattern in all of it, networks would learn that and not the pictures
 PATTERN_DIMENSION = 3 * (FREQUENCIES * FREQUENCIES // 2 - 1)  # m: three colours, mirror-symmetric, no constant
@@ -553,25 +553,26 @@ def responses(
     outputs: Sequence[int],
     batch_size: int,
     labels: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which way φ, and the pattern, move when an image moves up the suspect's gradient for a class.
 
     r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x log softmax f(x)_c: (N, 3, H, W) in [0, 1] → (C, d) float64,
     and the mean over x of g / ‖g‖ in the patterns' space: (C, m) float64. With labels (N,), positions in `outputs`, the
-    mean is over the images of class c; without, every image serves every class. It asks for no alignment, no linear
-    head and no features of the suspect.
+    mean is over the images of class c; without, every image serves every class. With places (N',) those images are
+    taken, and the labels are theirs. It asks for no alignment, no linear head and no features of the suspect.
     """
     device = marker.get_buffer("mean").device
     total = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64)
     pattern = torch.zeros(len(outputs), PATTERN_DIMENSION, dtype=torch.float64)
     count = torch.zeros(len(outputs), 1, dtype=torch.float64)
-    column = torch.tensor(list(outputs))
+    column, done = torch.tensor(list(outputs)), 0
     with _forward_mode():
-        for start in range(0, len(pixels), batch_size):
-            x = pixels[start : start + batch_size].to(device).requires_grad_()
+        for part in torch.split(torch.arange(len(pixels)) if places is None else places, batch_size):
+            x = pixels[part].to(device).requires_grad_()
             scores = suspect(x).log_softmax(1)  # (B, C')
             every = [torch.full((len(x),), i) for i in range(len(outputs))]
-            for classes in every if labels is None else [labels[start : start + batch_size]]:
+            for classes in every if labels is None else [labels[done : done + len(x)]]:
                 wanted = scores.gather(1, column[classes].to(device)[:, None])
                 (g,) = torch.autograd.grad(wanted.sum(), x, retain_graph=labels is None)
                 g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
@@ -579,7 +580,19 @@ def responses(
                 pattern.index_add_(0, classes, pattern_coefficients(g))
                 total.index_add_(0, classes, F.normalize(pushed.detach().double(), dim=1).cpu())
                 count[:, 0] += torch.bincount(classes, minlength=len(outputs))
+            done += len(x)
     return total / count.clamp_min(1), pattern / count.clamp_min(1)
+
+
+@torch.no_grad()
+def likeliest(suspect: Network, pixels: Tensor, outputs: Sequence[int], count: int, batch_size: int) -> Tensor:
+    """(C, count) places of the images that the suspect most takes for each class.
+
+    Of images without labels, they answer best. It looks at the suspect alone, never at a carrier.
+    """
+    device = suspect.get_buffer("mean").device
+    scores = [suspect(x.to(device)).log_softmax(1)[:, list(outputs)].cpu() for x in torch.split(pixels, batch_size)]
+    return torch.cat(scores).topk(min(count, len(pixels)), dim=0).indices.T
 
 
 def project_off(rows: Tensor, basis: Tensor) -> Tensor:
@@ -632,20 +645,26 @@ def suspect_rows(
 ) -> Rows:
     """The declared statistic's vectors and the paper's, for (suspect output, carrier row) pairs. Carriers play no part.
 
-    pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs`, or none: then the first images
-    serve the response of every class. All serve the alignment. `own`: the marking network's outputs for the same
-    classes, whose answers are removed class by class; without, the span of all its answers is.
+    pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs`, or none: then the images that the
+    suspect itself takes for a class serve its response. All serve the alignment. `own`: the marking network's outputs
+    for the same classes, whose answers are removed class by class; without, the span of all its answers is.
     """
     outputs = [output for output, _ in pairs]
-    count = max(8, min(250, GRADIENTS // len(outputs))) if labels is None else len(pixels)
-    answer, pattern = responses(marker, suspect, pixels[:count], outputs, batch_size, labels)
+    places = None
+    if labels is None:
+        chosen = likeliest(suspect, pixels, outputs, max(8, GRADIENTS // len(outputs)), batch_size)  # (C, n)
+        places, labels = chosen.flatten(), torch.arange(len(outputs)).repeat_interleave(chosen.shape[1])
+    answer, pattern = responses(marker, suspect, pixels, outputs, batch_size, labels, places)
     if own is None:
         every = tuple(range(min(marker.spec.classes, 64)))
         few = max(8, GRADIENTS // 4 // len(every))
         known = own_responses(marker, pixels, few, every, batch_size)
         answer, pattern = project_off(answer, known[0]), project_off(pattern, known[1])
     else:
-        known = own_responses(marker, pixels, count, tuple(own), batch_size, labels)
+        if places is None:
+            known = own_responses(marker, pixels, len(pixels), tuple(own), batch_size, labels)
+        else:
+            known = responses(marker, marker, pixels, own, batch_size, labels, places)
         answer, pattern = project_own(answer, known[0]), project_own(pattern, known[1])
     declared = F.normalize(answer, dim=1)  # (C, d)
     paper, r2 = None, None
