@@ -47,11 +47,13 @@ from radiotag.networks import Network, State, from_state, resized, spec_from, un
 FORMAT = 1  # of key files
 STATISTIC = "response+ridge+pattern"  # what new keys declare
 STATISTICS = {
-    STATISTIC: "response and ridge alignment, unit vectors summed, and the pattern; Stouffer over the classes of each, "
-    "Fisher over the two"
+    STATISTIC: "response and ridge alignment, unit vectors summed (the ridge's halved without labelled images), "
+    "and the pattern; Stouffer over the classes of each, Fisher over the two"
 }
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
 ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
+# Penalty of the ridge alignment and its weight beside the response. Synthetic images align two feature spaces worse.
+RIDGE_LABELLED, RIDGE_UNLABELLED = (0.1, 1.0), (0.5, 0.5)
 GRADIENTS = 1200  # response gradients in all, shared among the classes
 FREQUENCIES = 6  # of a pattern, along each axis: half-waves over the image
 PATTERNED = 0.25  # of a class, at most: were the pattern in all of it, networks would learn that and not the pictures
@@ -650,7 +652,7 @@ def suspect_rows(
     for the same classes, whose answers are removed class by class; without, the span of all its answers is.
     """
     outputs = [output for output, _ in pairs]
-    places = None
+    places, (penalty, share) = None, RIDGE_UNLABELLED if labels is None else RIDGE_LABELLED
     if labels is None:
         chosen = likeliest(suspect, pixels, outputs, max(8, GRADIENTS // len(outputs)), batch_size)  # (C, n)
         places, labels = chosen.flatten(), torch.arange(len(outputs)).repeat_interleave(chosen.shape[1])
@@ -672,10 +674,10 @@ def suspect_rows(
         phi, psi = features(marker, pixels, batch_size), features(suspect, pixels, batch_size)
         weight = suspect.head.weight.double().cpu()[outputs]
         paper, r2 = aligned_rows(phi, psi, weight, 0.0)
-        ridge, _ = aligned_rows(phi, psi, weight, 0.1)
+        ridge, _ = aligned_rows(phi, psi, weight, penalty)
         heads = marker.head.weight.double().cpu()  # (K, d)
         ridge = project_off(ridge, heads) if own is None else project_own(ridge, heads[list(own)])
-        declared = declared + F.normalize(ridge, dim=1)
+        declared = declared + share * F.normalize(ridge, dim=1)
     return Rows(declared=declared, pattern=pattern, paper=paper, r2=r2, classes=tuple(row for _, row in pairs))
 
 

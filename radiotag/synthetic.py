@@ -1,4 +1,4 @@
-"""Images without data: dead leaves that stand in for photographs, and a small demo set of ten classes.
+"""Images without data: dead leaves and inverted features in photographs' place, and a small demo set of ten classes.
 
 Dead leaves (Matheron 1968; Lee, Mumford and Huang 2001; as training images: Baradad et al. 2021) are opaque shapes
 dropped one upon another, with radii of density r^-3: the scale-free occlusion that gives photographs their edges and
@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter
 Array = np.ndarray[Any, np.dtype[Any]]
 Rng = np.random.Generator
 
+INVERTED = Path(__file__).with_name("inverted.png")
 VERTICES = 48  # a polygon of every shape: enough for a disc across the image to look round
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 PATTERNS = ("plain", "striped")
@@ -214,6 +215,18 @@ def dead_leaves(count: int, size: int, *, seed: int) -> torch.Tensor:
         return _develop(rng, _render(rng, _scatter(rng, size, 1.0), size))
 
     return _stack(draw, count, size, seed, 0)
+
+
+def inverted() -> torch.Tensor:
+    """Images that the built-in network was asked for: uint8 (400, 3, 32, 32), 40 in turn of each of its classes.
+
+    Made by gradient descent from dead leaves on the network's own statistics (Yin et al. 2020, "Dreaming to Distill"),
+    by tests/benchmarks/pack_builtin.py; they hold no picture of a data set.
+    """
+    with Image.open(INVERTED) as sheet:
+        pixels = np.asarray(sheet)  # (20 * 32, 20 * 32, 3)
+    tiles = pixels.reshape(20, 32, 20, 32, 3).transpose(0, 2, 4, 1, 3)
+    return torch.from_numpy(tiles.reshape(400, 3, 32, 32).copy())
 
 
 def demo_images(count: int, size: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,7 +29,7 @@ from radiotag.radioactive import (
     resampled_log_p,
     suspect_rows,
 )
-from radiotag.synthetic import dead_leaves
+from radiotag.synthetic import dead_leaves, inverted
 
 LOG10 = math.log(10)
 SYNTHETIC_SEED = 20200702  # fixed: images chosen after seeing a suspect would be one more thing to choose
@@ -86,9 +86,12 @@ class Finding:
 
 @cache
 def synthetic_images(size: int) -> Tensor:
-    """(N, 3, size, size) float in [0, 1]: dead leaves, the same for every suspect."""
-    count = ALIGNMENT_IMAGES if size <= 64 else ALIGNMENT_IMAGES // 2
-    return dead_leaves(count, size, seed=SYNTHETIC_SEED).float() / 255
+    """(N, 3, size, size) float in [0, 1], the same for every suspect: dead leaves, and inverted images if small."""
+    if size > 64:
+        return dead_leaves(ALIGNMENT_IMAGES // 2, size, seed=SYNTHETIC_SEED).float() / 255
+    others = resized(inverted()[: ALIGNMENT_IMAGES // 5].float() / 255, size).clamp(0, 1)
+    leaves = dead_leaves(ALIGNMENT_IMAGES - len(others), size, seed=SYNTHETIC_SEED).float() / 255
+    return torch.cat([leaves, others])
 
 
 def marked_hashes(manifest: Path) -> frozenset[str]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from radiotag import synthetic
+from radiotag import networks, synthetic
 from radiotag.synthetic import CLASS_NAMES, dead_leaves, demo_images, write_folder
 
 
@@ -164,3 +164,13 @@ def test_folder_holds_the_same_pixels(tmp_path):
 def test_folder_refuses_labels_that_do_not_match(tmp_path):
     with pytest.raises(ValueError, match="shorter"):
         write_folder(tmp_path, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ["a"])
+
+
+def test_the_inverted_images_are_what_the_built_in_network_takes_for_its_classes():
+    images = synthetic.inverted()
+    assert images.dtype == torch.uint8
+    assert images.shape == (400, 3, 32, 32)
+    with torch.no_grad():
+        answers = networks.load(networks.BUILTIN)(images.float() / 255).argmax(1)
+    assert (answers == torch.arange(400) % 10).float().mean() > 0.95
+    assert len({image.numpy().tobytes() for image in images}) == 400

@@ -1,18 +1,79 @@
-"""Turn a checkpoint of train-demo into the built-in marking network: int8 weights, a quarter of the bytes.
+"""Make what the package holds: the built-in marking network from a checkpoint, and images inverted from it.
 
-radiotag train-demo cifar10/train -o marker.pt --arch resnet10 --epochs 8 --seed 1 --val cifar10/test
-python tests/benchmarks/pack_builtin.py marker.pt
+    radiotag train-demo cifar10/train -o marker.pt --arch resnet10 --epochs 8 --seed 1 --val cifar10/test
+    python tests/benchmarks/pack_builtin.py network marker.pt
+    python tests/benchmarks/pack_builtin.py images
+
+The weights are rounded to int8, a quarter of the bytes. The images are what the rounded network makes of dead leaves
+when they are moved towards its classes and the statistics of its batch normalisation, with one thread (another number
+rounds differently).
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from radiotag.images import png
 from radiotag.networks import BUILTIN, load, pack, to_metadata
+from radiotag.synthetic import INVERTED, dead_leaves
 
-network = load(Path(sys.argv[1]))
-metadata = {"radiotag": json.dumps(to_metadata(network.spec), sort_keys=True)}
-BUILTIN.write_bytes(safetensors.torch.save(pack(network.module.state_dict()), metadata))
-print(f"{BUILTIN}: {BUILTIN.stat().st_size / 1e6:.2f} MB")
+STEPS, BATCH, COUNT, SEED = 150, 100, 400, 7
+
+
+def network(checkpoint: Path) -> None:
+    trained = load(checkpoint)
+    metadata = {"radiotag": json.dumps(to_metadata(trained.spec), sort_keys=True)}
+    BUILTIN.write_bytes(safetensors.torch.save(pack(trained.module.state_dict()), metadata))
+    print(f"{BUILTIN}: {BUILTIN.stat().st_size / 1e6:.2f} MB")
+
+
+def images() -> None:
+    torch.set_num_threads(1)
+    model, differences = load(BUILTIN).eval(), []
+
+    def compare(layer: nn.BatchNorm2d, inputs: tuple[Tensor], _: Tensor) -> None:
+        mean, variance = inputs[0].mean((0, 2, 3)), inputs[0].var((0, 2, 3), unbiased=False)
+        wanted = layer.running_var.clamp_min(1e-3)
+        far = ((mean - layer.running_mean) ** 2 / wanted).mean()
+        differences.append(far + ((variance / wanted).clamp_min(1e-4).log() ** 2).mean())
+
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_hook(compare)
+    generator, labels, found = torch.Generator().manual_seed(SEED), torch.arange(BATCH) % 10, []
+    for start in range(0, COUNT, BATCH):
+        x = (dead_leaves(BATCH, 32, seed=SEED + start).float() / 255).requires_grad_()
+        optimiser = torch.optim.Adam([x])
+        for step in range(STEPS):
+            optimiser.param_groups[0]["lr"] = 0.04 * min(1, (step + 1) / 10) * (1 - step / STEPS) + 1e-4
+            shifts = torch.randint(-2, 3, (2,), generator=generator).tolist()
+            view = torch.roll(x, shifts, (2, 3))
+            view = view.flip(3) if torch.rand(1, generator=generator) < 0.5 else view
+            differences.clear()
+            loss = F.cross_entropy(model(view), labels) + 5 * sum(differences) / len(differences)
+            loss = loss + (x[:, :, 1:] - x[:, :, :-1]).square().mean() + (x[..., 1:] - x[..., :-1]).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                x.clamp_(0, 1)
+        found.append((x.detach() * 255).round().to(torch.uint8))
+        print(f"{start + BATCH} of {COUNT} images, loss {loss.item():.3f}", flush=True)
+    write_sheet(torch.cat(found))
+
+
+def write_sheet(tiles: Tensor) -> None:
+    """(400, 3, 32, 32) as one picture of 20 x 20 tiles."""
+    rows = tiles.numpy().reshape(20, 20, 3, 32, 32).transpose(0, 3, 1, 4, 2)
+    INVERTED.write_bytes(png(np.ascontiguousarray(rows.reshape(640, 640, 3))))
+    print(f"{INVERTED}: {INVERTED.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    network(Path(sys.argv[2])) if sys.argv[1] == "network" else images()
