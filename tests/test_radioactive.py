@@ -38,6 +38,7 @@ from radiotag.radioactive import (
     holm,
     image_random,
     l2_radius,
+    likeliest,
     load_key,
     mark_images,
     marking_loss,
@@ -1231,21 +1232,38 @@ def test_paper_rows_do_not_depend_on_the_suspects_basis():
     assert backwards.classes == (5, 0, 1)
 
 
-def test_declared_rows_sum_two_unit_vectors():
+@pytest.mark.parametrize(("labelled", "share"), [(True, 1), (False, 0.5)])
+def test_declared_rows_sum_two_unit_vectors(labelled, share):
     marker = Toy(linear(gaussian(16, 48, seed=1)), gaussian(2, 16, seed=2))
     suspect = Toy(linear(gaussian(5, 48, seed=3)), gaussian(4, 5, seed=4))
     pixels, outputs = images_in_unit_range(60), [3, 0, 2]
-    whole = suspect_rows(marker, suspect, pixels, [(o, o) for o in outputs])
+    labels = torch.arange(60) % 3 if labelled else None
+    whole = suspect_rows(marker, suspect, pixels, [(o, o) for o in outputs], labels=labels)
     suspect.head = None
     weight, bias = gaussian(4, 5, seed=4), torch.linspace(-1, 1, 4)
     suspect.forward = lambda x: suspect.features(x) @ weight.T + bias
-    bare = suspect_rows(marker, suspect, pixels, [(o, o) for o in outputs])
+    bare = suspect_rows(marker, suspect, pixels, [(o, o) for o in outputs], labels=labels)
     assert bare.paper is None and bare.r2 is None and whole.paper is not None
     assert bare.declared.norm(dim=1).tolist() == pytest.approx([1] * 3)
     added = (whole.declared - bare.declared).numpy()
-    assert np.linalg.norm(added, axis=1) == pytest.approx(1, abs=1e-6)
+    assert np.linalg.norm(added, axis=1) == pytest.approx(share, abs=1e-6)
     own = np.linalg.svd(unit(marker.head.weight.numpy()))[2][:2]  # both directions: an eighth of sixteen
     assert np.abs(added @ own.T).max() < 1e-6
+
+
+def test_without_labels_each_class_asks_the_images_that_the_suspect_takes_for_it():
+    marker, suspect = (Toy(linear(gaussian(6, 48, seed=s)), gaussian(3, 6, seed=s + 10)) for s in (1, 2))
+    pixels, outputs = images_in_unit_range(50), [2, 0]
+    scores = suspect(pixels).log_softmax(1).numpy()
+    best = [np.argsort(-scores[:, output])[:9] for output in outputs]
+    chosen = likeliest(suspect, pixels, outputs, 9, 7)
+    assert [sorted(row) for row in chosen.tolist()] == [sorted(row.tolist()) for row in best]
+    places, labels = chosen.flatten(), torch.tensor([0] * 9 + [1] * 9)
+    found, pattern = responses(marker, suspect, pixels, outputs, 4, labels, places)
+    for position, output in enumerate(outputs):
+        alone = responses(marker, suspect, pixels[best[position].copy()], [output], 50)
+        assert found[position].numpy() == pytest.approx(alone[0][0].numpy(), rel=1e-5)
+        assert pattern[position].numpy() == pytest.approx(alone[1][0].numpy(), rel=1e-5)
 
 
 # ---------------------------------------------------------------- evidence
