@@ -6,6 +6,7 @@ import json
 import stat
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 from radiotag import RadiotagError, blackbox, radioactive, report, synthetic, verification
 from radiotag.networks import marking_weights, save_checkpoint
 from radiotag.radioactive import load_key, new_key, save_key
-from radiotag.verification import Finding, Options, match_outputs
+from radiotag.verification import Finding, Options, match_outputs, pair_classes
 
 NAMES = ("ant", "bee", "cat")
 
@@ -108,6 +109,20 @@ def test_permuted_extra_and_missing_outputs_are_no_obstacle(place):
         assert float(torch.cosine_similarity(plain[row], wider[row], dim=0)) > 0.7  # three outputs more in the softmax
     fewer = rows_by_carrier(place, suspect(place, "fewer.pt", (1, None, 0), classes=2))
     assert set(fewer) == {0, 2}
+
+
+def test_numbered_classes_of_shards_are_outputs_and_those_of_folders_are_counted(tmp_path):
+    """Shards name their classes by number: 11 is output 11, even if 10 is absent. A folder's are sorted as text."""
+    key = new_key(*marking_weights("builtin"), 12)
+    suspect = SimpleNamespace(spec=SimpleNamespace(class_names=None, classes=12))
+    for rows, expected in (
+        ({"2": 2, "11": 11}, [(2, 2), (11, 11)]),
+        ({"11": 0, "2": 1}, [(0, 0), (1, 1)]),
+    ):
+        lines = [{"radiotag": 1, "fingerprint": key.fingerprint}]
+        lines += [{"path": name, "class": name, "row": row, "status": "marked"} for name, row in rows.items()]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert sorted(pair_classes(key, suspect, tmp_path / "m.jsonl")) == expected
 
 
 def test_a_flat_folder_is_tested_on_every_output_and_corrected(place, tmp_path):
