@@ -2,6 +2,7 @@
 
     python tests/benchmarks/marking.py evidence cifar10.zip --work bench-out --psnr 34 --recipe radiotag --seed 2
     python tests/benchmarks/marking.py speed cifar10.zip photos --work bench-out
+    python tests/benchmarks/marking.py scale --work bench-out
     python tests/benchmarks/marking.py table --work bench-out --json marking.json
 
 `evidence` marks a share of CIFAR-10's first images by one recipe (RECIPES), trains a suspect from scratch and verifies
@@ -16,6 +17,7 @@ import math
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -318,6 +320,30 @@ def speed(a: argparse.Namespace) -> None:
     (a.work / "mark-speed.json").write_text(json.dumps(result, indent=1, sort_keys=True))
 
 
+def scale(a: argparse.Namespace) -> None:
+    """Plan, mark (one image in 200) and go on in a folder of many small files: seconds, and the memory it took."""
+    rng, result = np.random.default_rng(0), {"versions": versions()}
+    with tempfile.TemporaryDirectory(dir=a.work) as folder:
+        key, seconds = Path(folder) / "k.safetensors", {}
+        subprocess.run([sys.executable, "-m", "radiotag", "keygen", "-q", "-o", str(key)], check=True)
+        for count in (a.files // 100, a.files):
+            source = Path(folder) / str(count)
+            for i in range(count):
+                target = source / f"class{i % 10}" / f"{i // 1000:04d}" / f"{i:06d}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+                Image.fromarray(pixels).save(target, compress_level=1)
+            command = [sys.executable, "-m", "radiotag", "mark", str(source), "--key", str(key), "-q"]
+            for name, more in (("plan", ["--dry-run"]), ("mark", []), ("again", [])):
+                run = [*command, "--fraction", "0.005", *more]
+                seconds[name] = timed(lambda command=run: subprocess.run(command, check=True))
+            # The largest of all children so far: the small folder's first, so that the large one's shows if it grew.
+            memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+            result[str(count)] = {"megabytes": memory, **{f"{name}_seconds": s for name, s in seconds.items()}}
+            print(count, json.dumps(result[str(count)]), flush=True)
+    (a.work / "mark-scale.json").write_text(json.dumps(result, indent=1, sort_keys=True))
+
+
 def table(a: argparse.Namespace) -> None:
     runs = [json.loads(p.read_text()) for p in sorted(a.work.glob("mark-*-seed*.json"))]
     runs.sort(key=lambda r: (r["images"], r["psnr"], list(RECIPES).index(r["recipe"]), r["seed"]))
@@ -330,10 +356,10 @@ def table(a: argparse.Namespace) -> None:
             f"{r['real']['log10_p']:.2f}",
         )  # fmt: skip
         print(f"{r['recipe']:<16}" + "".join(f"{number:>9}" for number in numbers))
-    file = a.work / "mark-speed.json"
-    speeds = {"speed": json.loads(file.read_text())} if file.exists() else {}
+    files = {name: a.work / f"mark-{name}.json" for name in ("speed", "scale")}
+    others = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     if a.json:
-        a.json.write_text(json.dumps({"runs": runs, **speeds}, indent=1, sort_keys=True) + "\n")
+        a.json.write_text(json.dumps({"runs": runs, **others}, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:
@@ -354,10 +380,13 @@ def main() -> None:
     fast.add_argument("photos", type=Path)
     fast.add_argument("--small", type=int, default=1000, help="CIFAR images")
     fast.add_argument("--large", type=int, default=120, help="photographs")
+    large = commands.add_parser("scale")
+    large.set_defaults(call=scale)
+    large.add_argument("--files", type=int, default=200_000)
     every = commands.add_parser("table")
     every.set_defaults(call=table)
     every.add_argument("--json", type=Path, default=None)
-    for part in (one, fast, every):
+    for part in (one, fast, large, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
