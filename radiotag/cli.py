@@ -62,6 +62,7 @@ class Report:
     command: str
     as_json: bool
     quiet: bool
+    mute: bool = False  # one of several processes, before the first has heard of it: they all meet the same errors
     started: float = field(default_factory=time.monotonic)
 
     def note(self, text: str) -> None:
@@ -83,6 +84,8 @@ class Report:
 
     def fail(self, message: str, hint: str) -> None:
         """An error: stderr always, and the JSON object."""
+        if self.mute:
+            return
         print(printable(f"error: {message}"), file=sys.stderr)
         if hint:
             print(printable(f"hint: {hint}"), file=sys.stderr)
@@ -94,11 +97,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
+def _aside() -> bool:
+    """Whether this is one of the launcher's processes and not the first, which speaks for all."""
+    return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
+
+
 @contextmanager
 def reporting(command: str, as_json: bool, quiet: bool) -> Iterator[Report]:
     """Map what goes wrong to one message and an exit code, in one place."""
-    aside = os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ  # the launcher's other processes
-    report = Report(command, as_json and not aside, quiet or aside)
+    aside = _aside()
+    report = Report(command, as_json and not aside, quiet or aside, mute=aside)
     try:
         yield report
     except RadiotagError as error:
@@ -295,6 +303,7 @@ def mark(
             report.say(*_plan_lines(plan, key))
             report.give(**_mark_json(plan, Summary(images=len(plan.items)), dry_run=True))
             return
+        report.mute = False
         with progress_bar(report, "images") as bar:
             task = bar.add_task("marking", total=len(plan.items), detail="")
 
@@ -305,6 +314,8 @@ def mark(
                 plan, secret, settings, device=choose_device(device), batch_size=batch_size, force=force, strict=strict,
                 progress=show,
             )  # fmt: skip
+        if _aside():
+            return  # the first process tells of all images
         if preview:
             folder.preview(plan, summary, preview)
         for row in summary.failed:

@@ -72,7 +72,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
                 place += len(text)
     except OSError as error:
         raise RadiotagError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RadiotagError(f"{path} is not a radiotag manifest: {error}") from error
 
 
@@ -126,6 +126,8 @@ def mend(journal: IO[bytes]) -> None:
             journal.truncate(start + cut + 1)
             break
         end = start
+    else:
+        journal.truncate(0)  # no whole line at all
     journal.seek(0, os.SEEK_END)
 
 

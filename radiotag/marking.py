@@ -12,7 +12,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -83,8 +83,12 @@ def plan(
 ) -> Plan:
     """Pair every input with its output and choose what is marked. Raises RadiotagError before anything is touched."""
     archive, items, names, others = shards.listing(source)
+    if archive and key.class_names:
+        names = sorted({item.label for item in items})  # not the numbers between them, which no sample has
     if archive and format != "keep":
         raise RadiotagError(f"{source}: the images of a tar shard keep their format", "leave out --format")
+    if archive and source.is_file() and (output.is_dir() or output.suffix.lower() != ".tar"):
+        raise RadiotagError(f"{output}: a single shard becomes a single shard", "name a .tar file with -o")
     inside = output.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(output.resolve())
     if inside:
         raise RadiotagError(f"{output} and {source} lie in each other", "choose another folder with -o")
@@ -145,7 +149,10 @@ class Team:
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
-            distributed.all_gather_object(values, value)
+            try:
+                distributed.all_gather_object(values, value)
+            except RuntimeError as error:
+                raise SystemExit(1) from error  # another process is gone, and says why
         return values
 
 
@@ -186,8 +193,7 @@ def run(
         progress(summary)
         for row in _rows(plan, todo, key, marking, device, batch_size, pool):
             summary.add(row)
-            journal.write(manifest.line(row))
-            journal.flush()
+            _append(journal, row, path)
             progress(summary)
             if strict and row["status"] == "failed":
                 raise RadiotagError(row["error"], "mend or remove the file, or leave out --strict")
@@ -201,6 +207,17 @@ def run(
             _finish_archive(plan, summary)
         together.gather(None)
     return summary
+
+
+def _append(journal: IO[bytes], row: Row, path: Path) -> None:
+    try:
+        journal.write(manifest.line(row))
+        journal.flush()
+    except OSError as error:
+        with suppress(OSError):
+            journal.close()  # which tries to write once more
+        hint = "check that the folder is writable and has space; then run the same command again"
+        raise RadiotagError(f"cannot write {path}: {error.strerror}", hint) from error
 
 
 def _journal(plan: Plan, path: Path, together: Team, force: bool) -> IO[bytes]:
@@ -280,16 +297,21 @@ def _sweep(plan: Plan) -> None:
 
 def _stale(plan: Plan) -> Iterator[tuple[Path, str]]:
     """Files that earlier runs wrote and this one will not, with their hashes."""
+    if plan.archive:
+        seen = {row["path"].split("/")[0] for place, row in manifest.read_lines(plan.manifest) if place}
+        for shard in sorted(seen - set(plan.archive.shards)) if plan.source.is_dir() else ():
+            yield plan.output / shard, ""
+        return
     outputs = {_output(plan, item) for item in plan.items} | {path.as_posix() for path in plan.others}
     for _, row in manifest.read_lines(plan.manifest):
-        if "status" in row and row["status"] != "failed" and row["output"] not in outputs:
-            yield plan.work / row["output"], row["sha256_out"]
+        if row.get("status", "failed") != "failed" and row.get("output", row["path"]) not in outputs:
+            yield plan.work / row["output"], row.get("sha256_out", "")
 
 
 def _remove_stale(plan: Plan) -> None:
     try:
         for stale, digest in _stale(plan):
-            if _file_hash(stale) == digest:
+            if not digest or _file_hash(stale) == digest:
                 stale.unlink(missing_ok=True)
     except RadiotagError:
         return  # no manifest, or a damaged one, which force is there to overwrite
@@ -327,6 +349,8 @@ def _remaining(plan: Plan, mine: Sequence[Item], summary: Summary, pool: ThreadP
 
 def _holds(plan: Plan, item: Item, row: Row, released: shards.Archive | None) -> bool:
     wanted = ("marked" if item.path.as_posix() in plan.chosen else "copied", plan.rows[item.label])
+    if not row.keys() >= {"status", "row", "sha256_in", "sha256_out", "output"}:
+        return False
     if (row["status"], row["row"]) != wanted or row["sha256_in"] != _source_hash(plan, item):
         return False
     if plan.archive and row["status"] == "copied":
@@ -339,7 +363,7 @@ def _holds(plan: Plan, item: Item, row: Row, released: shards.Archive | None) ->
 
 def _released(plan: Plan) -> shards.Archive | None:
     """The index of shards that an earlier run has put together."""
-    return shards.scan(plan.output)[0] if plan.archive and shards.is_archive(plan.output) else None
+    return shards.released(plan.output) if plan.archive else None
 
 
 def _released_bytes(plan: Plan, released: shards.Archive, path: str) -> bytes:
@@ -434,7 +458,7 @@ def _copy_others(plan: Plan) -> None:
 
 def _finish_archive(plan: Plan, summary: Summary) -> None:
     """Put the shards together from the source's and the marked images, and remove what was kept for that."""
-    if plan.archive is None or (summary.skipped == summary.images and not plan.work.exists()):
+    if plan.archive is None:
         return
     released = _released(plan)
     with plan.manifest.open("rb") as file:
@@ -448,7 +472,7 @@ def _finish_archive(plan: Plan, summary: Summary) -> None:
 
     for shard in plan.archive.shards:
         target = plan.output / shard if plan.source.is_dir() else plan.output
-        shards.assemble(plan.archive, shard, _target(target.parent, target.name), marked)
+        shards.assemble(plan.archive, shard, _target(target.parent, target.name), marked, plan.work)
         _same_time(plan.archive.root / shard, target)
     shutil.rmtree(plan.work, ignore_errors=True)
 

@@ -9,13 +9,14 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from radiotag import RadiotagError, images
 from radiotag.images import SUFFIXES, Item, fill_atomically
 
 BLOCK = 512
 CHUNK = 2**20
+CLASSES = 1_000_000  # that a key can have
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,21 @@ def is_shard(path: Path) -> bool:
     return path.suffix.lower() == ".tar" and path.is_file()
 
 
+def released(output: Path) -> Archive | None:
+    """The index of what can be read of the shards that an earlier run has put together."""
+    members: dict[str, Member] = {}
+    files = ([output] if output.is_file() else sorted(output.iterdir())) if output.exists() else []
+    for shard in files:
+        if is_shard(shard):
+            found: dict[str, Member] = {}
+            try:
+                _index(shard, found, {})
+            except (OSError, tarfile.TarError, RadiotagError):
+                continue  # damaged: it will be put together again
+            members |= found
+    return Archive(root=output.parent if output.is_file() else output, shards=(), members=members) if members else None
+
+
 def scan(source: Path) -> tuple[Archive, list[Item], list[str], list[PurePosixPath]]:
     """As `images.scan`, of shards: the index, the images in their order, the class names, the other files to copy.
 
@@ -76,6 +92,9 @@ def scan(source: Path) -> tuple[Archive, list[Item], list[str], list[PurePosixPa
     others = [PurePosixPath(p.name) for p in files if p not in shards and p.is_file() and p.suffix != ".part"]
     members: dict[str, Member] = {}
     labels: dict[str, str] = {}
+    loose = next((path for path in others if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")), None)
+    if loose:
+        raise RadiotagError(f"{source}: images both in shards and beside them ({loose})", "put them apart")
     for shard in shards:
         try:
             _index(shard, members, labels)
@@ -92,7 +111,12 @@ def scan(source: Path) -> tuple[Archive, list[Item], list[str], list[PurePosixPa
 
 def _names(labels: set[str]) -> list[str]:
     if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in labels):
-        return [str(row) for row in range(max(map(int, labels)) + 1)]
+        count = max(map(int, labels)) + 1
+        if count > CLASSES:
+            raise RadiotagError(
+                f"the class {count - 1} is beyond the {CLASSES} carriers that a key can have", "rename it"
+            )
+        return [str(row) for row in range(count)]
     return sorted(labels)
 
 
@@ -102,18 +126,25 @@ def _index(shard: Path, members: dict[str, Member], labels: dict[str, str]) -> N
     samples: dict[str, str] = {}
     with tarfile.open(shard, "r:") as tar:
         for info in tar:
+            tar.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
             name = PurePosixPath(info.name)
+            if not info.isreg() or any(part.startswith(".") and part != ".." for part in name.parts):
+                continue
             path = f"{shard.name}/{name}"
             sample = str(name.with_name(name.name.split(".")[0]))
-            if info.isreg() and name.suffix == ".cls":
+            if name.suffix == ".cls":
                 file = tar.extractfile(info)
                 classes[sample] = file.read(1024).decode("utf-8", "replace").strip() if file else ""
-            elif info.isreg() and name.suffix.lower() in SUFFIXES:
+            elif name.suffix.lower() in SUFFIXES:
                 _check(shard, info, path in members)
                 header = info.offset_data - BLOCK
                 members[path] = Member(header=header, data=info.offset_data, size=info.size)
                 samples[path] = sample
-            tar.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
+        end = tar.offset
+    with shard.open("rb") as file:
+        file.seek(end)
+        if file.read(BLOCK).strip(b"\0"):
+            raise tarfile.ReadError(f"a damaged header at byte {end}")  # tarfile takes it for the end
     for path, sample in samples.items():
         parents = PurePosixPath(sample).parts[:-1]
         labels[path] = classes.get(sample, parents[0] if parents else "")
@@ -130,8 +161,11 @@ def _check(shard: Path, info: tarfile.TarInfo, twice: bool) -> None:
         raise RadiotagError(f"{shard}: the member {info.name!r} is stored sparsely or beyond 8 GiB", "pack it anew")
 
 
-def assemble(archive: Archive, shard: str, target: Path, marked: Callable[[str], bytes | None]) -> None:
-    """Write one shard, whole or not at all, with the bytes that `marked(path)` gives instead of an image's own."""
+def assemble(archive: Archive, shard: str, target: Path, marked: Callable[[str], bytes | None], work: Path) -> None:
+    """Write one shard, whole or not at all, with the bytes that `marked(path)` gives instead of an image's own.
+
+    It is written in the folder `work`; a target that is already what it should be is left as it is.
+    """
     members = sorted((m.data, path, m) for path, m in archive.members.items() if path.startswith(shard + "/"))
     source = archive.root / shard
 
@@ -146,7 +180,33 @@ def assemble(archive: Archive, shard: str, target: Path, marked: Callable[[str],
                     old.seek(member.end)
             _copy(old, new, source.stat().st_size)
 
-    fill_atomically(target, fill, None)
+    if target.is_file() and _is_already(target, fill):
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    staged = work / f".{shard}"
+    try:
+        fill_atomically(staged, fill, None)
+        staged.replace(target)
+    except RadiotagError as error:
+        raise RadiotagError(str(error).replace(str(staged), str(target)), error.hint) from error
+
+
+def _is_already(target: Path, fill: Callable[[Any], object]) -> bool:
+    """Whether a file holds just what `fill` would write, without writing it."""
+    with target.open("rb") as file:
+        comparison = _Comparison(file)
+        fill(comparison)
+        return comparison.equal and not file.read(1)
+
+
+class _Comparison:
+    """Takes the place of a file that is written, and compares with one that is there."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.equal = file, True
+
+    def write(self, data: bytes) -> None:
+        self.equal = self.equal and self.file.read(len(data)) == data
 
 
 def _copy(old: IO[bytes], new: IO[bytes], end: int) -> None:
