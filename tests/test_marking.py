@@ -32,10 +32,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_cli import Result, call, environment
 from torch.distributed import TCPStore
 from torchvision.models import get_model
 
-from radiotag import RadiotagError, cli, images, manifest
+from radiotag import RadiotagError, images, manifest
 from radiotag.marking import ahead
 from radiotag.networks import Spec, save_checkpoint
 
@@ -44,33 +45,6 @@ SMALL = "shufflenet_v2_x0_5"
 GNU, PAX, USTAR = tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT
 
 # ---------------------------------------------------------------- running
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        """The one object on stdout; fails where there is anything else."""
-        return json.loads(self.out)
-
-
-def call(*arguments):
-    """Run the entry point in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    argv, sys.argv = sys.argv, ["radiotag", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.argv = argv
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 def command(source, key, output, *more):
@@ -100,12 +74,6 @@ def one_error(*results):
     assert "should not happen" not in message, text
     assert "Traceback" not in text
     return message
-
-
-def environment(**more):
-    root = str(Path(cli.__file__).parents[1])
-    kept = {k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "FORCE_COLOR", "RADIOTAG_DEBUG"}}
-    return kept | {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
 FORKS = """
