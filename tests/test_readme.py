@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text(encoding="utf-8"))
 ALONE = json.loads((ROOT / "tests/benchmarks/results/features_alone.json").read_text(encoding="utf-8"))
+MARKING = json.loads((ROOT / "tests/benchmarks/results/marking.json").read_text(encoding="utf-8"))
 TESTS = ("bare", "real", "black-box")
 
 
@@ -54,6 +55,16 @@ def test_the_other_figures_are_measurements_too():
         line = next(line for line in README.splitlines() if line.startswith(f"{name}.pt"))
         assert f"{RESULTS['demo'][name]['log10_p']:.2f}" in line
         assert f"{RESULTS['demo'][name]['accuracy']:.1%}" in line
+
+
+def test_the_recipes_for_marking_are_measurements():
+    for run in MARKING["runs"]:
+        strong = "**" if run["recipe"] == "radiotag" else ""
+        cells = (
+            run["recipe"], f"{run['psnr_median']:.1f} dB", f"{100 * run['accuracy']:.2f} %",
+            f"{strong}{minus(run['real']['log10_p'])}{strong}", f"{1e3 * run['seconds_per_image']:.0f}",
+        )  # fmt: skip
+        assert f"| {' | '.join(cells)} |" in README.splitlines()
 
 
 def test_the_three_lines_stand_as_promised():
