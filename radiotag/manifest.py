@@ -59,8 +59,8 @@ def line(row: Row) -> bytes:
 
 def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
     """(place in bytes, row) of every whole line, the header first; a torn last line, of a power cut, is no line."""
+    place = 0
     try:
-        place = 0
         with path.open("rb") as file:
             for number, text in enumerate(file):
                 if not text.endswith(b"\n"):
@@ -74,22 +74,21 @@ def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
         raise RadiotagError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RadiotagError(f"{path} is not a radiotag manifest: {error}") from error
+    if not place:
+        raise RadiotagError(f"{path} is not a radiotag manifest: it is empty")
 
 
 def read_header(path: Path) -> Row:
     """The first line. RadiotagError if the file is no manifest, down to its last line."""
-    header = None
-    for place, row in read_lines(path):
-        header = header if place else row
-    if header is None:
-        raise RadiotagError(f"{path} is not a radiotag manifest: it is empty")
+    (header,) = (row for place, row in read_lines(path) if not place)
     return header
 
 
 def read_manifest(path: Path) -> tuple[Row, dict[str, Row]]:
     """(header, rows by path) of a whole manifest."""
-    header = read_header(path)
-    return header, {row["path"]: row for place, row in read_lines(path) if place}
+    lines = read_lines(path)
+    _, header = next(lines)
+    return header, {row["path"]: row for _, row in lines}
 
 
 def places(path: Path) -> dict[str, int]:

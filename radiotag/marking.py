@@ -49,7 +49,7 @@ LOSSLESS = {"PNG", "BMP", "TIFF"}
 TOGETHER = 2**24  # pixels optimised at once, at most: some 2 GiB; many photographs are slower together than apart
 PART = re.compile(r"\.[0-9a-f]{16}\.part")  # what a file is called while it is written
 BEST_PSNR = 100.0  # dB recorded of an image that came out unchanged: JSON has no infinity
-AHEAD = 64  # files copied at once; images decoded before they are needed are bounded by pixels, too
+AHEAD = 64  # files copied or checked before they are asked for; of decoded images, which may be large, THREADS
 THREADS = max(2, min(8, os.cpu_count() or 2))  # decode, encode and copy beside the optimisation
 Pixels = NDArray[np.float32]
 
@@ -507,7 +507,7 @@ def _marked(
     network = key.network(device) if items else None
     ready: list[tuple[Item, bytes, Picture]] = []
     pixels = 0
-    with closing(ahead(pool, partial(_read, plan), items, batch_size)) as images:
+    with closing(ahead(pool, partial(_read, plan), items, THREADS)) as images:
         for image in images:
             if isinstance(image, dict):
                 yield image

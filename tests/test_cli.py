@@ -116,10 +116,25 @@ def environment(**more):
     return kept | {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
+FINISH = """
+import os, sys
+from radiotag import cli
+
+def finish(argv):  # what a forked process is for
+    sys.argv, code = ["radiotag", *argv], 1
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+"""
 NURSERY = """
 import json, os, signal, sys
 import radiotag.marking, radiotag.training, radiotag.verification
-from radiotag import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would pass on that it is ignored
 for line in sys.stdin:
     task = json.loads(line)
@@ -131,17 +146,7 @@ for line in sys.stdin:
         os.dup2(os.open(task["err"], os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), 2)
         sys.stdout = open(1, "w", closefd=False)  # what they are now: a file, or a terminal
         sys.stderr = open(2, "w", buffering=1, closefd=False)
-        sys.argv = ["radiotag", *task["argv"]]
-        code = 1
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        finish(task["argv"])
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -153,7 +158,11 @@ class Nursery:
     def __init__(self, folder):
         self.folder = folder
         self.parent = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", FINISH + NURSERY],
+            env=environment(),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def start(self, *arguments, cwd=None, out=None, err=None, **env):

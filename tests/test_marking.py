@@ -32,7 +32,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import Result, call, environment
+from test_cli import FINISH, Result, call, environment
 from torch.distributed import TCPStore
 from torchvision.models import get_model
 
@@ -79,7 +79,6 @@ def one_error(*results):
 FORKS = """
 import itertools, json, os, resource, signal, sys
 import radiotag.marking
-from radiotag import cli
 
 def die(at, size):
     sync, counter = os.fsync, itertools.count(1)
@@ -108,17 +107,7 @@ for line in sys.stdin:
             with open("/proc/self/statm") as file:
                 now = int(file.read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (now + task["memory"], now + task["memory"]))
-        sys.argv = ["radiotag", *task["argv"]]
-        code = 1
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        finish(task["argv"])
     print(pid, flush=True)
 """
 
@@ -129,7 +118,11 @@ class Forks:
     def __init__(self, folder):
         self.folder, self.count = folder, itertools.count()
         self.parent = subprocess.Popen(
-            [sys.executable, "-c", FORKS], env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", FINISH + FORKS],
+            env=environment(),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def ask(self, **task):
