@@ -10,6 +10,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text(encoding="utf-8"))
 ALONE = json.loads((ROOT / "tests/benchmarks/results/features_alone.json").read_text(encoding="utf-8"))
 MARKING = json.loads((ROOT / "tests/benchmarks/results/marking.json").read_text(encoding="utf-8"))
+BEFORE = json.loads((ROOT / "tests/benchmarks/results/bare_before.json").read_text(encoding="utf-8"))
 TESTS = ("bare", "real", "black-box")
 
 
@@ -49,6 +50,13 @@ def test_the_other_figures_are_measurements_too():
     small = next(run for run in RESULTS["runs"] if run["fraction"] == 0.02)
     cosines = [each["suspect, real"]["pattern_cosine"] for each in (run, small)]
     assert f"from {cosines[0]:.2f} at 10 % to {cosines[1]:.2f}" in prose
+    assert f"a verification {fresh['suspect, bare']['seconds']:.0f} s without data" in prose
+    assert f"and {fresh['suspect, real']['seconds']:.0f} s with it" in prose
+    assert (
+        f"has {fresh['suspect, bare']['log10_p'] / fresh['suspect, real']['log10_p']:.0%}".replace("%", " %") in prose
+    )
+    before = " and ".join(minus(run["suspect, bare"]["log10_p"]) for run in BEFORE["runs"])
+    assert f"figures of seed 2 without data were {before}" in prose
     bare, real = (ALONE["steps"][f"radioactive, {images}"]["log10_p"] for images in ("synthetic", "real"))
     assert f"gave {minus(bare)} without data and {minus(real)} with it" in prose
     for name in ("clean", "radioactive"):
