@@ -21,14 +21,15 @@ def minus(value):
 @pytest.mark.parametrize("number", range(len(RESULTS["runs"])))
 def test_every_row_of_the_table_is_a_measurement(number):
     run = RESULTS["runs"][number]
+    seed = f"{run['seed']}" + (f", key {run['owner']}" if run.get("owner") else "")
     found = next(
         [cell.strip(" *") for cell in line.strip("|").split("|")]
         for line in README.splitlines()
-        if line.startswith(f"| {100 * run['fraction']:.0f} % | {run['train']['epochs']} | {run['seed']} |")
+        if line.startswith(f"| {100 * run['fraction']:.0f} % | {run['train']['epochs']} | {seed} |")
     )
     paper, clean = run["suspect, real"]["paper_log10_p"], [run.get(f"clean, {test}") for test in TESTS]
     assert found == [
-        f"{100 * run['fraction']:.0f} %", str(run["train"]["epochs"]), str(run["seed"]),
+        f"{100 * run['fraction']:.0f} %", str(run["train"]["epochs"]), seed,
         f"{100 * run['train']['accuracy']:.2f} %",
         *(minus(run[f"suspect, {test}"]["log10_p"]) for test in TESTS), minus(paper),
         " / ".join(minus(test["log10_p"]) for test in clean) if all(clean) else "",

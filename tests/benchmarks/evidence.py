@@ -4,10 +4,12 @@
     python tests/benchmarks/evidence.py table --work bench-out --json evidence.json
 
 `cifar10.zip` holds cifar10/{train,test}/CLASS/*.jpg. `run` makes a key of its own, marks the share, trains one suspect
-from scratch (its seed is not the marking network's) and verifies it; with --clean it trains, once a seed, the same
-network on the unmarked data and tests that with the key, and with 1,000 fresh keys. Every step is a command line of
-radiotag, skipped if its result lies in the work folder, so an interrupted run goes on (trainings from their last
-epoch). `table` gathers all runs. OMP_NUM_THREADS=1 lets two runs share two cores.
+from scratch (its seed is not the marking network's) and verifies it; with --keys N, N owners mark a share each of the
+same images, and the one suspect is tested for each of them; with --clean it trains, once a seed, the same network on
+the unmarked data and tests that with the key, and with 1,000 fresh keys; with --student it trains another network on
+the unmarked data and the suspect's outputs. Every step is a command line of radiotag, skipped if its result lies in the
+work folder, so an interrupted run goes on (trainings from their last epoch). `table` gathers all runs.
+OMP_NUM_THREADS=1 lets two runs share two cores.
 """
 
 import argparse
@@ -47,50 +49,82 @@ def step(log: Path, name: str, command: str) -> dict:
 
 
 def once(a: argparse.Namespace) -> None:
-    work = a.work / (f"q{a.fraction:g}-seed{a.seed}" + (f"-epochs{a.epochs}" if a.epochs != EPOCHS else ""))
+    rest = (f"-epochs{a.epochs}" if a.epochs != EPOCHS else "") + (f"-keys{a.keys}" if a.keys != 1 else "")
+    work = a.work / (f"q{a.fraction:g}-seed{a.seed}" + rest)
     work.mkdir(parents=True, exist_ok=True)
     if not (a.work / "cifar10").exists():
         zipfile.ZipFile(a.data).extractall(a.work)
     log, train = work / "log.json", f"--arch {a.arch} --epochs {a.epochs} --seed {a.seed} --resume"
-    result = {"fraction": a.fraction, "seed": a.seed, "threads": torch.get_num_threads()}
-    result["keygen"] = step(log, "keygen", "keygen -o k.safetensors --classes 10")
-    marked = "mark ../cifar10/train -o marked --key k.safetensors --format png"
-    result["mark"] = step(log, "mark", f"{marked} --fraction {a.fraction:g}")
-    psnr = [row["psnr"] for row in read_manifest(work / "marked.manifest.jsonl")[1].values() if "psnr" in row]
-    result["psnr_median"] = statistics.median(psnr)
-    result["train"] = step(log, "train", f"train-demo marked -o suspect.pt {train} --val ../cifar10/test")
+    owners = [""] if a.keys == 1 else [str(number) for number in range(1, a.keys + 1)]
+    source, results = "../cifar10/train", {}
+    for owner in owners:  # each owner marks what the one before released
+        made = step(log, f"keygen{owner}", f"keygen -o k{owner}.safetensors --classes 10")
+        command = f"mark {source} -o marked{owner} --key k{owner}.safetensors --format png --fraction {a.fraction:g}"
+        mark = step(log, f"mark{owner}", command)
+        source = f"marked{owner}"
+        psnr = [r["psnr"] for r in read_manifest(work / f"{source}.manifest.jsonl")[1].values() if "psnr" in r]
+        results[owner] = {"fraction": a.fraction, "seed": a.seed, "threads": torch.get_num_threads(), "owner": owner,
+                          "keygen": made, "mark": mark, "psnr_median": statistics.median(psnr)}  # fmt: skip
+    trained = {"train": step(log, "train", f"train-demo {source} -o suspect.pt {train} --val ../cifar10/test")}
+    if a.clean:
+        command = f"train-demo cifar10/train -o clean-seed{a.seed}.pt {train} --val cifar10/test"
+        trained["train clean"] = step(a.work / f"clean-seed{a.seed}.json", "train", command)
+    if a.student:
+        command = f"train-demo ../cifar10/train -o student.pt --teacher suspect.pt {train} --val ../cifar10/test"
+        trained["train student"] = step(
+            log, "train student", command.replace(f"--seed {a.seed}", f"--seed {a.seed + 100}")
+        )
+    for owner, result in results.items():
+        whole = result | trained | verified(a, log, owner) | machine()
+        (work / f"result{owner}.json").write_text(json.dumps(whole, indent=1, sort_keys=True))
+    for path in work.glob("marked*/"):
+        shutil.rmtree(path)  # tens of thousands of copies a run
+
+
+def machine() -> dict:
+    versions = {"radiotag": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
+    cores = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    return {"versions": {**versions, "python": platform.python_version()}, "machine": cores}
+
+
+def verified(a: argparse.Namespace, log: Path, owner: str) -> dict:
+    """Each test of the suspect, and of the clean one if there is one, under this owner's key."""
     suspects = {"suspect": "suspect.pt"}
     if a.clean:
         suspects["clean"] = f"../clean-seed{a.seed}.pt"
-        command = f"train-demo cifar10/train -o clean-seed{a.seed}.pt {train} --val cifar10/test"
-        result["train clean"] = step(a.work / f"clean-seed{a.seed}.json", "train", command)
+    if a.student:
+        suspects["student"] = "student.pt"
+    found = {}
     for name, model in suspects.items():
         for test, options in TESTS.items():
-            check = " --calibrate 1000" if (name, test) == ("clean", "bare") else ""
-            answer = step(log, f"verify {name} {test}", f"verify {model} --key k.safetensors{options}{check}")
-            result[f"{name}, {test}"] = {**answer["suspects"][0], "command": answer["command"],
-                                         "seconds": answer["seconds"]}  # fmt: skip
-    result["versions"] = {"radiotag": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
-                          "python": platform.python_version()}  # fmt: skip
-    result["machine"] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    (work / "result.json").write_text(json.dumps(result, indent=1, sort_keys=True))
-    shutil.rmtree(work / "marked", ignore_errors=True)  # tens of thousands of copies a run
+            check = (
+                " --calibrate 1000" if (name, test, owner) in (("clean", "bare", ""), ("clean", "bare", "1")) else ""
+            )
+            command = f"verify {model} --key k{owner}.safetensors{options}{check}"
+            answer = step(log, f"verify{owner} {name} {test}", command)
+            found[f"{name}, {test}"] = {
+                **answer["suspects"][0],
+                "command": answer["command"],
+                "seconds": answer["seconds"],
+            }
+    return found
 
 
 def table(a: argparse.Namespace) -> None:
-    runs = [json.loads(path.read_text()) for path in sorted(a.work.glob("q*/result.json"))]
-    runs.sort(key=lambda run: (-run["fraction"], run["train"]["epochs"], run["seed"]))
-    print(
-        f"{'q':>5}{'epochs':>7}{'seed':>5}{'PSNR':>6}{'accuracy':>9}{'bare':>8}{'real':>8}{'black-box':>10}{'paper':>7}{'clean':>20}"
-    )
+    runs = [json.loads(path.read_text()) for path in sorted(a.work.glob("q*/result*.json"))]
+    runs.sort(key=lambda run: (-run["fraction"], run["train"]["epochs"], run["seed"], run.get("owner", "")))
+    heads = ("q", "epochs", "seed", "key", "PSNR", "accuracy", *TESTS, "paper", "clean")
+    line = "{:>5}{:>7}{:>5}{:>4}{:>6}{:>9}{:>8}{:>8}{:>10}{:>7}{:>20}"
+    print(line.format(*heads))
     for run in runs:
-        found = [run[f"suspect, {test}"]["log10_p"] for test in TESTS]
+        found = [f"{run[f'suspect, {test}']['log10_p']:.2f}" for test in TESTS]
         clean = [f"{run[f'clean, {test}']['log10_p']:.2f}" for test in TESTS if f"clean, {test}" in run]
-        paper = run["suspect, real"]["paper_log10_p"]
-        print(
-            f"{run['fraction']:>5.0%}{run['train']['epochs']:>7}{run['seed']:>5}{run['psnr_median']:>6.1f}{run['train']['accuracy']:>9.2%}"
-            f"{found[0]:>8.2f}{found[1]:>8.2f}{found[2]:>10.2f}{paper:>7.2f}{' / '.join(clean):>20}"
-        )
+        cells = (
+            f"{run['fraction']:.0%}", run["train"]["epochs"], run["seed"], run.get("owner", ""),
+            f"{run['psnr_median']:.1f}", f"{run['train']['accuracy']:.2%}", *found,
+            f"{run['suspect, real']['paper_log10_p']:.2f}", " / ".join(clean),
+        )  # fmt: skip
+        print(line.format(*cells))
     if a.json:
         demo = {"demo": json.loads(a.demo.read_text())} if a.demo else {}
         a.json.write_text(json.dumps({"runs": runs, **demo}, indent=1, sort_keys=True) + "\n")
@@ -106,7 +140,9 @@ def main() -> None:
     one.add_argument("--seed", type=int, default=2)
     one.add_argument("--arch", default="resnet10")
     one.add_argument("--epochs", type=int, default=EPOCHS)
+    one.add_argument("--keys", type=int, default=1, help="owners, each of whom marks a share of the same images")
     one.add_argument("--clean", action="store_true")
+    one.add_argument("--student", action="store_true", help="teach another network by the suspect, on unmarked images")
     every = commands.add_parser("table")
     every.set_defaults(call=table)
     every.add_argument("--json", type=Path, default=None)
