@@ -638,9 +638,9 @@ def _array(image: Tensor) -> Pixels:
 
 
 def preview(plan: Plan, summary: Summary, path: Path) -> None:
-    """Write a sheet of the marked images of lowest, middle and highest PSNR, and two between."""
+    """Write a sheet of the marked images of lowest, median and highest PSNR."""
     order = sorted(range(summary.marked), key=lambda i: summary.psnr[i])
-    picks = sorted({0, len(order) // 4, len(order) // 2, 3 * len(order) // 4, len(order) - 1}) if order else []
+    picks = sorted({0, len(order) // 2, len(order) - 1}) if order else []
     released = _released(plan)
     sheet = []
     with plan.manifest.open("rb") as file:

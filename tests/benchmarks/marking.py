@@ -7,8 +7,9 @@
 
 `evidence` marks a share of CIFAR-10's first images by one recipe (RECIPES), trains a suspect from scratch and verifies
 it; recipes of one seed share a key, the choice of images and the suspect's seed. It repeats nothing that lies in the
-work folder. `speed` times the plain recipe beside radiotag's on the same images in one run. `photos` is a folder of
-photographs, which a ResNet-18 with 224-pixel input marks; its weights are random, since time does not depend on them.
+work folder. The recipe 'two networks' needs a second one (what `evidence.py run --clean` left, of another seed).
+`speed` times the plain recipe beside radiotag's on the same images in one run. `photos` is a folder of photographs,
+which a ResNet-18 with 224-pixel input marks; its weights are random, since time does not depend on them.
 """
 
 import argparse
@@ -55,6 +56,7 @@ class Plain:
     blur: bool = False  # 3 x 3 binomial, half of the time
     loss: str = "features"  # or "response": the network's answer to the mark's direction, which verification reads
     penalties: bool = True  # λ1 = 0.0005, λ2 = 0.01
+    second: bool = False  # the loss of a second network too, along the same carrier
 
 
 L2 = {"steps": 20, "rule": "l2", "penalties": False}
@@ -71,6 +73,7 @@ RECIPES: dict[str, radioactive.Marking | Plain] = {
     "noise": Plain(**L2, noise=8.0),
     "blur": Plain(**L2, blur=True),
     "response": Plain(**L2, loss="response"),
+    "two networks": Plain(**L2, second=True),
 }
 
 
@@ -103,7 +106,13 @@ def view(x: Tensor, recipe: Plain, draws: list[random.Random], size: int) -> Ten
 
 
 def mark_plainly(
-    network: networks.Network, x: Tensor, u: Tensor, recipe: Plain, psnr: float, draws: list[random.Random]
+    network: networks.Network,
+    x: Tensor,
+    u: Tensor,
+    recipe: Plain,
+    psnr: float,
+    draws: list[random.Random],
+    second: networks.Network | None = None,
 ) -> Tensor:
     """A batch (B, 3, H, W) in [0, 255] → marked, with a loop as short as a paper's."""
     delta = torch.zeros_like(x)
@@ -115,6 +124,8 @@ def mark_plainly(
         seen = view((x + delta).clamp(0, 255), recipe, draws, size) / 255
         after = network.features(seen)  # (B, d)
         loss = -(after * u).sum()
+        if second:
+            loss = loss - (second.features(seen) * u).sum()
         if recipe.loss == "response":  # the network's own gradient along u, at the marked image, moves towards u again
             (uphill,) = torch.autograd.grad((after * u).sum(), seen, create_graph=True)
             loss = -uphill.flatten(1).norm(dim=1).sum() + loss
@@ -142,7 +153,13 @@ def mark_plainly(
 
 
 def mark_all(
-    network: networks.Network, x: Tensor, key: radioactive.Key, y: Tensor, recipe: object, psnr: float
+    network: networks.Network,
+    x: Tensor,
+    key: radioactive.Key,
+    y: Tensor,
+    recipe: radioactive.Marking | Plain,
+    psnr: float,
+    second: networks.Network | None,
 ) -> Tensor:
     """Mark (N, 3, H, W) uint8 of labels y (N,), image i drawing its augmentations from i."""
     out = []
@@ -150,7 +167,7 @@ def mark_all(
         images, rows = x[part].float(), y[part]
         draws = [random.Random(f"mark {i}") for i in part.tolist()]
         if isinstance(recipe, Plain):
-            marked = mark_plainly(network, images, key.carriers[rows], recipe, psnr, draws)
+            marked = mark_plainly(network, images, key.carriers[rows], recipe, psnr, draws, second)
         else:
             settings = radioactive.Marking(min_psnr=psnr, pattern_share=recipe.pattern_share)
             patterns = key.patterns[rows] * (recipe.pattern_share > 0)
@@ -187,7 +204,9 @@ def evidence(a: argparse.Namespace) -> None:
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[: a.images]
     x, y, count = data.images[order].clone(), data.labels[order], round(a.fraction * a.images)
     network, started = key.network(), time.monotonic()
-    marked = mark_all(network, x[:count], key, y[:count], RECIPES[a.recipe], a.psnr)
+    recipe = RECIPES[a.recipe]
+    second = networks.load(a.second) if isinstance(recipe, Plain) and recipe.second else None
+    marked = mark_all(network, x[:count], key, y[:count], recipe, a.psnr, second)
     seconds = time.monotonic() - started
     error = (marked.float() - x[:count].float()).square().flatten(1).mean(1)
     with torch.no_grad():
@@ -369,6 +388,7 @@ def main() -> None:
     one.set_defaults(call=evidence)
     one.add_argument("data", type=Path)
     one.add_argument("--recipe", choices=RECIPES, default="radiotag")
+    one.add_argument("--second", type=Path, help="a checkpoint, for the recipe 'two networks': clean-seedN.pt, say")
     one.add_argument("--psnr", type=float, default=34.0)
     one.add_argument("--images", type=int, default=50_000)
     one.add_argument("--fraction", type=float, default=0.1)
