@@ -1,0 +1,330 @@
+"""The paper's experiments at the scale of two cores, and what is left of a mark after what a suspect's owner may do.
+
+    python tests/benchmarks/paper.py run cifar10.zip tiny-imagenet-100.zip --work bench-out --only 'survives/*'
+    python tests/benchmarks/paper.py table --work bench-out --json paper.json
+
+Every experiment (EXPERIMENTS, named TABLE/ROW) marks a share of each class, trains a suspect and verifies it with and
+without real images. Keys, marked folders and models are shared where they can be. Nothing that lies in the work folder
+is made again and a training goes on from its last epoch, so an interrupted run goes on; two runs may share the folder.
+From scratch on all of CIFAR-10, students and black-box: `evidence.py`. OMP_NUM_THREADS=1 lets two runs share two cores.
+"""
+
+import argparse
+import fcntl
+import fnmatch
+import io
+import json
+import shutil
+import statistics
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from evidence import machine, step
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+from radiotag import networks, training
+from radiotag.images import decode, png
+from radiotag.manifest import read_manifest
+from radiotag.networks import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One suspect. The defaults: a tenth of 10,000 images of CIFAR-10 marked, resnet10 from scratch."""
+
+    data: str = "cifar10"
+    images: int = 10_000  # of all classes together; 0: all there are
+    share: float = 0.1  # 0: none is marked
+    network: str = "builtin"  # the marking network, or a checkpoint in the work folder
+    arch: str = "resnet10"
+    size: int = 0  # of the suspect's input in pixels; 0: the images' own
+    epochs: int = 16
+    seed: int = 2
+    head_only: bool = False  # φ is kept, and its last layer trained (section 5.2)
+    published: str = ""  # what becomes of the marked images before the training: in PUBLISHED
+    trained: str = ""  # how the suspect is trained instead of by plain SGD: in TRAINED
+    afterwards: str = ""  # what becomes of the trained suspect: in AFTERWARDS
+
+
+# ---------------------------------------------------------------- what may happen to a mark
+
+
+def compressed(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+def resized(image: Image.Image) -> Image.Image:
+    """To three quarters and back."""
+    small = tuple(side * 3 // 4 for side in image.size)
+    return image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
+
+
+PUBLISHED: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "JPEG 90": lambda image: compressed(image, 90),
+    "JPEG 75": lambda image: compressed(image, 75),
+    "JPEG 50": lambda image: compressed(image, 50),
+    "resized": resized,
+    "blurred": v2.GaussianBlur(3, 0.7),
+    "cropped": lambda image: v2.RandomCrop([side * 7 // 8 for side in image.size[::-1]])(image).resize(image.size),
+    "colours": v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
+}
+TRAINED = ("mixup", "label smoothing", "AdamW")
+
+
+def pruned(network: Network) -> None:
+    """The smaller half of every layer's weights becomes zero."""
+    for parameter in network.module.parameters():
+        if parameter.dim() > 1:
+            parameter[parameter.abs() < parameter.abs().median()] = 0
+
+
+def quantised(network: Network) -> None:
+    """Weights of eight bits, with a scale per output channel."""
+    network.module.load_state_dict(networks.unpack(networks.pack(network.module.state_dict())))
+
+
+def averaged(network: Network, other: Network, data: training.Dataset) -> None:
+    """The mean of two networks' weights, with the statistics of batch normalisation taken anew."""
+    state, theirs = network.module.state_dict(), other.module.state_dict()
+    network.module.load_state_dict({k: (v + theirs[k]) / 2 if v.is_floating_point() else v for k, v in state.items()})
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean over the batches
+    network.module.train()
+    for batch in torch.split(data.images[:2560], 128):
+        network(batch.float() / 255)
+    network.eval()
+
+
+AFTERWARDS = ("fine-tuned", "pruned", "8 bits", "averaged")
+
+
+def train_otherwise(network: Network, data: training.Dataset, how: str, epochs: int, seed: int) -> None:
+    """As `training.train`, but with mixup, with label smoothing, or by AdamW."""
+    network.module.requires_grad_(True).train()
+    recipe = training.Recipe(epochs=epochs, seed=seed)
+    parameters = network.module.parameters()
+    sgd = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay, "nesterov": True}
+    optimiser = torch.optim.AdamW(parameters, 2e-3) if how == "AdamW" else torch.optim.SGD(parameters, **sgd)
+    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    batches, step, peak = len(data.images) // recipe.batch_size, 0, optimiser.param_groups[0]["lr"]
+    for _ in range(epochs):
+        order = torch.randperm(len(data.images), generator=generator)
+        for batch in torch.split(order, recipe.batch_size)[:batches]:
+            rate = training.learning_rate(step, epochs * batches, recipe) / recipe.lr
+            optimiser.param_groups[0]["lr"], step = peak * rate, step + 1
+            pixels, labels = training.augment(data.images[batch], generator), data.labels[batch]
+            mix = float(rng.beta(1.0, 1.0)) if how == "mixup" else 1.0
+            scores = network(mix * pixels + (1 - mix) * pixels.flip(0))
+            smooth = 0.1 if how == "label smoothing" else 0.0
+            loss = mix * F.cross_entropy(scores, labels, label_smoothing=smooth)
+            loss = loss + (1 - mix) * F.cross_entropy(scores, labels.flip(0), label_smoothing=smooth)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    network.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- the experiments
+
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
+OTHERS = ("resnet18", "resnet50", "vgg11_bn", "densenet121", "mobilenet_v3_large")
+TINY = {"data": "tiny-imagenet-100", "images": 20_000, "size": 32}
+EXPERIMENTS: dict[str, Experiment] = {
+    **{f"head/{q:.0%}": Experiment(images=0, share=q, head_only=True, epochs=4) for q in SHARES},
+    **{f"scratch/{q:.0%}": Experiment(share=q) for q in SHARES},
+    "scratch/clean": Experiment(share=0),
+    **{f"architectures/{arch}": Experiment(arch=arch) for arch in OTHERS},
+    "other data/tiny-imagenet-100": Experiment(network="tiny.pt"),
+    **{f"survives/{how}": Experiment(published=how) for how in PUBLISHED},
+    **{f"survives/{how}": Experiment(trained=how) for how in TRAINED},
+    **{f"survives/{how}": Experiment(afterwards=how) for how in AFTERWARDS},
+    **{f"100 classes, scratch/{q:.0%}": Experiment(**TINY, share=q) for q in (0.01, 0.1)},
+    **{f"100 classes, architectures/{arch}": Experiment(**TINY, arch=arch) for arch in ("vgg11_bn", "resnet18")},
+}  # fmt: skip
+
+
+def shared(work: Path, name: str, make: Callable[[Path], object]) -> str:
+    """Make a file or folder of the work folder once, whoever of several runs comes first; returns its name."""
+    (work / name).parent.mkdir(parents=True, exist_ok=True)
+    with (work / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (work / f"{name}.done").exists():
+            make(work / name)
+            (work / f"{name}.done").touch()
+    return name
+
+
+def subset(work: Path, data: str, images: int, skip: int = 0) -> str:
+    """Some of the training images, as many of each class, or all of them; relative to the work folder."""
+    if not images:
+        return f"{data}/train"
+
+    def copy(target: Path) -> None:
+        classes = sorted((work / data / "train").iterdir())
+        for folder in classes:
+            each = images // len(classes)
+            (target / folder.name).mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.iterdir())[skip // len(classes) :][:each]:
+                shutil.copyfile(path, target / folder.name / path.name)
+
+    return shared(work, f"sets/{data}-n{images}" + (f"-from{skip}" if skip else ""), copy)
+
+
+def marked(work: Path, e: Experiment, log: Path) -> tuple[str, str, float | None]:
+    """(key, folder, median PSNR): the marked images, or the unmarked ones where the share is zero."""
+    classes = len(list((work / e.data / "train").iterdir()))
+    network = Path(e.network).stem
+    keygen = f"keygen -o keys/{e.data}-{network}-seed{e.seed}.safetensors --classes {classes} --network {e.network}"
+    key = shared(work, f"keys/{e.data}-{network}-seed{e.seed}.safetensors", lambda _: step(log, "keygen", keygen))
+    source = subset(work, e.data, e.images)
+    if not e.share:
+        return key, source, None
+    name = f"marked/{e.data}-n{e.images}-q{e.share:g}-{network}-seed{e.seed}"
+    command = f"mark {source} -o {name} --key {key} --format png --fraction {e.share:g}"
+    shared(work, name, lambda _: step(log, "mark", command))
+    rows = read_manifest(work / f"{name}.manifest.jsonl")[1].values()
+    return key, name, statistics.median(row["psnr"] for row in rows if "psnr" in row)
+
+
+def published(work: Path, folder: str, how: str) -> str:
+    """The marked images after what `how` says, as PNG files, the same draws in every run."""
+
+    def change(target: Path) -> None:
+        for i, path in enumerate(sorted((work / folder).rglob("*.*"))):
+            torch.manual_seed(i)
+            image = Image.fromarray(decode(path.read_bytes(), str(path)).rgb.astype(np.uint8))
+            place = target / path.relative_to(work / folder).with_suffix(".png")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(png(np.asarray(PUBLISHED[how](image).convert("RGB"))))
+
+    return shared(work, f"published/{Path(folder).name}-{how.replace(' ', '-')}", change)
+
+
+def save(network: Network, path: Path) -> None:
+    networks.save_checkpoint(path, network.module, network.spec)
+
+
+def suspect(work: Path, e: Experiment, folder: str, log: Path, model: str) -> None:
+    """Train a suspect as the experiment says."""
+    held_out = f"{e.data}/{'test' if e.data == 'cifar10' else 'val'}"
+    command = f"train-demo {folder} -o {model} --epochs {e.epochs} --seed {e.seed} --resume --val {held_out}"
+    command += f" --image-size {e.size}" if e.size else ""
+    if e.trained:
+        data = training.load_folder(work / folder, None)
+        network = training.new_network(e.arch, data, stem=None, seed=e.seed)
+        train_otherwise(network, data, e.trained, e.epochs, e.seed)
+        save(network, work / model)
+    elif e.head_only:
+        marker = shared(work, "marker.safetensors", lambda path: shutil.copyfile(networks.BUILTIN, path))
+        step(log, "train", f"{command} --init {marker} --head-only")
+    else:
+        step(log, "train", f"{command} --arch {e.arch}")
+
+
+def changed(work: Path, e: Experiment, log: Path, model: str) -> None:
+    """The suspect of 'scratch/10%' after what the experiment says."""
+    before = run(work, "scratch/10%")["model"]
+    if e.afterwards == "fine-tuned":
+        source = subset(work, e.data, e.images, skip=e.images)  # images that it has not seen, unmarked
+        step(log, "train", f"train-demo {source} -o {model} --init {before} --epochs 4 --lr 0.02 --resume")
+        return
+    network = networks.load(work / before)
+    if e.afterwards == "averaged":
+        other = networks.load(work / run(work, "scratch/clean")["model"])
+        averaged(network, other, training.load_folder(work / subset(work, e.data, e.images), None))
+    else:
+        {"pruned": pruned, "8 bits": quantised}[e.afterwards](network)
+    save(network, work / model)
+
+
+def run(work: Path, name: str) -> dict:
+    """Carry out one experiment, or read what it gave."""
+    e, safe = EXPERIMENTS[name], name.replace("/", "-").replace(" ", "-").replace("%", "")
+    log, model = work / f"{safe}.log.json", f"models/{safe}.pt"
+    result_file = work / f"{safe}.result.json"
+
+    def make(_: Path) -> None:
+        started = time.monotonic()
+        key, folder, psnr = marked(work, e, log)
+        (work / "models").mkdir(exist_ok=True)
+        if e.afterwards:
+            changed(work, e, log, model)
+        else:
+            suspect(work, e, published(work, folder, e.published) if e.published else folder, log, model)
+        held_out = f"{e.data}/{'test' if e.data == 'cifar10' else 'val'}"
+        found = {}
+        for test, options in (("bare", ""), ("real", f" --data {held_out}")):
+            answer = step(log, f"verify {test}", f"verify {model} --key {key}{options}")
+            found[test] = {**answer["suspects"][0], "command": answer["command"], "seconds": answer["seconds"]}
+        finished = networks.load(work / model)
+        reached = training.accuracy(finished, training.load_folder(work / held_out, finished.spec.image_size))
+        commands = {part: done["command"] for part, done in json.loads(log.read_text()).items()}
+        result = {
+            "experiment": name, "share": e.share, "images": e.images, "epochs": e.epochs, "seed": e.seed, "psnr": psnr,
+            "accuracy": reached, "seconds": time.monotonic() - started, "commands": commands, "model": model,
+            **found, **machine(),
+        }  # fmt: skip
+        result_file.write_text(json.dumps(result, indent=1, sort_keys=True))
+
+    shared(work, f"results/{safe}", make)
+    return json.loads(result_file.read_text())
+
+
+def run_all(a: argparse.Namespace) -> None:
+    a.work.mkdir(parents=True, exist_ok=True)
+    for archive in a.data:
+        shared(a.work, archive.stem, lambda _, archive=archive: zipfile.ZipFile(archive).extractall(a.work))
+    for name in EXPERIMENTS:
+        if any(fnmatch.fnmatch(name, wanted) for wanted in a.only.split(",")):
+            found = run(a.work, name)
+            print(f"{name}: {found['real']['log10_p']:.2f}, {found['bare']['log10_p']:.2f} bare", flush=True)
+
+
+def table(a: argparse.Namespace) -> None:
+    runs = [json.loads(path.read_text()) for path in a.work.glob("*.result.json")]
+    runs.sort(key=lambda found: list(EXPERIMENTS).index(found["experiment"]))
+    line = "{:<34}{:>7}{:>7}{:>10}{:>8}{:>8}{:>8}{:>8}"
+    print(line.format("experiment", "q", "PSNR", "accuracy", "bare", "real", "paper", "s"))
+    for found in runs:
+        paper = found["real"]["paper_log10_p"]
+        print(
+            line.format(
+                found["experiment"], f"{found['share']:.0%}", f"{found['psnr']:.1f}" if found["psnr"] else "",
+                f"{found['accuracy']:.2%}", f"{found['bare']['log10_p']:.2f}", f"{found['real']['log10_p']:.2f}",
+                "" if paper is None else f"{paper:.2f}", f"{found['seconds']:.0f}",
+            )
+        )  # fmt: skip
+    if a.json:
+        a.json.write_text(json.dumps({"runs": runs}, indent=1, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    some = commands.add_parser("run")
+    some.set_defaults(call=run_all)
+    some.add_argument("data", type=Path, nargs="+", help="cifar10.zip, tiny-imagenet-100.zip")
+    some.add_argument("--only", default="*", help="names of experiments, * and ? allowed, separated by commas")
+    every = commands.add_parser("table")
+    every.set_defaults(call=table)
+    every.add_argument("--json", type=Path, default=None)
+    for part in (some, every):
+        part.add_argument("--work", type=Path, default=Path("bench-out"))
+    a = parser.parse_args()
+    a.call(a)
+
+
+if __name__ == "__main__":
+    main()
