@@ -99,16 +99,25 @@ def marked_hashes(manifest: Path) -> frozenset[str]:
     return frozenset(row["sha256_out"] for row in read_manifest(manifest)[1].values() if row["status"] == "marked")
 
 
-def unmarked_images(folder: Path, marked: frozenset[str], queries: bool = False) -> tuple[list[Tensor], list[str]]:
-    """(3, H, W) float images in [0, 255] and class names: at most ALIGNMENT_IMAGES, evenly taken, or as queries need.
+def marked_sources(manifest: Path) -> frozenset[str]:
+    """The paths of the images whose marked copies a manifest records."""
+    return frozenset(row["path"] for row in read_manifest(manifest)[1].values() if row["status"] == "marked")
 
+
+def unmarked_images(
+    folder: Path, marked: frozenset[str], queries: frozenset[str] | None = None
+) -> tuple[list[Tensor], list[str]]:
+    """(3, H, W) float images in [0, 255] and class names: at most ALIGNMENT_IMAGES, evenly taken.
+
+    Or as many as black-box `queries` need, those of these paths first: a suspect remembers the images it was shown.
     Raises RadiotagError if one of them is marked (by `marked`, or by a manifest beside it or a folder above).
     """
     for place in (folder, *folder.resolve().parents, folder.resolve()):
         beside = place.with_name(f"{place.name}.manifest.jsonl") if place.name else place
         marked = marked | (marked_hashes(beside) if beside.is_file() else frozenset())
     items, _, _ = scan(folder)
-    if queries:
+    if queries is not None:
+        items.sort(key=lambda item: item.path.as_posix() not in queries)  # stable
         chosen = [items[i] for i in blackbox.choose_images([item.label for item in items])]
     else:
         chosen = items[:: max(1, math.ceil(len(items) / ALIGNMENT_IMAGES))]
@@ -349,7 +358,8 @@ def corrected(findings: Sequence[Finding], alpha: float) -> list[Finding]:
 
 def prepare_queries(key: Key, key_path: Path, data: Path, manifest: Path | None, decoys: int) -> blackbox.Queries:
     """The queries for labelled, unmarked images: read back if they were made before, else made and kept."""
-    images, found = unmarked_images(data.absolute(), marked_hashes(manifest) if manifest else frozenset(), queries=True)
+    marked, sources = (marked_hashes(manifest), marked_sources(manifest)) if manifest else (frozenset(), frozenset())
+    images, found = unmarked_images(data.absolute(), marked, sources)
     rows = class_rows(key, found, manifest)
     kept = [i for i, name in enumerate(found) if name in rows]
     if not kept:

@@ -11,7 +11,7 @@ RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text
 ALONE = json.loads((ROOT / "tests/benchmarks/results/features_alone.json").read_text(encoding="utf-8"))
 MARKING = json.loads((ROOT / "tests/benchmarks/results/marking.json").read_text(encoding="utf-8"))
 BEFORE = json.loads((ROOT / "tests/benchmarks/results/bare_before.json").read_text(encoding="utf-8"))
-TESTS = ("bare", "real", "black-box")
+TESTS = ("bare", "real", "black-box", "originals")
 
 
 def minus(value):

@@ -15,6 +15,8 @@ from test_cli import bad, call, good
 from torch import nn
 
 from radiotag import RadiotagError, blackbox, radioactive, report, synthetic, verification
+from radiotag.images import decode
+from radiotag.manifest import read_manifest
 from radiotag.networks import marking_weights, save_checkpoint
 from radiotag.radioactive import load_key, new_key, save_key
 from radiotag.verification import Finding, Options, match_outputs, pair_classes
@@ -234,6 +236,24 @@ def test_images_to_ask_with_are_shared_evenly():
     assert blackbox.choose_images(labels) == [*range(48), 60, 61, 62, *range(63, 111)]
     assert blackbox.choose_images(labels, images=6) == [0, 1, 60, 61, 63, 64]
     assert len(blackbox.choose_images([str(i % 1000) for i in range(5000)])) == 1000
+
+
+def test_black_box_asks_first_with_the_originals_of_what_was_published(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(blackbox, "EACH", 2)
+    good(
+        "mark", place / "few", "--key", place / "k.safetensors", "-o", tmp_path / "out", "--steps", 1, "--fraction", 0.2
+    )
+    manifest, key = tmp_path / "out.manifest.jsonl", load_key(place / "k.safetensors")
+    marked = {path: row for path, row in read_manifest(manifest)[1].items() if row["status"] == "marked"}
+    assert len(marked) == 6  # two of the eight of each class
+
+    def shown(*more):
+        queries = verification.prepare_queries(key, tmp_path / "k.safetensors", place / "few", *more, 2)
+        return {image.numpy().tobytes() for image in queries.images}
+
+    originals = [decode((place / "few" / path).read_bytes(), path).rgb.transpose(2, 0, 1) for path in marked]
+    assert shown(manifest) == {image.astype(np.uint8).tobytes() for image in originals}
+    assert shown(None) != shown(manifest)
 
 
 def test_black_box_without_an_answer_for_some_keys():

@@ -31,7 +31,12 @@ from radiotag import __version__
 from radiotag.manifest import read_manifest
 
 EPOCHS = 6
-TESTS = {"bare": "", "real": " --data ../cifar10/test", "black-box": " --data ../cifar10/test --black-box"}
+TESTS = {
+    "bare": "",
+    "real": " --data ../cifar10/test",
+    "black-box": " --data ../cifar10/test --black-box",
+    "originals": " --data ../cifar10/train --marked {manifest} --black-box",  # of what was published
+}
 
 
 def step(log: Path, name: str, command: str) -> dict:
@@ -97,16 +102,12 @@ def verified(a: argparse.Namespace, log: Path, owner: str) -> dict:
     found = {}
     for name, model in suspects.items():
         for test, options in TESTS.items():
-            check = (
-                " --calibrate 1000" if (name, test, owner) in (("clean", "bare", ""), ("clean", "bare", "1")) else ""
-            )
+            check = " --calibrate 1000" if (name, test) == ("clean", "bare") and owner in {"", "1"} else ""
             command = f"verify {model} --key k{owner}.safetensors{options}{check}"
+            command = command.format(manifest=f"marked{owner}.manifest.jsonl")
             answer = step(log, f"verify{owner} {name} {test}", command)
-            found[f"{name}, {test}"] = {
-                **answer["suspects"][0],
-                "command": answer["command"],
-                "seconds": answer["seconds"],
-            }
+            about = {"command": answer["command"], "seconds": answer["seconds"]}
+            found[f"{name}, {test}"] = answer["suspects"][0] | about
     return found
 
 
@@ -114,7 +115,7 @@ def table(a: argparse.Namespace) -> None:
     runs = [json.loads(path.read_text()) for path in sorted(a.work.glob("q*/result*.json"))]
     runs.sort(key=lambda run: (-run["fraction"], run["train"]["epochs"], run["seed"], run.get("owner", "")))
     heads = ("q", "epochs", "seed", "key", "PSNR", "accuracy", *TESTS, "paper", "clean")
-    line = "{:>5}{:>7}{:>5}{:>4}{:>6}{:>9}{:>8}{:>8}{:>10}{:>7}{:>20}"
+    line = "{:>5}{:>7}{:>5}{:>4}{:>6}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>30}"
     print(line.format(*heads))
     for run in runs:
         found = [f"{run[f'suspect, {test}']['log10_p']:.2f}" for test in TESTS]
