@@ -1,15 +1,16 @@
 """What a mark is worth at a given PSNR, against how it is made; and how fast it is made.
 
-    python tests/benchmarks/marking.py evidence cifar10.zip --work bench-out --psnr 34 --recipe radiotag --seed 2
+    python tests/benchmarks/marking.py evidence cifar10.zip --work bench-out --recipe radiotag@34 paper@34 --seed 2
     python tests/benchmarks/marking.py speed cifar10.zip photos --work bench-out
     python tests/benchmarks/marking.py scale --work bench-out
     python tests/benchmarks/marking.py table --work bench-out --json marking.json
 
-`evidence` marks a share of CIFAR-10's first images by one recipe (RECIPES), trains a suspect from scratch and verifies
-it; recipes of one seed share a key, the choice of images and the suspect's seed. It repeats nothing that lies in the
-work folder. The recipe 'two networks' needs a second one (what `evidence.py run --clean` left, of another seed).
-`speed` times the plain recipe beside radiotag's on the same images in one run. `photos` is a folder of photographs,
-which a ResNet-18 with 224-pixel input marks; its weights are random, since time does not depend on them.
+`evidence` marks a share of CIFAR-10's first images by each of the recipes given (RECIPES), every recipe with a key and
+images of its own, trains one suspect from scratch on all of them and verifies it by each key: so recipes are compared
+in one suspect. It repeats nothing that lies in the work folder. The recipe 'two networks' needs a second one (what
+`evidence.py run --clean` left, of another seed). `speed` times the plain recipe beside radiotag's on the same images in
+one run. `photos` is a folder of photographs, which a ResNet-18 with 224-pixel input marks; its weights are random,
+since time does not depend on them.
 """
 
 import argparse
@@ -191,45 +192,69 @@ def versions() -> dict:
 
 
 def evidence(a: argparse.Namespace) -> None:
-    """One recipe at one PSNR: mark, train, verify."""
-    name = f"mark-{a.recipe.replace(' ', '-')}-{a.psnr:g}dB-n{a.images}-q{a.fraction:g}-e{a.epochs}-seed{a.seed}"
-    if (a.work / f"{name}.json").exists():
+    """Mark by each recipe, with a key and images of its own, train one suspect on all, verify it by each key."""
+    recipes = [name.partition("@")[::2] for name in a.recipe]
+    whole = "+".join(f"{name}@{db or 34}" for name, db in recipes).replace(" ", "-")
+    stem = f"mark-{whole}-n{a.images}-q{a.fraction:g}-e{a.epochs}-seed{a.seed}"
+    if (a.work / f"{stem}.json").exists():
         return
-    root, key_file = cifar(a), a.work / f"mark-seed{a.seed}.safetensors"
-    if not key_file.exists():
-        key = radioactive.new_key(*networks.marking_weights("builtin"), 10)
-        radioactive.save_key(key_file, key)
-    key = radioactive.load_key(key_file)
+    root, model, count = cifar(a), a.work / f"{stem}.pt", round(a.fraction * a.images)
     data = training.load_folder(root / "train", 32)
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[: a.images]
-    x, y, count = data.images[order].clone(), data.labels[order], round(a.fraction * a.images)
-    network, started = key.network(), time.monotonic()
-    recipe = RECIPES[a.recipe]
-    second = networks.load(a.second) if isinstance(recipe, Plain) and recipe.second else None
-    marked = mark_all(network, x[:count], key, y[:count], recipe, a.psnr, second)
-    seconds = time.monotonic() - started
-    error = (marked.float() - x[:count].float()).square().flatten(1).mean(1)
-    with torch.no_grad():
-        shift = network.features(marked[:500].float() / 255) - network.features(x[: min(500, count)].float() / 255)
-    x[:count] = marked
+    x, y = data.images[order].clone(), data.labels[order]
+    runs = []
+    for place, (name, db) in enumerate(recipes):
+        mine = slice(place * count, (place + 1) * count)
+        key_file = a.work / f"mark-seed{a.seed}-{place}.safetensors"
+        saved = a.work / f"{stem}-{place}.images.pt"
+        if not saved.exists():
+            torch.save(marked_by(name, float(db or 34), key_file, x[mine], y[mine], a.second), saved)
+        x[mine], about = torch.load(saved)
+        runs.append({"recipe": name, "psnr": float(db or 34), "key": key_file.name, **about})
     dataset = training.Dataset(images=x, labels=y, names=data.names)
-    suspect, model = training.new_network("resnet10", dataset, stem=None, seed=a.seed), a.work / f"{name}.pt"
+    suspect = training.new_network("resnet10", dataset, stem=None, seed=a.seed)
     held_out, plan = training.load_folder(root / "test", 32), training.Recipe(epochs=a.epochs, seed=a.seed)
     accuracy = training.train(suspect, dataset, plan, validation=held_out, output=model, resume=model.exists())
-    found = {}
-    for test, options in (("bare", []), ("real", ["--data", str(root / "test")])):
-        command = [sys.executable, "-m", "radiotag", "verify", str(model), "--key", str(key_file), "--json", *options]
-        answer = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout)
-        wanted = ("log10_p", "paper_log10_p", "mean_cosine", "pattern_cosine")
-        found[test] = {field: answer["suspects"][0][field] for field in wanted}
-    result = {
-        "recipe": a.recipe, "psnr": a.psnr, "images": a.images, "fraction": a.fraction, "epochs": a.epochs,
-        "seed": a.seed, "psnr_median": float((10 * torch.log10(255**2 / error.clamp_min(1e-9))).median()),
-        "gain": float((shift * key.carriers[y[: len(shift)]]).sum(1).mean()), "seconds_per_image": seconds / count,
-        "accuracy": accuracy, **found, "versions": versions(),
+    for run in runs:
+        run |= {test: verified(model, a.work / run["key"], options) for test, options in tests(root).items()}
+    shared = {
+        "images": a.images, "fraction": a.fraction, "epochs": a.epochs, "seed": a.seed, "accuracy": accuracy,
+        "suspect": whole, "versions": versions(),
     }  # fmt: skip
-    (a.work / f"{name}.json").write_text(json.dumps(result, indent=1, sort_keys=True))
-    model.unlink()
+    (a.work / f"{stem}.json").write_text(json.dumps([run | shared for run in runs], indent=1, sort_keys=True))
+    for path in (model, *a.work.glob(f"{stem}-*.images.pt")):
+        path.unlink()
+
+
+def marked_by(
+    name: str, psnr: float, key_file: Path, x: Tensor, y: Tensor, other: Path | None
+) -> tuple[Tensor, dict[str, float]]:
+    """Images (N, 3, H, W) uint8 of labels (N,) marked by a recipe, and what that took and gave."""
+    if not key_file.exists():
+        radioactive.save_key(key_file, radioactive.new_key(*networks.marking_weights("builtin"), 10))
+    key, recipe = radioactive.load_key(key_file), RECIPES[name]
+    network, started = key.network(), time.monotonic()
+    second = networks.load(other) if isinstance(recipe, Plain) and recipe.second else None
+    marked = mark_all(network, x, key, y, recipe, psnr, second)
+    seconds = time.monotonic() - started
+    error = (marked.float() - x.float()).square().flatten(1).mean(1)
+    with torch.no_grad():
+        shift = network.features(marked[:500].float() / 255) - network.features(x[:500].float() / 255)
+    return marked, {
+        "psnr_median": float((10 * torch.log10(255**2 / error.clamp_min(1e-9))).median()),
+        "gain": float((shift * key.carriers[y[:500]]).sum(1).mean()), "seconds_per_image": seconds / len(x),
+    }  # fmt: skip
+
+
+def tests(root: Path) -> dict[str, list[str]]:
+    return {"bare": [], "real": ["--data", str(root / "test")]}
+
+
+def verified(model: Path, key_file: Path, options: list[str]) -> dict[str, float]:
+    command = [sys.executable, "-m", "radiotag", "verify", str(model), "--key", str(key_file), "--json", *options]
+    answer = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout)
+    wanted = ("log10_p", "paper_log10_p", "mean_cosine", "pattern_cosine")
+    return {field: answer["suspects"][0][field] for field in wanted}
 
 
 def plain_folder(source: Path, output: Path, key_file: Path, psnr: float) -> None:
@@ -364,7 +389,8 @@ def scale(a: argparse.Namespace) -> None:
 
 
 def table(a: argparse.Namespace) -> None:
-    runs = [json.loads(p.read_text()) for p in sorted(a.work.glob("mark-*-seed*.json"))]
+    files = sorted(a.work.glob("mark-*-seed*.json"))
+    runs = [run for file in files for run in json.loads(file.read_text())]
     runs.sort(key=lambda r: (r["images"], r["psnr"], list(RECIPES).index(r["recipe"]), r["seed"]))
     heads = ("images", "q", "PSNR", "seed", "gain", "ms", "accuracy", "bare", "real")
     print(f"{'recipe':<16}" + "".join(f"{head:>9}" for head in heads))
@@ -375,8 +401,11 @@ def table(a: argparse.Namespace) -> None:
             f"{r['real']['log10_p']:.2f}",
         )  # fmt: skip
         print(f"{r['recipe']:<16}" + "".join(f"{number:>9}" for number in numbers))
-    files = {name: a.work / f"mark-{name}.json" for name in ("speed", "scale")}
-    others = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    others = {
+        name: json.loads((a.work / f"mark-{name}.json").read_text())
+        for name in ("speed", "scale")
+        if (a.work / f"mark-{name}.json").exists()
+    }
     if a.json:
         a.json.write_text(json.dumps({"runs": runs, **others}, indent=1, sort_keys=True) + "\n")
 
@@ -387,9 +416,8 @@ def main() -> None:
     one = commands.add_parser("evidence")
     one.set_defaults(call=evidence)
     one.add_argument("data", type=Path)
-    one.add_argument("--recipe", choices=RECIPES, default="radiotag")
+    one.add_argument("--recipe", nargs="+", default=["radiotag@34"], help="NAME@PSNR, one or more in one suspect")
     one.add_argument("--second", type=Path, help="a checkpoint, for the recipe 'two networks': clean-seedN.pt, say")
-    one.add_argument("--psnr", type=float, default=34.0)
     one.add_argument("--images", type=int, default=50_000)
     one.add_argument("--fraction", type=float, default=0.1)
     one.add_argument("--epochs", type=int, default=6)
