@@ -1,6 +1,7 @@
 """What the README says is what was measured, and its commands exist."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -48,14 +49,16 @@ def test_the_other_figures_are_measurements_too():
     assert f"a black-box one {fresh['suspect, black-box']['seconds']:.0f} s" in prose
     psnr = [run["psnr_median"] for run in RESULTS["runs"]]
     assert f"PSNR median {min(psnr):.1f} to {max(psnr):.1f} dB" in prose
-    small = next(run for run in RESULTS["runs"] if run["fraction"] == 0.02)
-    cosines = [each["suspect, real"]["pattern_cosine"] for each in (run, small)]
-    assert f"from {cosines[0]:.2f} at 10 % to {cosines[1]:.2f}" in prose
+    tenth, few, fewer = ([run for run in RESULTS["runs"] if run["fraction"] == q] for q in (0.1, 0.02, 0.01))
+    cosines = [f"{each['suspect, real']['pattern_cosine']:.2f}" for each in (tenth[0], *few)]
+    assert "pattern is {} at 10 %, and {} at 2 % after six epochs, {} after sixteen".format(*cosines) in prose
+    shares = [f"{each['suspect, bare']['log10_p'] / each['suspect, real']['log10_p']:.0%}" for each in tenth]
+    assert f"there is {', '.join(shares[:-1])} and {shares[-1]} of".replace("%", " %") in prose
+    middle = [minus(statistics.median(each[f"suspect, {test}"]["log10_p"] for each in fewer)) for test in TESTS]
+    told = "medians {} without data, {} with it, {} black-box, {} with the originals".format(*middle)
+    assert told in prose
     assert f"a verification {fresh['suspect, bare']['seconds']:.0f} s without data" in prose
     assert f"and {fresh['suspect, real']['seconds']:.0f} s with it" in prose
-    assert (
-        f"has {fresh['suspect, bare']['log10_p'] / fresh['suspect, real']['log10_p']:.0%}".replace("%", " %") in prose
-    )
     before = " and ".join(minus(run["suspect, bare"]["log10_p"]) for run in BEFORE["runs"])
     assert f"figures of seed 2 without data were {before}" in prose
     bare, real = (ALONE["steps"][f"radioactive, {images}"]["log10_p"] for images in ("synthetic", "real"))
