@@ -59,6 +59,10 @@ def test_the_other_figures_are_measurements_too():
     assert told in prose
     assert f"a verification {fresh['suspect, bare']['seconds']:.0f} s without data" in prose
     assert f"and {fresh['suspect, real']['seconds']:.0f} s with it" in prose
+    taught = next(run for run in RESULTS["runs"] if "train student" in run)
+    gave = [minus(taught[f"student, {test}"]["log10_p"]) for test in TESTS]
+    assert "{} without data, {} with it, {} black-box, {} with the originals; its".format(*gave) in prose
+    assert f"originals; its accuracy is {100 * taught['train student']['accuracy']:.2f} %" in prose
     before = " and ".join(minus(run["suspect, bare"]["log10_p"]) for run in BEFORE["runs"])
     assert f"figures of seed 2 without data were {before}" in prose
     bare, real = (ALONE["steps"][f"radioactive, {images}"]["log10_p"] for images in ("synthetic", "real"))
