@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from radiotag import RadiotagError, blackbox
 from radiotag.images import decode, file_hash, scan
-from radiotag.manifest import read_manifest
+from radiotag.manifest import Row, read_manifest
 from radiotag.networks import Network, load, resized
 from radiotag.radioactive import (
     ALIGNMENT_IMAGES,
@@ -94,14 +94,15 @@ def synthetic_images(size: int) -> Tensor:
     return torch.cat([leaves, others])
 
 
-def marked_hashes(manifest: Path) -> frozenset[str]:
-    """SHA-256 of every marked file that a manifest records."""
-    return frozenset(row["sha256_out"] for row in read_manifest(manifest)[1].values() if row["status"] == "marked")
+def marked_rows(manifest: Path | None) -> list[Row]:
+    """What a manifest records of every marked image; nothing without one."""
+    rows = read_manifest(manifest)[1].values() if manifest else ()
+    return [row for row in rows if row["status"] == "marked"]
 
 
-def marked_sources(manifest: Path) -> frozenset[str]:
-    """The paths of the images whose marked copies a manifest records."""
-    return frozenset(row["path"] for row in read_manifest(manifest)[1].values() if row["status"] == "marked")
+def marked_hashes(rows: Iterable[Row]) -> frozenset[str]:
+    """SHA-256 of every marked file."""
+    return frozenset(row["sha256_out"] for row in rows)
 
 
 def unmarked_images(
@@ -114,7 +115,7 @@ def unmarked_images(
     """
     for place in (folder, *folder.resolve().parents, folder.resolve()):
         beside = place.with_name(f"{place.name}.manifest.jsonl") if place.name else place
-        marked = marked | (marked_hashes(beside) if beside.is_file() else frozenset())
+        marked = marked | marked_hashes(marked_rows(beside if beside.is_file() else None))
     items, _, _ = scan(folder)
     if queries is not None:
         items.sort(key=lambda item: item.path.as_posix() not in queries)  # stable
@@ -252,7 +253,7 @@ def examine(
     pixels = synthetic_images(size)
     found: tuple[str, ...] = ()
     if data is not None:
-        pixels, found = real_images(data.absolute(), size, marked_hashes(manifest) if manifest else frozenset())
+        pixels, found = real_images(data.absolute(), size, marked_hashes(marked_rows(manifest)))
     rows = class_rows(key, [name for name in found if name], manifest, theirs)
     if rows:
         told = _named_outputs(suspect, key, list(rows))
@@ -358,8 +359,9 @@ def corrected(findings: Sequence[Finding], alpha: float) -> list[Finding]:
 
 def prepare_queries(key: Key, key_path: Path, data: Path, manifest: Path | None, decoys: int) -> blackbox.Queries:
     """The queries for labelled, unmarked images: read back if they were made before, else made and kept."""
-    marked, sources = (marked_hashes(manifest), marked_sources(manifest)) if manifest else (frozenset(), frozenset())
-    images, found = unmarked_images(data.absolute(), marked, sources)
+    marked = marked_rows(manifest)
+    sources = frozenset(row["path"] for row in marked)
+    images, found = unmarked_images(data.absolute(), marked_hashes(marked), sources)
     rows = class_rows(key, found, manifest)
     kept = [i for i, name in enumerate(found) if name in rows]
     if not kept:

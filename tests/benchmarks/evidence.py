@@ -54,12 +54,17 @@ def step(log: Path, name: str, command: str) -> dict:
 
 
 def once(a: argparse.Namespace) -> None:
-    rest = (f"-epochs{a.epochs}" if a.epochs != EPOCHS else "") + (f"-keys{a.keys}" if a.keys != 1 else "")
-    work = a.work / (f"q{a.fraction:g}-seed{a.seed}" + rest)
+    longer = f"-epochs{a.epochs}" if a.epochs != EPOCHS else ""
+    several = f"-keys{a.keys}" if a.keys != 1 else ""
+    work = a.work / f"q{a.fraction:g}-seed{a.seed}{longer}{several}"
     work.mkdir(parents=True, exist_ok=True)
     if not (a.work / "cifar10").exists():
         zipfile.ZipFile(a.data).extractall(a.work)
-    log, train = work / "log.json", f"--arch {a.arch} --epochs {a.epochs} --seed {a.seed} --resume"
+    log = work / "log.json"
+
+    def train(seed: int) -> str:
+        return f"--arch {a.arch} --epochs {a.epochs} --seed {seed} --resume"
+
     owners = [""] if a.keys == 1 else [str(number) for number in range(1, a.keys + 1)]
     source, results = "../cifar10/train", {}
     for owner in owners:  # each owner marks what the one before released
@@ -70,17 +75,19 @@ def once(a: argparse.Namespace) -> None:
         psnr = [r["psnr"] for r in read_manifest(work / f"{source}.manifest.jsonl")[1].values() if "psnr" in r]
         results[owner] = {"fraction": a.fraction, "seed": a.seed, "threads": torch.get_num_threads(), "owner": owner,
                           "keygen": made, "mark": mark, "psnr_median": statistics.median(psnr)}  # fmt: skip
-    trained = {"train": step(log, "train", f"train-demo {source} -o suspect.pt {train} --val ../cifar10/test")}
+    trained = {"train": step(log, "train", f"train-demo {source} -o suspect.pt {train(a.seed)} --val ../cifar10/test")}
+    clean = f"clean-seed{a.seed}{longer}"
     if a.clean:
-        command = f"train-demo cifar10/train -o clean-seed{a.seed}.pt {train} --val cifar10/test"
-        trained["train clean"] = step(a.work / f"clean-seed{a.seed}.json", "train", command)
+        command = f"train-demo cifar10/train -o {clean}.pt {train(a.seed)} --val cifar10/test"
+        trained["train clean"] = step(a.work / f"{clean}.json", "train", command)
     if a.student:
-        command = f"train-demo ../cifar10/train -o student.pt --teacher suspect.pt {train} --val ../cifar10/test"
-        trained["train student"] = step(
-            log, "train student", command.replace(f"--seed {a.seed}", f"--seed {a.seed + 100}")
-        )
+        command = f"train-demo ../cifar10/train -o student.pt --teacher suspect.pt {train(a.seed + 100)}"
+        trained["train student"] = step(log, "train student", f"{command} --val ../cifar10/test")
+    suspects = {"suspect": "suspect.pt"}
+    suspects |= {"clean": f"../{clean}.pt"} if a.clean else {}
+    suspects |= {"student": "student.pt"} if a.student else {}
     for owner, result in results.items():
-        whole = result | trained | verified(a, log, owner) | machine()
+        whole = result | trained | verified(suspects, log, owner) | machine()
         (work / f"result{owner}.json").write_text(json.dumps(whole, indent=1, sort_keys=True))
     for path in work.glob("marked*/"):
         shutil.rmtree(path)  # tens of thousands of copies a run
@@ -92,22 +99,20 @@ def machine() -> dict:
     return {"versions": {**versions, "python": platform.python_version()}, "machine": cores}
 
 
-def verified(a: argparse.Namespace, log: Path, owner: str) -> dict:
-    """Each test of the suspect, and of the clean one if there is one, under this owner's key."""
-    suspects = {"suspect": "suspect.pt"}
-    if a.clean:
-        suspects["clean"] = f"../clean-seed{a.seed}.pt"
-    if a.student:
-        suspects["student"] = "student.pt"
+def verdict(answer: dict) -> dict:
+    """What `verify` said of its only suspect, with the command and the time."""
+    return {**answer["suspects"][0], "command": answer["command"], "seconds": answer["seconds"]}
+
+
+def verified(suspects: dict[str, str], log: Path, owner: str) -> dict:
+    """Each test of every suspect under this owner's key."""
     found = {}
     for name, model in suspects.items():
         for test, options in TESTS.items():
             check = " --calibrate 1000" if (name, test) == ("clean", "bare") and owner in {"", "1"} else ""
             command = f"verify {model} --key k{owner}.safetensors{options}{check}"
             command = command.format(manifest=f"marked{owner}.manifest.jsonl")
-            answer = step(log, f"verify{owner} {name} {test}", command)
-            about = {"command": answer["command"], "seconds": answer["seconds"]}
-            found[f"{name}, {test}"] = answer["suspects"][0] | about
+            found[f"{name}, {test}"] = verdict(step(log, f"verify{owner} {name} {test}", command))
     return found
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence import machine, step
+from evidence import machine, step, verdict
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
@@ -52,6 +52,11 @@ class Experiment:
     published: str = ""  # what becomes of the marked images before the training: in PUBLISHED
     trained: str = ""  # how the suspect is trained instead of by plain SGD: in TRAINED
     afterwards: str = ""  # what becomes of the trained suspect: in AFTERWARDS
+
+    @property
+    def held_out(self) -> str:
+        """Images that nothing is trained on."""
+        return f"{self.data}/{'test' if self.data == 'cifar10' else 'val'}"
 
 
 # ---------------------------------------------------------------- what may happen to a mark
@@ -218,8 +223,7 @@ def save(network: Network, path: Path) -> None:
 
 def suspect(work: Path, e: Experiment, folder: str, log: Path, model: str) -> None:
     """Train a suspect as the experiment says."""
-    held_out = f"{e.data}/{'test' if e.data == 'cifar10' else 'val'}"
-    command = f"train-demo {folder} -o {model} --epochs {e.epochs} --seed {e.seed} --resume --val {held_out}"
+    command = f"train-demo {folder} -o {model} --epochs {e.epochs} --seed {e.seed} --resume --val {e.held_out}"
     command += f" --image-size {e.size}" if e.size else ""
     if e.trained:
         data = training.load_folder(work / folder, None)
@@ -263,13 +267,11 @@ def run(work: Path, name: str) -> dict:
             changed(work, e, log, model)
         else:
             suspect(work, e, published(work, folder, e.published) if e.published else folder, log, model)
-        held_out = f"{e.data}/{'test' if e.data == 'cifar10' else 'val'}"
         found = {}
-        for test, options in (("bare", ""), ("real", f" --data {held_out}")):
-            answer = step(log, f"verify {test}", f"verify {model} --key {key}{options}")
-            found[test] = {**answer["suspects"][0], "command": answer["command"], "seconds": answer["seconds"]}
+        for test, options in (("bare", ""), ("real", f" --data {e.held_out}")):
+            found[test] = verdict(step(log, f"verify {test}", f"verify {model} --key {key}{options}"))
         finished = networks.load(work / model)
-        reached = training.accuracy(finished, training.load_folder(work / held_out, finished.spec.image_size))
+        reached = training.accuracy(finished, training.load_folder(work / e.held_out, finished.spec.image_size))
         commands = {part: done["command"] for part, done in json.loads(log.read_text()).items()}
         result = {
             "experiment": name, "share": e.share, "images": e.images, "epochs": e.epochs, "seed": e.seed, "psnr": psnr,
