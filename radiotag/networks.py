@@ -99,6 +99,17 @@ class Network(nn.Module):
         return self.head.in_features
 
 
+def mixed_precision(device: str) -> torch.autocast:
+    """For marking and training: convolutions and products in bfloat16 where the processor has instructions for it.
+
+    On such a processor, without a GPU, they take little more than half of the time; marks gain the same by it.
+    Verification is not rounded so.
+    """
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return torch.autocast("cpu", torch.bfloat16, enabled=device == "cpu" and native)
+
+
 @torch.no_grad()
 def find_head(network: Network) -> nn.Linear | None:
     """The linear layer whose output is the network's output, found by running it; None if there is none.

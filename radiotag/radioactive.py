@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from radiotag import RadiotagError
 from radiotag.images import write_atomically
-from radiotag.networks import Network, State, from_state, resized, spec_from, unpack
+from radiotag.networks import Network, State, from_state, mixed_precision, resized, spec_from, unpack
 
 FORMAT = 1  # of key files
 STATISTIC = "response+ridge+pattern"  # what new keys declare
@@ -364,7 +364,8 @@ def mark_images(
             seen = y if w is None else y + (w.to(device) - y.detach())
             crop = random_crop(y.shape[1], y.shape[2], draw, marking)
             views.append(augmented(seen, crop, network.spec.image_size) / 255)
-        features = network.features(_pad(torch.stack(views)))[: len(images)]  # (B, d)
+        with mixed_precision(device.type):
+            features = network.features(_pad(torch.stack(views)))[: len(images)].float()  # (B, d)
         gradients = torch.autograd.grad(marking_loss(features, carriers).sum(), moved)
         for i, (base, radius) in enumerate(starts):
             g = gradients[i] * masks[i].square()  # the gradient in δ/mask, as a step in δ

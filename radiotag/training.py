@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from radiotag import RadiotagError
 from radiotag.images import decode, scan
-from radiotag.networks import Network, Spec, build, find_head, load, save_checkpoint, small_stem, to_metadata
+from radiotag.networks import (
+    Network,
+    Spec,
+    build,
+    find_head,
+    load,
+    mixed_precision,
+    save_checkpoint,
+    small_stem,
+    to_metadata,
+)
 
 IN_MEMORY = 6 * 2**30  # bytes of decoded images; beyond, they lie in a temporary file that the system pages in
 
@@ -262,7 +272,8 @@ def _epoch(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(epoch * len(batches) + i, recipe.epochs * len(batches), recipe)
         pixels = augment(data.images[batch], generator).to(device)
-        loss = _loss(network, pixels, data.labels[batch].to(device), teacher)
+        with mixed_precision(device):
+            loss = _loss(network, pixels, data.labels[batch].to(device), teacher)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -274,11 +285,11 @@ def _epoch(
 
 
 def _loss(network: Network, pixels: Tensor, labels: Tensor, teacher: Network | None) -> Tensor:
-    logits = network(pixels)
+    logits = network(pixels).float()
     if teacher is None:
         return F.cross_entropy(logits, labels)
     with torch.no_grad():
-        soft = teacher(pixels).softmax(1)  # the suspect's outputs are all that a student sees
+        soft = teacher(pixels).float().softmax(1)  # the suspect's outputs are all that a student sees
     return F.cross_entropy(logits, soft)
 
 

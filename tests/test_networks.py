@@ -331,6 +331,29 @@ def test_forward_resizes_as_pillow_does_and_normalises():
     torch.testing.assert_close(network(x[..., :32, :32]), normalised(x[..., :32, :32]))
 
 
+@pytest.mark.parametrize(
+    ("able", "device", "used"),
+    [
+        ({"avx512_bf16": True}, "cpu", True),
+        ({"amx_bf16": True, "avx512_bf16": False}, "cpu", True),
+        ({"avx512_f": True}, "cpu", False),
+        ({"avx512_bf16": True}, "cuda", False),
+    ],
+)
+def test_bfloat16_is_used_where_the_processor_has_it(able, device, used, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    with networks.mixed_precision(device):
+        dtype = (torch.eye(2) @ torch.eye(2)).dtype
+    assert dtype == (torch.bfloat16 if used else torch.float32)
+    assert (torch.eye(2) @ torch.eye(2)).dtype == torch.float32
+
+
+def test_a_torch_that_does_not_tell_its_capabilities_is_not_asked(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    with networks.mixed_precision("cpu"):
+        assert (torch.eye(2) @ torch.eye(2)).dtype == torch.float32
+
+
 def test_features_leave_no_hook_and_the_network_frozen(small):
     network = from_state(small[1], SPEC)
     network.features(pixels(32))

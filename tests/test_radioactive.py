@@ -10,6 +10,7 @@ import random
 import stat
 import time
 import warnings
+from contextlib import nullcontext
 from statistics import NormalDist
 
 import mpmath
@@ -838,8 +839,9 @@ def test_marked_bytes_do_not_depend_on_the_batch(network):
 
 
 @pytest.mark.parametrize("posterise", [False, True])
-def test_one_step_is_the_projected_gradient_at_what_a_reader_sees(network, posterise):
+def test_one_step_is_the_projected_gradient_at_what_a_reader_sees(network, posterise, monkeypatch):
     """steps = 1, the crop whole: the step is reach·radius along the gradient, computed here by hand."""
+    monkeypatch.setattr(radioactive, "mixed_precision", lambda _: nullcontext())  # as a processor without bfloat16 does
     x, u = photos(1)[0], carriers_for(1)[0]
     seen = (x / 64).round() * 64 if posterise else x  # its own gradient is zero almost everywhere
     marking = Marking(steps=1, reach=0.5, **WHOLE)
@@ -853,6 +855,20 @@ def test_one_step_is_the_projected_gradient_at_what_a_reader_sees(network, poste
     expected = (x - (0.5 * radius * gradient / gradient.norm()).clamp(-10, 10)).clamp(0, 255)
     assert float((expected - x).norm()) > 0.3 * radius
     assert found.numpy() == pytest.approx(expected.numpy(), abs=2e-3)
+
+
+def test_marks_made_in_bfloat16_gain_as_much(network, monkeypatch):
+    """Whether or not this processor would use it: rounding turns the gradients, and must not weaken a mark."""
+    images, made = photos(16), {}
+    for half in (False, True):
+        monkeypatch.setattr(
+            radioactive, "mixed_precision", lambda _, half=half: torch.autocast("cpu", torch.bfloat16, enabled=half)
+        )
+        made[half] = marked_by(network, images, Marking(steps=12, **WHOLE))
+    full, half = (gains(network, images, made[kind]).mean() for kind in (False, True))
+    assert half == pytest.approx(full, rel=0.03)
+    assert not all(torch.equal(a, b) for a, b in zip(*made.values(), strict=True))
+    assert all(y.dtype == torch.float32 and psnr(x, y) >= 34 - 1e-4 for x, y in zip(images, made[True], strict=True))
 
 
 def test_read_back_is_asked_for_each_image_at_each_step(network):
