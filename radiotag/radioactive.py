@@ -648,15 +648,19 @@ def suspect_rows(
 ) -> Rows:
     """The declared statistic's vectors and the paper's, for (suspect output, carrier row) pairs. Carriers play no part.
 
-    pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs`, or none: then the images that the
-    suspect itself takes for a class serve its response. All serve the alignment. `own`: the marking network's outputs
-    for the same classes, whose answers are removed class by class; without, the span of all its answers is.
+    pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs` or −1 for other classes, or none:
+    then the images that the suspect itself takes for a class serve its response. All serve the alignment. `own`: the
+    marking network's outputs for the same classes, whose answers are removed class by class; without, the span of all
+    its answers is.
     """
     outputs = [output for output, _ in pairs]
     places, (penalty, share) = None, RIDGE_UNLABELLED if labels is None else RIDGE_LABELLED
     if labels is None:
         chosen = likeliest(suspect, pixels, outputs, max(8, GRADIENTS // len(outputs)), batch_size)  # (C, n)
         places, labels = chosen.flatten(), torch.arange(len(outputs)).repeat_interleave(chosen.shape[1])
+    elif bool((labels < 0).any()):
+        places = torch.nonzero(labels >= 0)[:, 0]
+        labels = labels[places]
     answer, pattern = responses(marker, suspect, pixels, outputs, batch_size, labels, places)
     if own is None:
         every = tuple(range(min(marker.spec.classes, 64)))

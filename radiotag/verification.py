@@ -196,7 +196,7 @@ def class_rows(
     """
     if manifest:
         known = marked_classes(key, manifest)
-    elif key.class_names is not None and len(key.carriers) > 1:
+    elif key.class_names is not None:
         known = {name: row for row, name in enumerate(key.class_names)}
     else:
         whole = theirs is not None and set(found) <= set(theirs) and len(theirs) <= len(key.carriers)
@@ -265,7 +265,7 @@ def examine(
             raise RadiotagError(f"{path} knows none of the classes in {data}", "check --image-size, --mean and --std")
         pairs = [(output, row) for output, row, _ in matched]
         names = tuple(name for _, _, name in matched)
-        pixels, labels = labelled(pixels, found, names)
+        labels = positions(found, names)
     else:
         pairs, labels = pair_classes(key, suspect, manifest), None
         every = theirs or (tuple(key.class_names) if key.class_names else ())
@@ -282,12 +282,11 @@ def load_suspect(path: Path, options: Options) -> Network:
     ).to(options.device)
 
 
-@lru_cache(maxsize=4)  # the same tensors for the next suspect, so that what is computed of them is kept, too
-def labelled(pixels: Tensor, found: tuple[str, ...], names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """The images of some classes, (N', …), and their classes' positions in `names`, (N',)."""
+@lru_cache(maxsize=4)  # the same tensor for the next suspect, so that what is computed of it is kept, too
+def positions(found: tuple[str, ...], names: tuple[str, ...]) -> Tensor:
+    """The classes' positions in `names`, (N,); −1 for images of others, which serve the alignment alone."""
     place = {name: i for i, name in enumerate(names)}
-    keep = [i for i, name in enumerate(found) if name in place]
-    return pixels[keep], torch.tensor([place[found[i]] for i in keep])
+    return torch.tensor([place.get(name, -1) for name in found])
 
 
 def calibrate(rows: Rows, key: Key, log_p: float, count: int) -> Calibration:

@@ -1644,12 +1644,7 @@ def test_a_full_disk_is_named(world, tmp_path, monkeypatch):
     assert "No space left" in mark(world, tmp_path / "out", "--fraction", 0.5).err
 
 
-def test_only_images_whose_class_is_asked_for_are_used_with_their_labels():
-    import torch
+def test_images_of_other_classes_are_labelled_as_such():
+    from radiotag.verification import positions
 
-    from radiotag.verification import labelled
-
-    pixels = torch.arange(4.0).view(4, 1, 1, 1)
-    kept, labels = labelled(pixels, ("dog", "cat", "emu", "cat"), ("cat", "dog"))
-    assert kept.flatten().tolist() == [0, 1, 3]
-    assert labels.tolist() == [1, 0, 0]
+    assert positions(("dog", "cat", "emu", "cat"), ("cat", "dog")).tolist() == [1, 0, -1, 0]

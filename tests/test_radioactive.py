@@ -1267,6 +1267,21 @@ def test_declared_rows_sum_two_unit_vectors(labelled, share):
     assert np.abs(added @ own.T).max() < 1e-6
 
 
+def test_images_of_other_classes_serve_the_alignment_alone():
+    marker, suspect = (Toy(linear(gaussian(6, 48, seed=s)), gaussian(3, 6, seed=s + 10)) for s in (1, 2))
+    pixels, pairs = images_in_unit_range(50), [(2, 0), (0, 1)]
+    labels = torch.arange(50) % 3 - 1
+    some = labels >= 0
+    rows = suspect_rows(marker, suspect, pixels, pairs, 7, labels=labels)
+    few = suspect_rows(marker, suspect, pixels[some], pairs, 7, labels=labels[some])
+    every = suspect_rows(marker, suspect, pixels, pairs, 7)
+    assert rows.paper.numpy() == pytest.approx(every.paper.numpy(), rel=1e-7) and rows.r2 == every.r2
+    own = suspect_rows(marker, suspect, pixels, pairs, 7, labels=labels, own=[2, 0])
+    alone = suspect_rows(marker, suspect, pixels[some], pairs, 7, labels=labels[some], own=[2, 0])
+    assert own.pattern.numpy() == pytest.approx(alone.pattern.numpy(), rel=1e-7)
+    assert not np.allclose(rows.paper.numpy(), few.paper.numpy())
+
+
 def test_without_labels_each_class_asks_the_images_that_the_suspect_takes_for_it():
     marker, suspect = (Toy(linear(gaussian(6, 48, seed=s)), gaussian(3, 6, seed=s + 10)) for s in (1, 2))
     pixels, outputs = images_in_unit_range(50), [2, 0]

@@ -142,6 +142,16 @@ def test_a_flat_folder_is_tested_on_every_output_and_corrected(place, tmp_path):
         assert any("corrected for the choice" in warning for warning in answer["warnings"])
 
 
+def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
+    """Whoever has few images marks one class of them; nothing is chosen, so that nothing is corrected."""
+    key = new_key(*marking_weights("builtin"), NAMES[1:2])
+    for model in (suspect(place, "plain.pt", (0, 1, 2), NAMES), suspect(place, "permuted.pt", (2, 0, 1))):
+        _, rows = verification.examine(model, key, key.network(), Options(), place / "few", None)
+        assert rows.classes == (0,) and len(rows.declared) == 1
+        expected = rows_by_carrier(place, model)[1]
+        assert float(torch.cosine_similarity(rows.declared[0], expected, dim=0)) > 0.999
+
+
 # ---------------------------------------------------------------- black-box
 
 

@@ -5,7 +5,8 @@
 
 `cifar10.zip` holds cifar10/{train,test}/CLASS/*.jpg. `run` makes a key of its own, marks the share, trains one suspect
 from scratch (its seed is not the marking network's) and verifies it; with --keys N, N owners mark a share each of the
-same images, and the one suspect is tested for each of them; with --clean it trains, once a seed, the same network on
+same images, and the one suspect is tested for each of them; with --classes K, the share is of K classes alone, the next
+K for each owner; with --clean it trains, once a seed, the same network on
 the unmarked data and tests that with the key, and with 1,000 fresh keys; with --student it trains another network on
 the unmarked data and the suspect's outputs. Every step is a command line of radiotag, skipped if its result lies in the
 work folder, so an interrupted run goes on (trainings from their last epoch). `table` gathers all runs.
@@ -29,6 +30,7 @@ import torchvision
 
 from radiotag import __version__
 from radiotag.manifest import read_manifest
+from radiotag.networks import mixed_precision
 
 EPOCHS = 6
 TESTS = {
@@ -55,7 +57,7 @@ def step(log: Path, name: str, command: str) -> dict:
 
 def once(a: argparse.Namespace) -> None:
     longer = f"-epochs{a.epochs}" if a.epochs != EPOCHS else ""
-    several = f"-keys{a.keys}" if a.keys != 1 else ""
+    several = (f"-keys{a.keys}" if a.keys != 1 else "") + (f"-classes{a.classes}" if a.classes else "")
     work = a.work / f"q{a.fraction:g}-seed{a.seed}{longer}{several}"
     work.mkdir(parents=True, exist_ok=True)
     if not (a.work / "cifar10").exists():
@@ -67,14 +69,8 @@ def once(a: argparse.Namespace) -> None:
 
     owners = [""] if a.keys == 1 else [str(number) for number in range(1, a.keys + 1)]
     source, results = "../cifar10/train", {}
-    for owner in owners:  # each owner marks what the one before released
-        made = step(log, f"keygen{owner}", f"keygen -o k{owner}.safetensors --classes 10")
-        command = f"mark {source} -o marked{owner} --key k{owner}.safetensors --format png --fraction {a.fraction:g}"
-        mark = step(log, f"mark{owner}", command)
-        source = f"marked{owner}"
-        psnr = [r["psnr"] for r in read_manifest(work / f"{source}.manifest.jsonl")[1].values() if "psnr" in r]
-        results[owner] = {"fraction": a.fraction, "seed": a.seed, "threads": torch.get_num_threads(), "owner": owner,
-                          "keygen": made, "mark": mark, "psnr_median": statistics.median(psnr)}  # fmt: skip
+    for place, owner in enumerate(owners):
+        source, results[owner] = owned(a, work, log, source, place, owner)
     trained = {"train": step(log, "train", f"train-demo {source} -o suspect.pt {train(a.seed)} --val ../cifar10/test")}
     clean = f"clean-seed{a.seed}{longer}"
     if a.clean:
@@ -89,13 +85,49 @@ def once(a: argparse.Namespace) -> None:
     for owner, result in results.items():
         whole = result | trained | verified(suspects, log, owner) | machine()
         (work / f"result{owner}.json").write_text(json.dumps(whole, indent=1, sort_keys=True))
-    for path in work.glob("marked*/"):
+    for path in [*work.glob("marked*/"), *work.glob("part*/"), *work.glob("whole/")]:
         shutil.rmtree(path)  # tens of thousands of copies a run
+
+
+def owned(a: argparse.Namespace, work: Path, log: Path, source: str, place: int, owner: str) -> tuple[str, dict]:
+    """(images, about them): what an owner makes of what the one before released, or of classes that are all he has."""
+    every = sorted(path.name for path in (a.work / "cifar10/train").iterdir())
+    mine = every[place * a.classes : (place + 1) * a.classes]
+    images, names = (part(work, mine, f"part{owner}"), f"--data part{owner}") if mine else (source, "--classes 10")
+    made = step(log, f"keygen{owner}", f"keygen -o k{owner}.safetensors {names}")
+    command = f"mark {images} -o marked{owner} --key k{owner}.safetensors --format png --fraction {a.fraction:g}"
+    mark = step(log, f"mark{owner}", command)
+    psnr = [r["psnr"] for r in read_manifest(work / f"marked{owner}.manifest.jsonl")[1].values() if "psnr" in r]
+    about = {
+        "fraction": a.fraction, "seed": a.seed, "classes": mine, "threads": torch.get_num_threads(), "owner": owner,
+        "keygen": made, "mark": mark, "psnr_median": statistics.median(psnr),
+    }  # fmt: skip
+    return together(work, f"marked{owner}") if mine else f"marked{owner}", about
+
+
+def part(work: Path, classes: list[str], name: str) -> str:
+    """A copy of some classes' images, for an owner who has no others."""
+    for each in classes:
+        shutil.copytree(work / "../cifar10/train" / each, work / name / each, dirs_exist_ok=True)
+    return name
+
+
+def together(work: Path, marked: str) -> str:
+    """All classes' images, those marked in place of their originals."""
+    whole = work / "whole"
+    if not whole.exists():
+        shutil.copytree(work / "../cifar10/train", whole)
+    for each in (work / marked).glob("*/"):  # none if the suspect was trained, and the images removed
+        shutil.rmtree(whole / each.name)
+        shutil.copytree(each, whole / each.name)
+    return "whole"
 
 
 def machine() -> dict:
     versions = {"radiotag": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
     cores = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    with mixed_precision("cpu"):
+        cores["bfloat16"] = torch.is_autocast_enabled("cpu")
     return {"versions": {**versions, "python": platform.python_version()}, "machine": cores}
 
 
@@ -147,6 +179,7 @@ def main() -> None:
     one.add_argument("--arch", default="resnet10")
     one.add_argument("--epochs", type=int, default=EPOCHS)
     one.add_argument("--keys", type=int, default=1, help="owners, each of whom marks a share of the same images")
+    one.add_argument("--classes", type=int, default=0, help="an owner's, each of its own; 0: all of all owners")
     one.add_argument("--clean", action="store_true")
     one.add_argument("--student", action="store_true", help="teach another network by the suspect, on unmarked images")
     every = commands.add_parser("table")
