@@ -99,7 +99,7 @@ def owned(a: argparse.Namespace, work: Path, log: Path, source: str, place: int,
     mark = step(log, f"mark{owner}", command)
     psnr = [r["psnr"] for r in read_manifest(work / f"marked{owner}.manifest.jsonl")[1].values() if "psnr" in r]
     about = {
-        "fraction": a.fraction, "seed": a.seed, "classes": mine, "threads": torch.get_num_threads(), "owner": owner,
+        "fraction": a.fraction, "seed": a.seed, "classes": mine, "owner": owner,
         "keygen": made, "mark": mark, "psnr_median": statistics.median(psnr),
     }  # fmt: skip
     return together(work, f"marked{owner}") if mine else f"marked{owner}", about
@@ -125,7 +125,8 @@ def together(work: Path, marked: str) -> str:
 
 def machine() -> dict:
     versions = {"radiotag": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
-    cores = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    cores = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+             "threads": torch.get_num_threads()}  # fmt: skip
     with mixed_precision("cpu"):
         cores["bfloat16"] = torch.is_autocast_enabled("cpu")
     return {"versions": {**versions, "python": platform.python_version()}, "machine": cores}

@@ -17,10 +17,9 @@ since time does not depend on them.
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -33,11 +32,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
+from evidence import machine
 from PIL import Image
 from torch import Tensor
 
-from radiotag import __version__, networks, radioactive, training
+from radiotag import networks, radioactive, training, verification
 from radiotag.images import decode
 from radiotag.manifest import read_manifest
 
@@ -186,12 +185,6 @@ def cifar(a: argparse.Namespace) -> Path:
     return a.work / "cifar10"
 
 
-def versions() -> dict:
-    return {"radiotag": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "python": platform.python_version(), "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(), "threads": torch.get_num_threads()}  # fmt: skip
-
-
 def evidence(a: argparse.Namespace) -> None:
     """Mark by each recipe, with a key and images of its own, train one suspect on all, verify it by each key."""
     recipes = [name.partition("@")[::2] for name in a.recipe]
@@ -216,11 +209,12 @@ def evidence(a: argparse.Namespace) -> None:
     suspect = training.new_network("resnet10", dataset, stem=None, seed=a.seed)
     held_out, plan = training.load_folder(root / "test", 32), training.Recipe(epochs=a.epochs, seed=a.seed)
     accuracy = training.train(suspect, dataset, plan, validation=held_out, output=model, resume=model.exists())
-    for run in runs:
-        run["real"] = verified(model, a.work / run["key"], root / "test")
+    verdicts = verified(model, [a.work / run["key"] for run in runs], root / "test")
+    runs = [run | {"real": verdict} for run, verdict in zip(runs, verdicts, strict=True)]
     shared = {
         "images": a.images, "fraction": a.fraction, "epochs": a.epochs, "seed": a.seed, "accuracy": accuracy,
-        "suspect": whole, "versions": versions(),
+        "suspect": whole, **machine(), "command": f"evidence {a.data.name} --images {a.images} "
+        f"--fraction {a.fraction:g} --epochs {a.epochs} --seed {a.seed} --recipe {shlex.join(a.recipe)}",
     }  # fmt: skip
     (a.work / f"{stem}.json").write_text(json.dumps([run | shared for run in runs], indent=1, sort_keys=True))
 
@@ -245,12 +239,19 @@ def marked_by(
     }  # fmt: skip
 
 
-def verified(model: Path, key_file: Path, held_out: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "radiotag", "verify", str(model), "--key", str(key_file), "--json"]
-    command += ["--data", str(held_out)]
-    answer = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout)
-    wanted = ("log10_p", "paper_log10_p", "mean_cosine", "pattern_cosine")
-    return {field: answer["suspects"][0][field] for field in wanted}
+def verified(model: Path, key_files: list[Path], held_out: Path) -> list[dict[str, float | None]]:
+    """What `verify --data` says under each key; what it computes of the suspect is the same under all of them."""
+    keys = [radioactive.load_key(path) for path in key_files]
+    _, rows = verification.examine(model, keys[0], keys[0].network(), verification.Options(), held_out, None)
+    found = [radioactive.evidence(rows, key.carriers, key.patterns) for key in keys]
+    return [
+        {
+            "log10_p": one.log_p / math.log(10),
+            "paper_log10_p": None if one.paper_log_p is None else one.paper_log_p / math.log(10),
+            "mean_cosine": one.mean_cosine, "pattern_cosine": one.pattern_cosine,
+        }
+        for one in found
+    ]  # fmt: skip
 
 
 def plain_folder(source: Path, output: Path, key_file: Path, psnr: float) -> None:
@@ -293,7 +294,10 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def step_cost(key: radioactive.Key, side: int, batch: int, size: int) -> dict:
-    """Seconds of a step of marking beside a bare pass forward and back to the input, interleaved; medians of 7."""
+    """Seconds of a step of marking beside a bare pass forward and back to the input, interleaved; medians of 7.
+
+    Both in the same precision; the batch is of images of one size.
+    """
     network = key.network()
     x = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)) * 255
     u, inputs = key.carriers[:1].expand(batch, -1), torch.rand(batch, 3, size, size)
@@ -301,7 +305,9 @@ def step_cost(key: radioactive.Key, side: int, batch: int, size: int) -> dict:
 
     def bare() -> None:
         z = inputs.clone().requires_grad_()
-        torch.autograd.grad((network.features(z) * u).sum(), z)
+        with networks.mixed_precision("cpu"):
+            features = network.features(z)
+        torch.autograd.grad((features.float() * u).sum(), z)
 
     def marking() -> None:
         radioactive.mark_images(network, list(x), u, [random.Random(i) for i in range(batch)], steps)
@@ -314,7 +320,7 @@ def step_cost(key: radioactive.Key, side: int, batch: int, size: int) -> dict:
 
 def speed(a: argparse.Namespace) -> None:
     """The plain recipe beside `radiotag mark --format png`, on photographs and on CIFAR images."""
-    result: dict = {"versions": versions()}
+    result: dict = machine()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for path in sorted((cifar(a) / "train").rglob("*.jpg"))[:: 50_000 // a.small]:
@@ -335,20 +341,9 @@ def speed(a: argparse.Namespace) -> None:
             file = work / f"{name}.safetensors"
             keygen = [sys.executable, "-m", "radiotag", "keygen", "-q", "-o", str(file), "--network", network]
             subprocess.run([*keygen, "--classes", "10"], check=True)
-            mark = [
-                sys.executable,
-                "-m",
-                "radiotag",
-                "mark",
-                str(work / name),
-                "--key",
-                str(file),
-                "--format",
-                "png",
-                "-q",
-            ]
+            mark = f"mark {work / name} --key {file} --format png -q".split()
             source, ours, plain = work / name, work / f"{name}-marked", work / f"{name}-plain"
-            seconds = timed(lambda command=mark: subprocess.run(command, check=True))
+            seconds = timed(lambda c=mark: subprocess.run([sys.executable, "-m", "radiotag", *c], check=True))
             other = timed(lambda s=source, o=plain, f=file, p=psnr: plain_folder(s, o, f, p))
             rows = read_manifest(work / f"{name}-marked.manifest.jsonl")[1].values()
             result[name] = {
@@ -362,7 +357,7 @@ def speed(a: argparse.Namespace) -> None:
 
 def scale(a: argparse.Namespace) -> None:
     """Plan, mark (one image in 200) and go on in a folder of many small files: seconds, and the memory it took."""
-    rng, result = np.random.default_rng(0), {"versions": versions()}
+    rng, result = np.random.default_rng(0), machine()
     with tempfile.TemporaryDirectory(dir=a.work) as folder:
         key, seconds = Path(folder) / "k.safetensors", {}
         subprocess.run([sys.executable, "-m", "radiotag", "keygen", "-q", "-o", str(key)], check=True)
