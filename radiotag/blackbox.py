@@ -14,6 +14,7 @@ network, where it knows them, and taken off.
 import csv
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Sequence
@@ -33,9 +34,10 @@ from radiotag.networks import Network, resized
 from radiotag.radioactive import PATTERN_DIMENSION, Floats, Key, Marking, l2_radius, pattern_images, uniform_carriers
 
 FORMAT = 1  # of the file of queries
-DECOYS = 23
+DECOYS, MOST_DECOYS = 23, 99_999
 IMAGES = 480  # in all, at most EACH a class: what is asked under each key
 EACH = 48
+QUESTIONS = 250_000  # in all, about: one class takes so many decoys that few of its images can be shown under each
 LARGEST = 256  # pixels on the longer side of a query
 QUERY = Marking(min_psnr=28.0)  # dB: queries need not be imperceptible, only alike under all keys
 SURE = 1e-4  # probabilities are kept this far from 0 and 1: one sure mistake does not outweigh a class
@@ -88,6 +90,11 @@ def choose_images(labels: Sequence[str], images: int = IMAGES) -> list[int]:
             taken[label] += 1
             positions.append(i)
     return positions
+
+
+def enough(classes: int, alpha: float) -> int:
+    """Decoys with which p can fall to half of alpha: the least K ≥ DECOYS with (K + 1)^−classes ≤ alpha / 2."""
+    return max(DECOYS, min(MOST_DECOYS, math.ceil(math.pow(2 / alpha, 1 / classes) - 1e-9) - 1))
 
 
 def make(pixels: Sequence[Tensor], rows: Sequence[int], labels: Sequence[str], decoys: int) -> Queries:

@@ -553,7 +553,12 @@ def verify(
     black_box: Annotated[
         bool, typer.Option("--black-box", help="test by the suspect's answers to images of --data alone")
     ] = False,
-    decoys: Annotated[int, typer.Option(min=1, max=999, help="decoy keys beside the true one, black-box")] = 23,
+    decoys: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=99_999, help="decoy keys beside the true one, black-box  [default: 23, or as alpha needs]"
+        ),
+    ] = None,
     export: Annotated[
         Path | None, typer.Option(metavar="DIR", help="write the black-box images for a suspect that is elsewhere")
     ] = None,
@@ -602,11 +607,11 @@ def verify(
         if predictions:
             findings = verification.verify_predictions(predictions, secret, key, options, alpha=alpha)
         elif black_box and data:
-            queries = verification.prepare_queries(secret, key, data, marked, decoys)
+            queries = verification.prepare_queries(secret, key, data, marked, decoys, alpha)
             questions = len(queries.rows) * len(queries.names)
             report.note(
                 f"black-box: {len(set(queries.rows))} classes, {len(queries.rows)} images with and without the patterns"
-                f" of the true key and of {decoys} decoys: {questions} questions a suspect"
+                f" of the true key and of {len(queries.names) // 2 - 1} decoys: {questions} questions a suspect"
             )
             if export:
                 _export(report, queries, secret, export, key)

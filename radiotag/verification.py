@@ -356,8 +356,13 @@ def corrected(findings: Sequence[Finding], alpha: float) -> list[Finding]:
     ]
 
 
-def prepare_queries(key: Key, key_path: Path, data: Path, manifest: Path | None, decoys: int) -> blackbox.Queries:
-    """The queries for labelled, unmarked images: read back if they were made before, else made and kept."""
+def prepare_queries(
+    key: Key, key_path: Path, data: Path, manifest: Path | None, decoys: int | None, alpha: float = 1e-4
+) -> blackbox.Queries:
+    """The queries for labelled, unmarked images: read back if they were made before, else made and kept.
+
+    Without a number of decoys there are as many as it takes for a p-value of alpha: thousands for a single class.
+    """
     marked = marked_rows(manifest)
     sources = frozenset(row["path"] for row in marked)
     images, found = unmarked_images(data.absolute(), marked_hashes(marked), sources)
@@ -365,6 +370,9 @@ def prepare_queries(key: Key, key_path: Path, data: Path, manifest: Path | None,
     kept = [i for i, name in enumerate(found) if name in rows]
     if not kept:
         raise RadiotagError(f"{data} holds no class that the key knows", "give --data with the marked classes")
+    decoys = decoys or blackbox.enough(len({found[i] for i in kept}), alpha)
+    most = min(blackbox.IMAGES, blackbox.QUESTIONS // (2 * decoys + 2))
+    kept = [kept[i] for i in blackbox.choose_images([found[i] for i in kept], most)]
     pixels = [images[i].round().to(torch.uint8) for i in kept]
     positions = [rows[found[i]] for i in kept]
     path = blackbox.cache_path(key_path, key, pixels, positions, decoys)
@@ -393,7 +401,7 @@ def verify_black_box(
         suspect = load_suspect(path, options)
         answers = blackbox.ask(suspect, queries, key, options.batch_size)
         assumed = _assumed(suspect, options)
-        findings.append(black_box_finding(path, suspect.spec.architecture, queries, answers, own, assumed))
+        findings.append(black_box_finding(path, suspect.spec.architecture, queries, answers, own, assumed, alpha))
     return corrected(findings, alpha)
 
 
@@ -419,7 +427,8 @@ def verify_predictions(path: Path, key: Key, key_path: Path, options: Options, *
             failure = error
             continue
         return corrected(
-            [black_box_finding(path, "unknown", queries, answers, own_answers(queries, key, options), warnings)], alpha
+            [black_box_finding(path, "unknown", queries, answers, own_answers(queries, key, options), warnings, alpha)],
+            alpha,
         )
     raise failure or RadiotagError(f"{path} answers nothing")
 
@@ -431,6 +440,7 @@ def black_box_finding(
     answers: Tensor,
     own: tuple[Tensor, tuple[str, ...]],
     warnings: Sequence[str],
+    alpha: float,
 ) -> Finding:
     """The finding from (2(K + 1), N, C') answers. The outputs are matched on the answers under all keys alike."""
     rows = sorted(set(queries.rows))
@@ -440,7 +450,10 @@ def black_box_finding(
     if not pairs:
         raise RadiotagError(f"{path} knows none of the classes", "check --image-size, --mean and --std, and the images")
     values = blackbox.evidence(queries, answers, pairs, *own)
-    log10_p = resampled_log_p(values) / LOG10
+    log10_p, least = resampled_log_p(values) / LOG10, -values.shape[1] * math.log10(len(values))
+    if least > math.log10(alpha):
+        least_p = f"p cannot be below {10**least:.1e} with {len(values) - 1} decoys"
+        warnings = [*warnings, f"{least_p} and {values.shape[1]} of the classes: raise --decoys"]
     return Finding(
         path=os.fspath(path), sha256=file_hash(path), architecture=architecture,
         log10_p=log10_p, log10_p_corrected=log10_p, detected=False, paper_log10_p=None, mean_cosine=None,
