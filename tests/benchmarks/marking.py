@@ -64,6 +64,7 @@ L2 = {"steps": 20, "rule": "l2", "penalties": False}
 RECIPES: dict[str, radioactive.Marking | Plain] = {
     "radiotag": radioactive.Marking(),
     "features alone": radioactive.Marking(pattern_share=0.0),
+    "three quarters": radioactive.Marking(pattern_share=0.75),
     "pattern alone": radioactive.Marking(pattern_share=1.0),
     "paper": Plain(),
     "90 steps of l2": Plain(steps=90, rule="l2", penalties=False),
