@@ -55,13 +55,19 @@ def step(log: Path, name: str, command: str) -> dict:
     return done[name]
 
 
+def unpacked(archive: Path, work: Path) -> Path:
+    """The folder that a data set's archive holds, under its own name, in the work folder."""
+    if not (work / archive.stem).exists():
+        zipfile.ZipFile(archive).extractall(work)
+    return work / archive.stem
+
+
 def once(a: argparse.Namespace) -> None:
     longer = f"-epochs{a.epochs}" if a.epochs != EPOCHS else ""
     several = (f"-keys{a.keys}" if a.keys != 1 else "") + (f"-classes{a.classes}" if a.classes else "")
     work = a.work / f"q{a.fraction:g}-seed{a.seed}{longer}{several}"
     work.mkdir(parents=True, exist_ok=True)
-    if not (a.work / "cifar10").exists():
-        zipfile.ZipFile(a.data).extractall(a.work)
+    unpacked(a.data, a.work)
     log = work / "log.json"
 
     def train(seed: int) -> str:

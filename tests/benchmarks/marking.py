@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence import machine
+from evidence import machine, unpacked
 from PIL import Image
 from torch import Tensor
 
@@ -180,12 +179,6 @@ def mark_all(
     return torch.cat(out)
 
 
-def cifar(a: argparse.Namespace) -> Path:
-    if not (a.work / "cifar10").exists():
-        zipfile.ZipFile(a.data).extractall(a.work)
-    return a.work / "cifar10"
-
-
 def evidence(a: argparse.Namespace) -> None:
     """Mark by each recipe, with a key and images of its own, train one suspect on all, verify it by each key."""
     recipes = [name.partition("@")[::2] for name in a.recipe]
@@ -193,7 +186,7 @@ def evidence(a: argparse.Namespace) -> None:
     stem = f"mark-{whole}-n{a.images}-q{a.fraction:g}-e{a.epochs}-seed{a.seed}"
     if (a.work / f"{stem}.json").exists():
         return
-    root, model, count = cifar(a), a.work / f"{stem}.pt", round(a.fraction * a.images)
+    root, model, count = unpacked(a.data, a.work), a.work / f"{stem}.pt", round(a.fraction * a.images)
     data = training.load_folder(root / "train", 32)
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[: a.images]
     x, y = data.images[order].clone(), data.labels[order]
@@ -324,7 +317,7 @@ def speed(a: argparse.Namespace) -> None:
     result: dict = machine()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for path in sorted((cifar(a) / "train").rglob("*.jpg"))[:: 50_000 // a.small]:
+        for path in sorted((unpacked(a.data, a.work) / "train").rglob("*.jpg"))[:: 50_000 // a.small]:
             target = work / "cifar" / path.parent.name / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())

@@ -17,7 +17,6 @@ import json
 import shutil
 import statistics
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence import machine, step, verdict
+from evidence import machine, step, unpacked, verdict
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
@@ -287,7 +286,7 @@ def run(work: Path, name: str) -> dict:
 def run_all(a: argparse.Namespace) -> None:
     a.work.mkdir(parents=True, exist_ok=True)
     for archive in a.data:
-        shared(a.work, archive.stem, lambda _, archive=archive: zipfile.ZipFile(archive).extractall(a.work))
+        shared(a.work, archive.stem, lambda _, archive=archive: unpacked(archive, a.work))
     for name in EXPERIMENTS:
         if any(fnmatch.fnmatch(name, wanted) for wanted in a.only.split(",")):
             found = run(a.work, name)
