@@ -130,7 +130,8 @@ def train_otherwise(network: Network, data: training.Dataset, how: str, epochs: 
             optimiser.param_groups[0]["lr"], step = peak * rate, step + 1
             pixels, labels = training.augment(data.images[batch], generator), data.labels[batch]
             mix = float(rng.beta(1.0, 1.0)) if how == "mixup" else 1.0
-            scores = network(mix * pixels + (1 - mix) * pixels.flip(0))
+            with networks.mixed_precision("cpu"):
+                scores = network(mix * pixels + (1 - mix) * pixels.flip(0)).float()
             smooth = 0.1 if how == "label smoothing" else 0.0
             loss = mix * F.cross_entropy(scores, labels, label_smoothing=smooth)
             loss = loss + (1 - mix) * F.cross_entropy(scores, labels.flip(0), label_smoothing=smooth)
