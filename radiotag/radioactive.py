@@ -243,7 +243,7 @@ class Marking:
     min_psnr: float | None = None  # dB; None: `default_psnr` of each image
     steps: int = 20  # along the normalised gradient, 15–20 decaying steps reach what 80 do
     reach: float = 6.0  # length of the whole path, in radii of the L2 ball: crops disagree, so much of it cancels
-    pattern_share: float = 0.5  # of the squared amplitude, for the pattern that the class's images share
+    pattern_share: float | None = None  # of the squared amplitude, for the class's pattern; None: `default_share`
     crop_scale: tuple[float, float] = (0.4, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
@@ -257,6 +257,15 @@ def largeness(height: int, width: int) -> float:
 def default_psnr(height: int, width: int) -> float:
     """34 dB up to 64 pixels, 40 dB from 224: small images need more amplitude, and hide more."""
     return 34.0 + 6.0 * largeness(height, width)
+
+
+def default_share(height: int, width: int) -> float:
+    """The pattern's share of a mark's energy: ¾ up to 64 pixels, ½ from 224.
+
+    Networks trained from scratch learn the pattern best; but photographs are usually trained on in small crops, which
+    spoil it and leave the features' mark.
+    """
+    return 0.75 - 0.25 * largeness(height, width)
 
 
 def visibility_mask(image: Tensor) -> Tensor:
@@ -380,7 +389,7 @@ def _start(image: Tensor, pattern: Tensor | None, mask: Tensor, marking: Marking
     if pattern is None:
         return torch.zeros_like(image), radius
     far = pattern_images(pattern[None], *image.shape[1:])[0].float().to(image.device) * mask * 1e9  # to the surface
-    share = marking.pattern_share
+    share = default_share(*image.shape[1:]) if marking.pattern_share is None else marking.pattern_share
     return project(far, radius * math.sqrt(share), marking.epsilon), radius * math.sqrt(1 - share)
 
 

@@ -33,6 +33,7 @@ from radiotag.radioactive import (
     choose,
     cosine_log_sf,
     default_psnr,
+    default_share,
     evidence,
     fingerprint,
     fisher,
@@ -1049,6 +1050,20 @@ def test_patterns_are_low_cosines(size):
     assert found.numpy() == pytest.approx(np.stack([by_cosines(x.numpy()) for x in noise]), abs=1e-9)
     adjoint = (noise[0] * images[1]).sum()
     assert float(found[0] @ patterns[1].double()) == pytest.approx(float(adjoint), rel=1e-9)
+
+
+def test_small_images_give_more_of_their_mark_to_the_pattern(network):
+    assert [default_share(*size) for size in ((32, 32), (64, 500), (224, 224), (3000, 240))] == [0.75, 0.75, 0.5, 0.5]
+    shares = [default_share(side, side) for side in range(64, 225, 4)]
+    assert shares == sorted(shares, reverse=True) and len(set(shares)) == len(shares)
+    patterns = uniform_carriers(1, PATTERN_DIMENSION, entropy("patterns"))
+    image = torch.full((1, 3, 32, 32), 128.0)
+
+    def marked(share):
+        marking = Marking(steps=2, pattern_share=share)
+        return mark_images(network, image, carriers_for(1), [random.Random("0")], marking, patterns=patterns)[0]
+
+    assert torch.equal(marked(None), marked(0.75)) and not torch.equal(marked(None), marked(0.5))
 
 
 def test_a_mark_is_the_pattern_and_the_images_own(network):

@@ -63,7 +63,7 @@ L2 = {"steps": 20, "rule": "l2", "penalties": False}
 RECIPES: dict[str, radioactive.Marking | Plain] = {
     "radiotag": radioactive.Marking(),
     "features alone": radioactive.Marking(pattern_share=0.0),
-    "three quarters": radioactive.Marking(pattern_share=0.75),
+    "half pattern": radioactive.Marking(pattern_share=0.5),
     "pattern alone": radioactive.Marking(pattern_share=1.0),
     "paper": Plain(),
     "90 steps of l2": Plain(steps=90, rule="l2", penalties=False),
@@ -171,7 +171,7 @@ def mark_all(
             marked = mark_plainly(network, images, key.carriers[rows], recipe, psnr, draws, second)
         else:
             settings = radioactive.Marking(min_psnr=psnr, pattern_share=recipe.pattern_share)
-            patterns = key.patterns[rows] * (recipe.pattern_share > 0)
+            patterns = key.patterns[rows] * (recipe.pattern_share != 0)
             marked = torch.stack(
                 radioactive.mark_images(network, list(images), key.carriers[rows], draws, settings, None, patterns)
             )
