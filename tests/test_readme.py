@@ -23,14 +23,15 @@ def minus(value):
 def test_every_row_of_the_table_is_a_measurement(number):
     run = RESULTS["runs"][number]
     seed = f"{run['seed']}" + (f", key {run['owner']}" if run.get("owner") else "")
+    share = f"{100 * run['fraction']:.0f} %" + "".join(f" of {name}" for name in run.get("classes", ()))
     found = next(
         [cell.strip(" *") for cell in line.strip("|").split("|")]
         for line in README.splitlines()
-        if line.startswith(f"| {100 * run['fraction']:.0f} % | {run['train']['epochs']} | {seed} |")
+        if line.startswith(f"| {share} | {run['train']['epochs']} | {seed} |")
     )
     paper, clean = run["suspect, real"]["paper_log10_p"], [run.get(f"clean, {test}") for test in TESTS]
     assert found == [
-        f"{100 * run['fraction']:.0f} %", str(run["train"]["epochs"]), seed,
+        share, str(run["train"]["epochs"]), seed,
         f"{100 * run['train']['accuracy']:.2f} %",
         *(minus(run[f"suspect, {test}"]["log10_p"]) for test in TESTS), minus(paper),
         " / ".join(minus(test["log10_p"]) for test in clean) if all(clean) else "",
@@ -49,7 +50,8 @@ def test_the_other_figures_are_measurements_too():
     assert f"a black-box one {fresh['suspect, black-box']['seconds']:.0f} s" in prose
     psnr = [run["psnr_median"] for run in RESULTS["runs"]]
     assert f"PSNR median {min(psnr):.1f} to {max(psnr):.1f} dB" in prose
-    tenth, few, fewer = ([run for run in RESULTS["runs"] if run["fraction"] == q] for q in (0.1, 0.02, 0.01))
+    every = [run for run in RESULTS["runs"] if not run.get("classes")]
+    tenth, few, fewer = ([run for run in every if run["fraction"] == q] for q in (0.1, 0.02, 0.01))
     cosines = [f"{each['suspect, real']['pattern_cosine']:.2f}" for each in (tenth[0], *few)]
     assert "pattern is {} at 10 %, and {} at 2 % after six epochs, {} after sixteen".format(*cosines) in prose
     shares = [f"{each['suspect, bare']['log10_p'] / each['suspect, real']['log10_p']:.0%}" for each in tenth]

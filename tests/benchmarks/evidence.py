@@ -157,15 +157,17 @@ def verified(suspects: dict[str, str], log: Path, owner: str) -> dict:
 
 def table(a: argparse.Namespace) -> None:
     runs = [json.loads(path.read_text()) for path in sorted(a.work.glob("q*/result*.json"))]
-    runs.sort(key=lambda run: (-run["fraction"], run["train"]["epochs"], run["seed"], run.get("owner", "")))
-    heads = ("q", "epochs", "seed", "key", "PSNR", "accuracy", *TESTS, "paper", "clean")
-    line = "{:>5}{:>7}{:>5}{:>4}{:>6}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>30}"
+    runs.sort(key=lambda run: (bool(run.get("classes")), -run["fraction"], run["train"]["epochs"], run["seed"],
+                               run.get("owner", "")))  # fmt: skip
+    heads = ("q", "epochs", "seed", "classes", "key", "PSNR", "accuracy", *TESTS, "paper", "clean")
+    line = "{:>5}{:>7}{:>5} {:<11}{:>4}{:>6}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>30}"
     print(line.format(*heads))
     for run in runs:
         found = [f"{run[f'suspect, {test}']['log10_p']:.2f}" for test in TESTS]
         clean = [f"{run[f'clean, {test}']['log10_p']:.2f}" for test in TESTS if f"clean, {test}" in run]
         cells = (
-            f"{run['fraction']:.0%}", run["train"]["epochs"], run["seed"], run.get("owner", ""),
+            f"{run['fraction']:.0%}", run["train"]["epochs"], run["seed"], " ".join(run.get("classes") or ["all"]),
+            run.get("owner", ""),
             f"{run['psnr_median']:.1f}", f"{run['train']['accuracy']:.2%}", *found,
             f"{run['suspect, real']['paper_log10_p']:.2f}", " / ".join(clean),
         )  # fmt: skip
