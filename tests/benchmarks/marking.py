@@ -328,7 +328,7 @@ def speed(a: argparse.Namespace) -> None:
         spec = networks.Spec(architecture="resnet18", classes=1000, small_stem=False, image_size=224,
                              mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), class_names=None)  # fmt: skip
         torch.manual_seed(1)
-        networks.save_checkpoint(work / "resnet18.pt", networks.Network(networks.build(spec), spec))
+        networks.save_checkpoint(work / "resnet18.pt", networks.build(spec), spec)
         for name, network, psnr, side, size in (
             ("cifar", "builtin", 34.0, 32, 32), ("photos", str(work / "resnet18.pt"), 40.0, 375, 224),
         ):  # fmt: skip
