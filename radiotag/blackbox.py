@@ -93,8 +93,8 @@ def choose_images(labels: Sequence[str], images: int = IMAGES) -> list[int]:
 
 
 def enough(classes: int, alpha: float) -> int:
-    """Decoys with which p can fall to half of alpha: the least K ≥ DECOYS with (K + 1)^−classes ≤ alpha / 2."""
-    return max(DECOYS, min(MOST_DECOYS, math.ceil(math.pow(2 / alpha, 1 / classes) - 1e-9) - 1))
+    """Decoys with which p can just fall below alpha: the least K ≥ DECOYS with (K + 1)^classes ≥ 1.05 / alpha."""
+    return max(DECOYS, min(MOST_DECOYS, math.ceil(math.pow(1.05 / alpha, 1 / classes) - 1e-9) - 1))
 
 
 def make(pixels: Sequence[Tensor], rows: Sequence[int], labels: Sequence[str], decoys: int) -> Queries:
