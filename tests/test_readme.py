@@ -92,6 +92,26 @@ def test_the_recipes_for_marking_are_measurements():
     assert f"(accuracy {accuracy})" in " ".join(README.split())
 
 
+def test_speed_and_scale_are_measurements():
+    prose, speed, scale = " ".join(README.split()), MARKING["speed"], MARKING["scale"]
+    for name, title in (("cifar", "of CIFAR-10, built-in network"), ("photos", "photographs, ResNet-18 of 224 pixels")):
+        each = speed[name]
+        cells = (
+            f"{each['images']:,} {title}", f"{each['plain_seconds']:.0f} s, {each['plain_psnr']:.1f} dB",
+            f"{each['seconds']:.0f} s, {each['psnr']:.1f} dB", f"{each['ratio']:.1f}",
+        )  # fmt: skip
+        assert f"| {' | '.join(cells)} |" in README.splitlines()
+    steps = (f"{speed[name]['step']['ratio']:.2f} times" for name in ("cifar", "photos"))
+    assert (
+        "takes {} as long as a bare pass forward and back to the input on the small images, {} on".format(*steps)
+        in prose
+    )
+    large, small = scale["200000"], scale["2000"]
+    assert f"is planned in {large['plan_seconds']:.0f} s" in prose
+    assert f"takes {large['mark_seconds']:.0f} s, to find them done {large['again_seconds']:.0f} s" in prose
+    assert f"{large['megabytes']:.0f} MB of memory at most, against {small['megabytes']:.0f} MB" in prose
+
+
 def test_the_three_lines_stand_as_promised():
     for line in (
         "radiotag keygen",
