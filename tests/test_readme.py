@@ -77,6 +77,19 @@ def test_the_other_figures_are_measurements_too():
         assert f"{RESULTS['demo'][name]['accuracy']:.1%}" in line
 
 
+def test_one_image_in_a_hundred_leaves_what_is_said():
+    owners, spread = ([run for run in RESULTS["runs"] if bool(run.get("classes")) == one] for one in (True, False))
+    assert all((run["fraction"], len(run["classes"]), run["mark"]["marked"]) == (0.1, 1, 500) for run in owners)
+    spread = [run for run in spread if run["fraction"] == 0.01]
+    middle = [
+        statistics.median(run[f"suspect, {test}"]["log10_p"] for run in runs)
+        for runs in (owners, spread) for test in ("bare", "real")
+    ]  # fmt: skip
+    told = "medians {} without data and {} with it, where 500 images of all classes leave {} and {}."
+    assert told.format(*map(minus, middle)) in " ".join(README.split())
+    assert len(owners) == 5 and max(middle[:2]) < -5  # "p below 1e-5"
+
+
 def test_the_recipes_for_marking_are_measurements():
     rows = {}
     for run in MARKING["runs"]:
