@@ -71,11 +71,14 @@ def decoy_patterns(key: Key, number: int) -> Tensor:
 def shown(queries: Queries, key: Key, number: int) -> list[Tensor]:
     """The N images (3, H, W) uint8 of one row of names: a key's pattern added, or taken away."""
     patterns, sign = decoy_patterns(key, number // 2), 1 - 2 * (number % 2)
+    shifts: dict[tuple[int, ...], Tensor] = {}  # one of each class and size: most images share theirs
     found = []
     for image, row in zip(queries.images, queries.rows, strict=True):
-        shift = pattern_images(patterns[row][None], *image.shape[1:])[0]
-        length = l2_radius(image, QUERY) / max(float(shift.norm()), 1e-9)
-        found.append((image + sign * length * shift).round().clamp(0, 255).to(torch.uint8))
+        place = (row, *image.shape[1:])
+        if place not in shifts:
+            shift = pattern_images(patterns[row][None], *image.shape[1:])[0]
+            shifts[place] = sign * l2_radius(image, QUERY) / max(float(shift.norm()), 1e-9) * shift
+        found.append((image + shifts[place]).round().clamp(0, 255).to(torch.uint8))
     return found
 
 
@@ -171,13 +174,17 @@ def export(queries: Queries, key: Key, folder: Path) -> int:
 def ask(suspect: Network, queries: Queries, key: Key, batch_size: int) -> Tensor:
     """The suspect's probabilities on all queries: (2(K + 1), N, C') float64 on the CPU; images at its own size."""
     device, size = suspect.get_buffer("mean").device, suspect.spec.image_size
+    together = max(1, batch_size // len(queries.rows))  # keys
     found = []
-    for number in range(len(queries.names)):
-        whole = torch.cat([resized(image[None].float() / 255, size) for image in shown(queries, key, number)])
-        found.append(
-            torch.cat([suspect(part.to(device)).double().softmax(1).cpu() for part in torch.split(whole, batch_size)])
-        )
-    return torch.stack(found)
+    for numbers in torch.split(torch.arange(len(queries.names)), together):
+        images = [image for number in numbers.tolist() for image in shown(queries, key, number)]
+        for part in (images[i : i + batch_size] for i in range(0, len(images), batch_size)):
+            if len({image.shape for image in part}) == 1:
+                pixels = resized(torch.stack(part).float() / 255, size)
+            else:
+                pixels = torch.cat([resized(image[None].float() / 255, size) for image in part])
+            found.append(suspect(pixels.to(device)).double().softmax(1).cpu())
+    return torch.cat(found).view(len(queries.names), len(queries.rows), -1)
 
 
 def evidence(
