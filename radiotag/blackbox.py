@@ -19,6 +19,7 @@ import os
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class Queries:
     rows: tuple[int, ...]  # (N,) carrier row of each image
     labels: tuple[str, ...]  # (N,) its class
     names: tuple[tuple[str, ...], ...]  # [2(K + 1)][N] random; row 2k with the pattern of key k, 2k + 1 without
+
+    @property
+    def decoys(self) -> int:
+        """K, the number of keys beside the true one."""
+        return len(self.names) // 2 - 1
 
 
 def decoy_patterns(key: Key, number: int) -> Tensor:
@@ -174,16 +180,11 @@ def export(queries: Queries, key: Key, folder: Path) -> int:
 def ask(suspect: Network, queries: Queries, key: Key, batch_size: int) -> Tensor:
     """The suspect's probabilities on all queries: (2(K + 1), N, C') float64 on the CPU; images at its own size."""
     device, size = suspect.get_buffer("mean").device, suspect.spec.image_size
-    together = max(1, batch_size // len(queries.rows))  # keys
+    every = (image for number in range(len(queries.names)) for image in shown(queries, key, number))
     found = []
-    for numbers in torch.split(torch.arange(len(queries.names)), together):
-        images = [image for number in numbers.tolist() for image in shown(queries, key, number)]
-        for part in (images[i : i + batch_size] for i in range(0, len(images), batch_size)):
-            if len({image.shape for image in part}) == 1:
-                pixels = resized(torch.stack(part).float() / 255, size)
-            else:
-                pixels = torch.cat([resized(image[None].float() / 255, size) for image in part])
-            found.append(suspect(pixels.to(device)).double().softmax(1).cpu())
+    while part := list(islice(every, batch_size)):
+        pixels = torch.cat([resized(image[None].float() / 255, size) for image in part])
+        found.append(suspect(pixels.to(device)).double().softmax(1).cpu())
     return torch.cat(found).view(len(queries.names), len(queries.rows), -1)
 
 

@@ -611,7 +611,7 @@ def verify(
             questions = len(queries.rows) * len(queries.names)
             report.note(
                 f"black-box: {len(set(queries.rows))} classes, {len(queries.rows)} images with and without the patterns"
-                f" of the true key and of {len(queries.names) // 2 - 1} decoys: {questions} questions a suspect"
+                f" of the true key and of {queries.decoys} decoys: {questions} questions a suspect"
             )
             if export:
                 _export(report, queries, secret, export, key)

@@ -452,13 +452,13 @@ def black_box_finding(
     values = blackbox.evidence(queries, answers, pairs, *own)
     log10_p, least = resampled_log_p(values) / LOG10, -values.shape[1] * math.log10(len(values))
     if least > math.log10(alpha):
-        least_p = f"p cannot be below {10**least:.1e} with {len(values) - 1} decoys"
-        warnings = [*warnings, f"{least_p} and {values.shape[1]} of the classes: raise --decoys"]
+        used = f"{queries.decoys} decoys and {values.shape[1]} of the classes"
+        warnings = [*warnings, f"p cannot be below {10**least:.1e} with {used}: raise --decoys"]
     return Finding(
         path=os.fspath(path), sha256=file_hash(path), architecture=architecture,
         log10_p=log10_p, log10_p_corrected=log10_p, detected=False, paper_log10_p=None, mean_cosine=None,
         pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1], method="black-box",
-        warnings=tuple(warnings), decoys=len(queries.names) // 2 - 1,
+        warnings=tuple(warnings), decoys=queries.decoys,
     )  # fmt: skip
 
 

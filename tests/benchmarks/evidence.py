@@ -6,10 +6,10 @@
 `cifar10.zip` holds cifar10/{train,test}/CLASS/*.jpg. `run` makes a key of its own, marks the share, trains one suspect
 from scratch (its seed is not the marking network's) and verifies it; with --keys N, N owners mark a share each of the
 same images, and the one suspect is tested for each of them; with --classes K, the share is of K classes alone, the next
-K for each owner; with --clean it trains, once a seed, the same network on
-the unmarked data and tests that with the key, and with 1,000 fresh keys; with --student it trains another network on
-the unmarked data and the suspect's outputs. Every step is a command line of radiotag, skipped if its result lies in the
-work folder, so an interrupted run goes on (trainings from their last epoch). `table` gathers all runs.
+K for each owner; with --clean it trains, once a seed, the same network on the unmarked data and tests that with the
+key, and with 1,000 fresh keys; with --student it trains another network on the unmarked data and the suspect's outputs.
+Every step is a command line of radiotag, skipped if its result lies in the work folder, so an interrupted run goes on
+(trainings from their last epoch). `table` gathers all runs.
 OMP_NUM_THREADS=1 lets two runs share two cores.
 """
 
