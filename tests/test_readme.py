@@ -1,6 +1,7 @@
 """What the README says is what was measured, and its commands exist."""
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -88,6 +89,11 @@ def test_one_image_in_a_hundred_leaves_what_is_said():
     told = "medians {} without data and {} with it, where 500 images of all classes leave {} and {}."
     assert told.format(*map(minus, middle)) in " ".join(README.split())
     assert len(owners) == 5 and max(middle[:2]) < -5  # "p below 1e-5"
+    missed = [[run["owner"] for run in owners if run[f"suspect, {test}"]["log10_p"] > -4] for test in ("bare", "real")]
+    assert list(map(len, missed)) == [1, 1] and missed[0] != missed[1]  # "One of the five …, and another"
+    (asked,) = (run["suspect, black-box"] for run in owners if "suspect, black-box" in run)
+    assert asked["log10_p"] == pytest.approx(-math.log10(asked["decoys"] + 1))  # "none did as well"
+    assert f"with {asked['decoys']:,} decoys" in README and f"in {asked['seconds']:.0f} s on one core" in README
 
 
 def test_the_recipes_for_marking_are_measurements():
@@ -103,6 +109,8 @@ def test_the_recipes_for_marking_are_measurements():
     several = {run["seed"]: run["accuracy"] for run in MARKING["runs"] if "paper@37" in run["suspect"]}
     accuracy = " and ".join(f"{100 * value:.2f} %" for value in several.values())
     assert f"(accuracy {accuracy})" in " ".join(README.split())
+    second = next(run["second"] for run in MARKING["runs"] if run["recipe"] == "two networks")
+    assert f"knows {100 * second['accuracy']:.2f} % of the test images" in " ".join(README.split())
 
 
 def test_speed_and_scale_are_measurements():
