@@ -38,7 +38,7 @@ FORMAT = 1  # of the file of queries
 DECOYS, MOST_DECOYS = 23, 99_999
 IMAGES = 480  # in all, at most EACH a class: what is asked under each key
 EACH = 48
-QUESTIONS = 250_000  # in all, about: one class takes so many decoys that few of its images can be shown under each
+QUESTIONS = 180_000  # in all, about: one class takes so many decoys that few of its images can be shown under each
 LARGEST = 256  # pixels on the longer side of a query
 QUERY = Marking(min_psnr=28.0)  # dB: queries need not be imperceptible, only alike under all keys
 SURE = 1e-4  # probabilities are kept this far from 0 and 1: one sure mistake does not outweigh a class

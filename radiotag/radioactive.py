@@ -280,7 +280,7 @@ def visibility_mask(image: Tensor) -> Tensor:
         return torch.ones_like(image[:1])
     luma = F.pad(image.mean(0)[None, None], (2,) * 4, mode="reflect")
     spread = (F.avg_pool2d(luma.square(), 5, 1) - F.avg_pool2d(luma, 5, 1).square()).clamp_min(0).sqrt()
-    least = -F.max_pool2d(-spread, 9, 1, padding=4)[0]  # (1, H, W)
+    least = -F.max_pool2d(F.max_pool2d(-spread, (9, 1), 1, (4, 0)), (1, 9), 1, (0, 4))[0]  # (1, H, W)
     return (least / (least + 6)).clamp_min(0.15) ** share
 
 
@@ -363,24 +363,34 @@ def mark_images(
     rows = [None] * len(clean) if patterns is None else [row if row.any() else None for row in patterns]
     masks = [visibility_mask(x) for x in clean]
     starts = [_start(x, row, mask, marking) for x, row, mask in zip(clean, rows, masks, strict=True)]
-    delta = [base.clone() for base, _ in starts]
+    moved = [(x + base).clamp_(0, 255) for x, (base, _) in zip(clean, starts, strict=True)]
+    masks = [mask.square_() for mask in masks]  # the gradient in δ/mask, as a step in δ
     for step in range(marking.steps):
         size = marking.reach * 2 * (1 - step / marking.steps) / (marking.steps + 1)  # decays linearly, sums to `reach`
-        moved = [(x + d).clamp_(0, 255).requires_grad_() for x, d in zip(clean, delta, strict=True)]
-        written = [None] * len(moved) if read_back is None else read_back([y.detach() for y in moved])
-        views = []
-        for y, w, draw in zip(moved, written, draws, strict=True):
-            seen = y if w is None else y + (w.to(device) - y.detach())
-            crop = random_crop(y.shape[1], y.shape[2], draw, marking)
-            views.append(augmented(seen, crop, network.spec.image_size) / 255)
-        with mixed_precision(device.type):
-            features = network.features(_pad(torch.stack(views)))[: len(images)].float()  # (B, d)
-        gradients = torch.autograd.grad(marking_loss(features, carriers).sum(), moved)
+        written = moved if read_back is None else [w.to(device) for w in read_back(moved)]
+        crops = [random_crop(y.shape[1], y.shape[2], draw, marking) for y, draw in zip(moved, draws, strict=True)]
+        gradients = _gradients(network, written, carriers, crops)
         for i, (base, radius) in enumerate(starts):
-            g = gradients[i] * masks[i].square()  # the gradient in δ/mask, as a step in δ
-            own = moved[i].detach() - clean[i] - base - size * radius * g / g.norm().clamp_min(1e-20)
-            delta[i] = (base + project(own, radius, marking.epsilon)).clamp_(-marking.epsilon, marking.epsilon)
-    return [(x + d).clamp(0, 255).cpu() for x, d in zip(clean, delta, strict=True)]
+            (top, left, height, width, _), own, g = crops[i], moved[i].sub_(clean[i]).sub_(base), gradients[i]
+            seen = slice(top, top + height), slice(left, left + width)
+            g.mul_(masks[i][:, *seen])
+            own[:, *seen].sub_(g, alpha=size * radius / max(float(g.norm()), 1e-20))
+            project(own, radius, marking.epsilon).add_(base).clamp_(-marking.epsilon, marking.epsilon)
+            own.add_(clean[i]).clamp_(0, 255)
+    return [y.cpu() for y in moved]
+
+
+def _gradients(
+    network: Network, images: Sequence[Tensor], carriers: Tensor, crops: Sequence[tuple[int, int, int, int, bool]]
+) -> list[Tensor]:
+    """Of `marking_loss` for each image's crop, by the crop's own pixels (3, h, w)."""
+    leaves, views = [], []
+    for image, (top, left, height, width, flip) in zip(images, crops, strict=True):
+        leaves.append(image[:, top : top + height, left : left + width].detach().requires_grad_())
+        views.append(augmented(leaves[-1], (0, 0, height, width, flip), network.spec.image_size) / 255)
+    with mixed_precision(carriers.device.type):
+        features = network.features(_pad(torch.stack(views)))[: len(images)].float()  # (B, d)
+    return list(torch.autograd.grad(marking_loss(features, carriers).sum(), leaves))
 
 
 def _start(image: Tensor, pattern: Tensor | None, mask: Tensor, marking: Marking) -> tuple[Tensor, float]:
@@ -409,9 +419,8 @@ def l2_radius(image: Tensor, marking: Marking) -> float:
 
 
 def project(delta: Tensor, radius: float, epsilon: float) -> Tensor:
-    """Onto the L2 ball, then the L∞ ball (clamping only shortens, so both hold)."""
-    scale = min(1.0, radius / max(float(delta.norm()), 1e-20))
-    return (delta * scale).clamp(-epsilon, epsilon)
+    """Onto the L2 ball, then the L∞ ball (clamping only shortens, so both hold); in place."""
+    return delta.mul_(min(1.0, radius / max(float(delta.norm()), 1e-20))).clamp_(-epsilon, epsilon)
 
 
 # ---------------------------------------------------------------- exact p-values, in log space

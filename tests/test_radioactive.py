@@ -735,7 +735,7 @@ def test_crops_of_any_image_lie_inside(height, width, seed):
 )
 def test_projection_meets_both_balls(values, radius, epsilon):
     delta = torch.tensor(values, dtype=torch.float32)
-    found = project(delta, radius, epsilon)
+    found = project(delta.clone(), radius, epsilon)  # in place
     length = math.sqrt(sum(v * v for v in delta.tolist()))
     assert math.sqrt(sum(v * v for v in found.tolist())) <= radius * (1 + 1e-5)
     assert float(found.abs().max()) <= epsilon * (1 + 1e-6)

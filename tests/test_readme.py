@@ -122,7 +122,7 @@ def test_speed_and_scale_are_measurements():
             f"{each['seconds']:.0f} s, {each['psnr']:.1f} dB", f"{each['ratio']:.1f}",
         )  # fmt: skip
         assert f"| {' | '.join(cells)} |" in README.splitlines()
-    steps = (f"{speed[name]['step']['ratio']:.2f} times" for name in ("cifar", "photos"))
+    steps = (f"{MARKING['step'][name]['ratio']:.2f} times" for name in ("cifar", "photos"))
     assert (
         "takes {} as long as a bare pass forward and back to the input on the small images, {} on".format(*steps)
         in prose

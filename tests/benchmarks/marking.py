@@ -2,6 +2,7 @@
 
     python tests/benchmarks/marking.py evidence cifar10.zip --work bench-out --recipe radiotag@34 paper@34 --seed 2
     python tests/benchmarks/marking.py speed cifar10.zip photos --work bench-out
+    python tests/benchmarks/marking.py step --work bench-out
     python tests/benchmarks/marking.py scale --work bench-out
     python tests/benchmarks/marking.py table --work bench-out --json marking.json
 
@@ -10,8 +11,7 @@ images of its own, trains one suspect from scratch on all of them and verifies i
 in one suspect. It repeats nothing that lies in the work folder: suspects of other seeds share the marked images of the
 first. The recipe 'two networks' needs a second one (what
 `evidence.py run --clean` left, of another seed). `speed` times the plain recipe beside radiotag's on the same images in
-one run. `photos` is a folder of photographs, which a ResNet-18 with 224-pixel input marks; its weights are random,
-since time does not depend on them.
+one run. `photos` is a folder of photographs, which a ResNet-18 with 224-pixel input marks, of random weights.
 """
 
 import argparse
@@ -287,15 +287,24 @@ def timed(work: Callable[[], object]) -> float:
     return time.monotonic() - started
 
 
-def step_cost(key: radioactive.Key, side: int, batch: int, size: int) -> dict:
-    """Seconds of a step of marking beside a bare pass forward and back to the input, interleaved; medians of 7.
+def stock_resnet18(path: Path) -> None:
+    """A network for photographs, of random weights: time does not depend on them."""
+    spec = networks.Spec(architecture="resnet18", classes=1000, small_stem=False, image_size=224,
+                         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), class_names=None)  # fmt: skip
+    torch.manual_seed(1)
+    networks.save_checkpoint(path, networks.build(spec), spec)
 
-    Both in the same precision; the batch is of images of one size.
+
+def step_cost(key: radioactive.Key, side: int, batch: int, size: int) -> dict:
+    """Seconds of a step of marking beside a bare pass forward and back to the input, interleaved; medians of 5.
+
+    Both in the same precision; the batch is of images of one size. A step is the whole work on a batch by the number of
+    steps, so that what is done once an image counts, too.
     """
     network = key.network()
     x = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)) * 255
     u, inputs = key.carriers[:1].expand(batch, -1), torch.rand(batch, 3, size, size)
-    steps = radioactive.Marking(steps=4)
+    steps = radioactive.Marking()
 
     def bare() -> None:
         z = inputs.clone().requires_grad_()
@@ -307,7 +316,7 @@ def step_cost(key: radioactive.Key, side: int, batch: int, size: int) -> dict:
         radioactive.mark_images(network, list(x), u, [random.Random(i) for i in range(batch)], steps)
 
     bare()
-    times = [(timed(bare), timed(marking) / steps.steps) for _ in range(7)]
+    times = [(timed(bare), timed(marking) / steps.steps) for _ in range(5)]
     one, other = (float(np.median(column)) for column in zip(*times, strict=True))
     return {"batch": batch, "bare_seconds": one, "step_seconds": other, "ratio": other / one}
 
@@ -325,13 +334,8 @@ def speed(a: argparse.Namespace) -> None:
         (work / "photos").mkdir()
         for path in photos:
             (work / "photos" / path.name).write_bytes(path.read_bytes())
-        spec = networks.Spec(architecture="resnet18", classes=1000, small_stem=False, image_size=224,
-                             mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), class_names=None)  # fmt: skip
-        torch.manual_seed(1)
-        networks.save_checkpoint(work / "resnet18.pt", networks.build(spec), spec)
-        for name, network, psnr, side, size in (
-            ("cifar", "builtin", 34.0, 32, 32), ("photos", str(work / "resnet18.pt"), 40.0, 375, 224),
-        ):  # fmt: skip
+        stock_resnet18(work / "resnet18.pt")
+        for name, network, psnr in (("cifar", "builtin", 34.0), ("photos", str(work / "resnet18.pt"), 40.0)):
             file = work / f"{name}.safetensors"
             keygen = [sys.executable, "-m", "radiotag", "keygen", "-q", "-o", str(file), "--network", network]
             subprocess.run([*keygen, "--classes", "10"], check=True)
@@ -343,10 +347,22 @@ def speed(a: argparse.Namespace) -> None:
             result[name] = {
                 "images": len(rows), "seconds": seconds, "plain_seconds": other, "ratio": other / seconds,
                 "psnr": quality(source, ours), "plain_psnr": quality(source, plain),
-                "step": step_cost(radioactive.load_key(file), side, 64 if size == 32 else 16, size),
             }  # fmt: skip
             print(name, json.dumps(result[name]), flush=True)
     (a.work / "mark-speed.json").write_text(json.dumps(result, indent=1, sort_keys=True))
+
+
+def step(a: argparse.Namespace) -> None:
+    """What a step of marking costs beside a bare pass, on images of CIFAR's size and of photographs'."""
+    result: dict = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        stock_resnet18(Path(folder) / "resnet18.pt")
+        sizes = {"cifar": ("builtin", 32, 64, 32), "photos": (f"{folder}/resnet18.pt", 375, 16, 224)}
+        for name, (network, side, batch, size) in sizes.items():
+            key = radioactive.new_key(*networks.marking_weights(network), 10)
+            result[name] = step_cost(key, side, batch, size)
+            print(name, json.dumps(result[name]), flush=True)
+    (a.work / "mark-step.json").write_text(json.dumps(result, indent=1, sort_keys=True))
 
 
 def scale(a: argparse.Namespace) -> None:
@@ -388,7 +404,7 @@ def table(a: argparse.Namespace) -> None:
         print(f"{r['recipe']:<16}" + "".join(f"{number:>9}" for number in numbers))
     others = {
         name: json.loads((a.work / f"mark-{name}.json").read_text())
-        for name in ("speed", "scale")
+        for name in ("speed", "step", "scale")
         if (a.work / f"mark-{name}.json").exists()
     }
     if a.json:
@@ -413,13 +429,15 @@ def main() -> None:
     fast.add_argument("photos", type=Path)
     fast.add_argument("--small", type=int, default=1000, help="CIFAR images")
     fast.add_argument("--large", type=int, default=120, help="photographs")
+    bare = commands.add_parser("step")
+    bare.set_defaults(call=step)
     large = commands.add_parser("scale")
     large.set_defaults(call=scale)
     large.add_argument("--files", type=int, default=200_000)
     every = commands.add_parser("table")
     every.set_defaults(call=table)
     every.add_argument("--json", type=Path, default=None)
-    for part in (one, fast, large, every):
+    for part in (one, fast, bare, large, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
