@@ -8,13 +8,16 @@
 
 `evidence` marks a share of CIFAR-10's first images by each of the recipes given (RECIPES), every recipe with a key and
 images of its own, trains one suspect from scratch on all of them and verifies it by each key: so recipes are compared
-in one suspect. It repeats nothing that lies in the work folder: suspects of other seeds share the marked images of the
-first. The recipe 'two networks' needs a second one (what
+in one suspect. With several marking networks (`--network`) every recipe is made with each. It repeats nothing that lies
+in the work folder: suspects of other seeds share the marked images of the first. `--side` enlarges the images for
+the marking; suspects see at most 64 pixels of it. The recipe 'two networks' needs a second one (what
 `evidence.py run --clean` left, of another seed). `speed` times the plain recipe beside radiotag's on the same images in
 one run. `photos` is a folder of photographs, which a ResNet-18 with 224-pixel input marks, of random weights.
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -65,6 +68,8 @@ RECIPES: dict[str, radioactive.Marking | Plain] = {
     "features alone": radioactive.Marking(pattern_share=0.0),
     "half pattern": radioactive.Marking(pattern_share=0.5),
     "pattern alone": radioactive.Marking(pattern_share=1.0),
+    "features, crops of 10 to 100 %": radioactive.Marking(pattern_share=0.0, crop_scale=(0.1, 1.0)),
+    "features, crops of 2 to 25 %": radioactive.Marking(pattern_share=0.0, crop_scale=(0.02, 0.25)),
     "paper": Plain(),
     "90 steps of l2": Plain(steps=90, rule="l2", penalties=False),
     "sign steps": Plain(**{**L2, "rule": "sign"}),
@@ -170,7 +175,7 @@ def mark_all(
         if isinstance(recipe, Plain):
             marked = mark_plainly(network, images, key.carriers[rows], recipe, psnr, draws, second)
         else:
-            settings = radioactive.Marking(min_psnr=psnr, pattern_share=recipe.pattern_share)
+            settings = dataclasses.replace(recipe, min_psnr=psnr)
             patterns = key.patterns[rows] * (recipe.pattern_share != 0)
             marked = torch.stack(
                 radioactive.mark_images(network, list(images), key.carriers[rows], draws, settings, None, patterns)
@@ -180,45 +185,71 @@ def mark_all(
 
 
 def evidence(a: argparse.Namespace) -> None:
-    """Mark by each recipe, with a key and images of its own, train one suspect on all, verify it by each key."""
-    recipes = [name.partition("@")[::2] for name in a.recipe]
-    whole = "+".join(f"{name}@{db or 34}" for name, db in recipes).replace(" ", "-")
-    stem = f"mark-{whole}-n{a.images}-q{a.fraction:g}-e{a.epochs}-seed{a.seed}"
+    """Mark by each recipe and network, with a key and images each, train one suspect on all, verify it by each key."""
+    recipes = [(*name.partition("@")[::2], network) for name in a.recipe for network in a.network]
+    whole = "+".join("@".join(part) for part in ((n, db or "34", *other(m)) for n, db, m in recipes)).replace(" ", "-")
+    source = (f"-{a.data.stem}" if a.data.stem != "cifar10" else "") + (f"-{a.side}px" if a.side != 32 else "")
+    more = source + (f"-{a.arch}" if a.arch != "resnet10" else "")
+    stem = f"mark-{whole}{more}-n{a.images}-q{a.fraction:g}-e{a.epochs}-seed{a.seed}"
+    stem = stem if len(stem) < 200 else f"mark-{hashlib.sha256(stem.encode()).hexdigest()[:16]}-seed{a.seed}"
     if (a.work / f"{stem}.json").exists():
         return
     root, model, count = unpacked(a.data, a.work), a.work / f"{stem}.pt", round(a.fraction * a.images)
-    data = training.load_folder(root / "train", 32)
+    data = training.load_folder(root / "train", min(a.side, 64))
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[: a.images]
     x, y = data.images[order].clone(), data.labels[order]
     runs = []
-    for place, (name, db) in enumerate(recipes):
+    for place, (name, db, network) in enumerate(recipes):
         mine = slice(place * count, (place + 1) * count)
-        marks = f"{name}@{db or 34}-{mine.start}-{mine.stop}-of-{a.images}".replace(" ", "-")  # whatever the suspect
+        marks = "@".join((name, db or "34", *other(network))) + f"-{mine.start}-{mine.stop}-of-{a.images}"
+        marks = marks.replace(" ", "-") + source  # whatever the suspect
         key_file, saved = a.work / f"{marks}.safetensors", a.work / f"{marks}.images.pt"
+        if not key_file.exists():
+            key = radioactive.new_key(*networks.marking_weights(network), len(data.names))
+            radioactive.save_key(key_file, key)
         if not saved.exists():
-            torch.save(marked_by(name, float(db or 34), key_file, x[mine], y[mine], a.second), saved)
+            large = scaled(x[mine], a.side)
+            marked, about = marked_by(name, float(db or 34), key_file, large, y[mine], a.second)
+            torch.save((scaled(marked, x.shape[-1]), about), saved)
         x[mine], about = torch.load(saved)
-        runs.append({"recipe": name, "psnr": float(db or 34), "key": key_file.name, **about})
+        by = {"recipe": name, "psnr": float(db or 34), "network": Path(network).stem, "key": key_file.name}
+        runs.append(by | about)
     dataset = training.Dataset(images=x, labels=y, names=data.names)
-    suspect = training.new_network("resnet10", dataset, stem=None, seed=a.seed)
-    held_out, plan = training.load_folder(root / "test", 32), training.Recipe(epochs=a.epochs, seed=a.seed)
+    suspect = training.new_network(a.arch, dataset, stem=x.shape[-1] == 32, seed=a.seed)  # the stock stem saves time
+    unseen = next(path for path in (root / "test", root / "val") if path.exists())
+    held_out, plan = training.load_folder(unseen, x.shape[-1]), training.Recipe(epochs=a.epochs, seed=a.seed)
     accuracy = training.train(suspect, dataset, plan, validation=held_out, output=model, resume=model.exists())
-    verdicts = verified(model, [a.work / run["key"] for run in runs], root / "test")
-    runs = [run | {"real": verdict} for run, verdict in zip(runs, verdicts, strict=True)]
+    for run, (_, _, network) in zip(runs, recipes, strict=True):
+        if "real" not in run:
+            same = [one for one, (_, _, theirs) in zip(runs, recipes, strict=True) if theirs == network]
+            verdicts = verified(model, [a.work / one["key"] for one in same], unseen)
+            for one, verdict in zip(same, verdicts, strict=True):
+                one["real"] = verdict
     shared = {
         "images": a.images, "fraction": a.fraction, "epochs": a.epochs, "seed": a.seed, "accuracy": accuracy,
-        "suspect": whole, **machine(), "command": f"evidence {a.data.name} --images {a.images} "
-        f"--fraction {a.fraction:g} --epochs {a.epochs} --seed {a.seed} --recipe {shlex.join(a.recipe)}",
+        "data": a.data.stem, "side": a.side, "arch": a.arch, "suspect": whole, **machine(),
+        "command": f"evidence {a.data.name} --images {a.images} --fraction {a.fraction:g} --epochs {a.epochs} "
+        f"--seed {a.seed} --arch {a.arch} --side {a.side} --recipe {shlex.join(a.recipe)} "
+        f"--network {shlex.join(Path(network).name for network in a.network)}",
     }  # fmt: skip
     (a.work / f"{stem}.json").write_text(json.dumps([run | shared for run in runs], indent=1, sort_keys=True))
+
+
+def scaled(x: Tensor, side: int) -> Tensor:
+    """(N, 3, H, W) uint8 → (N, 3, side, side) uint8."""
+    parts = [networks.resized(part.float(), side).round().clamp(0, 255).to(torch.uint8) for part in torch.split(x, 64)]
+    return torch.cat(parts)
+
+
+def other(network: str) -> tuple[str, ...]:
+    """The name of a marking network that is not the built-in one."""
+    return () if network == "builtin" else (Path(network).stem,)
 
 
 def marked_by(
     name: str, psnr: float, key_file: Path, x: Tensor, y: Tensor, other: Path | None
 ) -> tuple[Tensor, dict[str, float]]:
     """Images (N, 3, H, W) uint8 of labels (N,) marked by a recipe, and what that took and gave."""
-    if not key_file.exists():
-        radioactive.save_key(key_file, radioactive.new_key(*networks.marking_weights("builtin"), 10))
     key, recipe = radioactive.load_key(key_file), RECIPES[name]
     network, started = key.network(), time.monotonic()
     second = networks.load(other) if isinstance(recipe, Plain) and recipe.second else None
@@ -419,6 +450,9 @@ def main() -> None:
     one.add_argument("data", type=Path)
     one.add_argument("--recipe", nargs="+", default=["radiotag@34"], help="NAME@PSNR, one or more in one suspect")
     one.add_argument("--second", type=Path, help="a checkpoint, for the recipe 'two networks': clean-seedN.pt, say")
+    one.add_argument("--network", nargs="+", default=["builtin"], help="marking networks: every recipe by each of them")
+    one.add_argument("--arch", default="resnet10", help="of the suspect")
+    one.add_argument("--side", type=int, default=32, help="pixels of the images marked; suspects see 64 at most")
     one.add_argument("--images", type=int, default=50_000)
     one.add_argument("--fraction", type=float, default=0.1)
     one.add_argument("--epochs", type=int, default=6)
