@@ -106,6 +106,14 @@ def test_the_recipes_for_marking_are_measurements():
         psnr, seconds = (statistics.median(run[name] for run in runs) for name in ("psnr_median", "seconds_per_image"))
         found = " / ".join(minus(run["real"]["log10_p"]) for run in runs)
         assert f"| {recipe} | {psnr:.1f} dB | {found} | {1e3 * seconds:.0f} |" in shown
+    for psnr in (34, 37, 40):
+        ours, papers = (
+            statistics.mean(
+                run["real"]["log10_p"] for run in MARKING["runs"] if (run["recipe"], run["psnr"]) == (name, psnr)
+            )
+            for name in ("radiotag", "paper")
+        )
+        assert ours / papers >= 5
     several = {run["seed"]: run["accuracy"] for run in MARKING["runs"] if "paper@37" in run["suspect"]}
     accuracy = " and ".join(f"{100 * value:.2f} %" for value in several.values())
     assert f"(accuracy {accuracy})" in " ".join(README.split())
