@@ -96,6 +96,33 @@ def test_one_image_in_a_hundred_leaves_what_is_said():
     assert f"with {asked['decoys']:,} decoys" in README and f"in {asked['seconds']:.0f} s on one core" in README
 
 
+def test_what_to_expect_follows_from_the_runs_and_the_formula():
+    def formula(found):
+        squares = 512 * found["mean_cosine"] * abs(found["mean_cosine"])
+        squares += 51 * found["pattern_cosine"] * abs(found["pattern_cosine"])
+        return -(1 if found.get("classes_used") == 1 else 10) * squares / (2 * math.log(10))
+
+    every = [run for run in RESULTS["runs"] if not run.get("classes")]
+    wanted = {
+        ("10", "5,000", f"{100 * q:.0f} %", str(epochs)): [
+            run["suspect, real"] for run in every if (run["fraction"], run["train"]["epochs"]) == (q, epochs)
+        ]
+        for q, epochs in ((0.1, 6), (0.05, 6), (0.02, 16), (0.01, 16))
+    }
+    wanted["1 of 10", "5,000", "10 %", "16"] = [run["suspect, real"] for run in RESULTS["runs"] if run.get("classes")]
+    wanted["10", "1,000", "10 %", "16"] = [
+        run["real"] for run in MARKING["runs"] if (run["recipe"], run["psnr"]) == ("radiotag", 34)
+    ]
+    shown = [line.replace("*", "") for line in README.splitlines()]
+    for names, runs in wanted.items():
+        m, n = (statistics.median(run[f"{kind}_cosine"] for run in runs) for kind in ("mean", "pattern"))
+        cells = (
+            *names, str(len(runs)), f"{m:.3f}", f"{n:.3f}", f"{statistics.median(map(formula, runs)):.1f}",
+            f"{statistics.median(run['log10_p'] for run in runs):.1f}",
+        )  # fmt: skip
+        assert f"| {' | '.join(cells)} |".replace("| -", "| −") in shown
+
+
 def test_the_recipes_for_marking_are_measurements():
     rows = {}
     for run in MARKING["runs"]:
