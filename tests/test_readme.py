@@ -91,9 +91,13 @@ def test_one_image_in_a_hundred_leaves_what_is_said():
     assert len(owners) == 5 and max(middle[:2]) < -5  # "p below 1e-5"
     missed = [[run["owner"] for run in owners if run[f"suspect, {test}"]["log10_p"] > -4] for test in ("bare", "real")]
     assert list(map(len, missed)) == [1, 1] and missed[0] != missed[1]  # "One of the five …, and another"
-    (asked,) = (run["suspect, black-box"] for run in owners if "suspect, black-box" in run)
-    assert asked["log10_p"] == pytest.approx(-math.log10(asked["decoys"] + 1))  # "none did as well"
-    assert f"with {asked['decoys']:,} decoys" in README and f"in {asked['seconds']:.0f} s on one core" in README
+    asked = [run["suspect, black-box"] for run in owners]
+    assert f"the median is {minus(statistics.median(found['log10_p'] for found in asked))}" in README
+    assert sum(found["log10_p"] > -2 for found in asked) == 1  # "one of the five is not found"
+    assert {found["decoys"] for found in asked} == {10_499}
+    assert f"the least there is: {minus(-math.log10(10_500))}" in README
+    (both,) = (found for found in asked if found["threads"] == 2)
+    assert f"it took {both['seconds']:.0f} s on two cores" in README and both["seconds"] < 300
 
 
 def test_what_to_expect_follows_from_the_runs_and_the_formula():
