@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text(encoding="utf-8"))
 ALONE = json.loads((ROOT / "tests/benchmarks/results/features_alone.json").read_text(encoding="utf-8"))
+PAPER = json.loads((ROOT / "tests/benchmarks/results/paper.json").read_text(encoding="utf-8"))
 MARKING = json.loads((ROOT / "tests/benchmarks/results/marking.json").read_text(encoding="utf-8"))
 BEFORE = json.loads((ROOT / "tests/benchmarks/results/bare_before.json").read_text(encoding="utf-8"))
 TESTS = ("bare", "real", "black-box", "originals")
@@ -150,6 +151,25 @@ def test_the_recipes_for_marking_are_measurements():
     assert f"(accuracy {accuracy})" in " ".join(README.split())
     second = next(run["second"] for run in MARKING["runs"] if run["recipe"] == "two networks")
     assert f"knows {100 * second['accuracy']:.2f} % of the test images" in " ".join(README.split())
+
+
+TOLD = {"scratch/10%": "resnet10, nothing else", "scratch/clean": "unmarked images"}
+
+
+@pytest.mark.parametrize("run", PAPER["runs"], ids=lambda run: run["experiment"])
+def test_every_suspect_of_the_papers_tables_is_a_measurement(run):
+    found = [run["bare"]["log10_p"], run["real"]["log10_p"], run["real"]["paper_log10_p"]]
+    cells = (TOLD.get(run["experiment"], run["experiment"].split("/")[1]), f"{100 * run['accuracy']:.2f} %")
+    assert f"| {' | '.join((*cells, *map(minus, found)))} |" in README.replace("*", "").splitlines()
+    assert (run["share"], run["images"], run["epochs"]) == (0.1 if "clean" not in run["experiment"] else 0, 10_000, 16)
+
+
+def test_what_another_architecture_did_not_show_is_said():
+    found = json.loads((ROOT / "tests/benchmarks/results/networks.json").read_text(encoding="utf-8"))["runs"]
+    assert (len(found), {run["arch"] for run in found}, found[0]["images"]) == (9, {"regnet_y_400mf"}, 10_000)
+    prose = " ".join(README.split())
+    assert f"it learnt {100 * found[0]['accuracy']:.2f} % of the test images" in prose
+    assert f"the lowest log10 p of the nine is {minus(min(run['real']['log10_p'] for run in found))}" in prose
 
 
 def test_speed_and_scale_are_measurements():
