@@ -164,6 +164,11 @@ def test_every_suspect_of_the_papers_tables_is_a_measurement(run):
     assert (run["share"], run["images"], run["epochs"]) == (0.1 if "clean" not in run["experiment"] else 0, 10_000, 16)
 
 
+def test_what_survives_leaves_as_little_doubt_as_is_said():
+    left = [run[test]["log10_p"] for run in PAPER["runs"] if "survives" in run["experiment"] for test in ("bare", "real")]
+    assert max(left) < -7  # "p below 1e-7"
+
+
 def test_what_another_architecture_did_not_show_is_said():
     found = json.loads((ROOT / "tests/benchmarks/results/networks.json").read_text(encoding="utf-8"))["runs"]
     assert (len(found), {run["arch"] for run in found}, found[0]["images"]) == (9, {"regnet_y_400mf"}, 10_000)
