@@ -165,7 +165,9 @@ def test_every_suspect_of_the_papers_tables_is_a_measurement(run):
 
 
 def test_what_survives_leaves_as_little_doubt_as_is_said():
-    left = [run[test]["log10_p"] for run in PAPER["runs"] if "survives" in run["experiment"] for test in ("bare", "real")]
+    left = [
+        run[test]["log10_p"] for run in PAPER["runs"] if "survives" in run["experiment"] for test in ("bare", "real")
+    ]
     assert max(left) < -7  # "p below 1e-7"
 
 
