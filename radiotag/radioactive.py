@@ -356,7 +356,8 @@ def mark_images(
     """Mark images of any sizes together: each (3, H, W) in [0, 255] → (3, H, W) float, within ε and the PSNR.
 
     carriers is (B, d), patterns (B, m), rows of zeros for none, draws one generator an image. `read_back(images)` is
-    what a reader of the written files would see; the loss is taken there and its gradient passed straight through.
+    what a reader of the written files would see; the loss is taken there and its gradient passed straight through. What
+    it is given changes afterwards.
     """
     device = carriers.device
     clean = [x.to(device) for x in images]
@@ -371,9 +372,12 @@ def mark_images(
         crops = [random_crop(y.shape[1], y.shape[2], draw, marking) for y, draw in zip(moved, draws, strict=True)]
         gradients = _gradients(network, written, carriers, crops)
         for i, (base, radius) in enumerate(starts):
-            (top, left, height, width, _), own, g = crops[i], moved[i].sub_(clean[i]).sub_(base), gradients[i]
+            own = (
+                moved[i].sub_(clean[i]).sub_(base)
+            )  # in place throughout: a photograph's copies cost more than the sums
+            top, left, height, width, _ = crops[i]
             seen = slice(top, top + height), slice(left, left + width)
-            g.mul_(masks[i][:, *seen])
+            g = gradients[i].mul_(masks[i][:, *seen])
             own[:, *seen].sub_(g, alpha=size * radius / max(float(g.norm()), 1e-20))
             project(own, radius, marking.epsilon).add_(base).clamp_(-marking.epsilon, marking.epsilon)
             own.add_(clean[i]).clamp_(0, 255)

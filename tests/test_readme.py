@@ -95,6 +95,11 @@ def test_one_image_in_a_hundred_leaves_what_is_said():
     asked = [run["suspect, black-box"] for run in owners]
     assert f"the median is {minus(statistics.median(found['log10_p'] for found in asked))}" in README
     assert sum(found["log10_p"] > -2 for found in asked) == 1  # "one of the five is not found"
+    assert sum(found["log10_p"] <= -4 for found in asked) == 2  # "two of the five reach 1e-4"
+    earlier = [(run["owner"], found["images"], minus(found["log10_p"])) for run in owners
+               for found in run.get("earlier, black-box", ())]  # fmt: skip
+    assert earlier == [("1", 12, "−4.02"), ("1", 9, "−4.02"), ("2", 12, "−0.60")]
+    assert f"up to {max(found['seconds'] for found in asked):.0f} s)" in README
     assert {found["decoys"] for found in asked} == {10_499}
     assert f"the least there is: {minus(-math.log10(10_500))}" in README
     (both,) = (found for found in asked if found["threads"] == 2)
@@ -146,6 +151,15 @@ def test_the_recipes_for_marking_are_measurements():
             for name in ("radiotag", "paper")
         )
         assert ours / papers >= 6
+    ours = {(run["psnr"], run["seed"]): [] for run in MARKING["runs"] if run["recipe"] == "radiotag"}
+    for run in MARKING["runs"]:
+        if run["recipe"] == "radiotag":
+            ours[run["psnr"], run["seed"]].append(minus(run["real"]["log10_p"]))
+    prose = " ".join(README.split())
+    same, keys = (ours[40, 5][1], ours[40, 6][1]), ours[34, 6]
+    assert (
+        "the same marks left {} in one suspect and {} in another, and two keys {} and {}.".format(*same, *keys) in prose
+    )
     several = {run["seed"]: run["accuracy"] for run in MARKING["runs"] if "paper@37" in run["suspect"]}
     accuracy = " and ".join(f"{100 * value:.2f} %" for value in several.values())
     assert f"(accuracy {accuracy})" in " ".join(README.split())

@@ -187,7 +187,7 @@ def mark_all(
 def evidence(a: argparse.Namespace) -> None:
     """Mark by each recipe and network, with a key and images each, train one suspect on all, verify it by each key."""
     recipes = [(*name.partition("@")[::2], network) for name in a.recipe for network in a.network]
-    whole = "+".join("@".join(part) for part in ((n, db or "34", *other(m)) for n, db, m in recipes)).replace(" ", "-")
+    whole = "+".join("@".join(part) for part in ((n, db or "34", *named(m)) for n, db, m in recipes)).replace(" ", "-")
     source = (f"-{a.data.stem}" if a.data.stem != "cifar10" else "") + (f"-{a.side}px" if a.side != 32 else "")
     more = source + (f"-{a.arch}" if a.arch != "resnet10" else "")
     stem = f"mark-{whole}{more}-n{a.images}-q{a.fraction:g}-e{a.epochs}-seed{a.seed}"
@@ -201,7 +201,7 @@ def evidence(a: argparse.Namespace) -> None:
     runs = []
     for place, (name, db, network) in enumerate(recipes):
         mine = slice(place * count, (place + 1) * count)
-        marks = "@".join((name, db or "34", *other(network))) + f"-{mine.start}-{mine.stop}-of-{a.images}"
+        marks = "@".join((name, db or "34", *named(network))) + f"-{mine.start}-{mine.stop}-of-{a.images}"
         marks = marks.replace(" ", "-") + source  # whatever the suspect
         key_file, saved = a.work / f"{marks}.safetensors", a.work / f"{marks}.images.pt"
         if not key_file.exists():
@@ -219,12 +219,10 @@ def evidence(a: argparse.Namespace) -> None:
     unseen = next(path for path in (root / "test", root / "val") if path.exists())
     held_out, plan = training.load_folder(unseen, x.shape[-1]), training.Recipe(epochs=a.epochs, seed=a.seed)
     accuracy = training.train(suspect, dataset, plan, validation=held_out, output=model, resume=model.exists())
-    for run, (_, _, network) in zip(runs, recipes, strict=True):
-        if "real" not in run:
-            same = [one for one, (_, _, theirs) in zip(runs, recipes, strict=True) if theirs == network]
-            verdicts = verified(model, [a.work / one["key"] for one in same], unseen)
-            for one, verdict in zip(same, verdicts, strict=True):
-                one["real"] = verdict
+    for i in range(len(a.network)):
+        same = runs[i :: len(a.network)]  # what is computed of the suspect is the same for all keys of a network
+        for run, verdict in zip(same, verified(model, [a.work / run["key"] for run in same], unseen), strict=True):
+            run["real"] = verdict
     shared = {
         "images": a.images, "fraction": a.fraction, "epochs": a.epochs, "seed": a.seed, "accuracy": accuracy,
         "data": a.data.stem, "side": a.side, "arch": a.arch, "suspect": whole, **machine(),
@@ -241,7 +239,7 @@ def scaled(x: Tensor, side: int) -> Tensor:
     return torch.cat(parts)
 
 
-def other(network: str) -> tuple[str, ...]:
+def named(network: str) -> tuple[str, ...]:
     """The name of a marking network that is not the built-in one."""
     return () if network == "builtin" else (Path(network).stem,)
 
@@ -335,7 +333,7 @@ def step_cost(key: radioactive.Key, side: int, batch: int, size: int) -> dict:
     network = key.network()
     x = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)) * 255
     u, inputs = key.carriers[:1].expand(batch, -1), torch.rand(batch, 3, size, size)
-    steps = radioactive.Marking()
+    settings = radioactive.Marking()
 
     def bare() -> None:
         z = inputs.clone().requires_grad_()
@@ -344,17 +342,18 @@ def step_cost(key: radioactive.Key, side: int, batch: int, size: int) -> dict:
         torch.autograd.grad((features.float() * u).sum(), z)
 
     def marking() -> None:
-        radioactive.mark_images(network, list(x), u, [random.Random(i) for i in range(batch)], steps)
+        radioactive.mark_images(network, list(x), u, [random.Random(i) for i in range(batch)], settings)
 
     bare()
-    times = [(timed(bare), timed(marking) / steps.steps) for _ in range(5)]
+    times = [(timed(bare), timed(marking) / settings.steps) for _ in range(5)]
     one, other = (float(np.median(column)) for column in zip(*times, strict=True))
     return {"batch": batch, "bare_seconds": one, "step_seconds": other, "ratio": other / one}
 
 
 def speed(a: argparse.Namespace) -> None:
     """The plain recipe beside `radiotag mark --format png`, on photographs and on CIFAR images."""
-    result: dict = machine()
+    command = f"speed {a.data.name} {a.photos.name} --small {a.small} --large {a.large}"
+    result: dict = {"command": command, **machine()}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for path in sorted((unpacked(a.data, a.work) / "train").rglob("*.jpg"))[:: 50_000 // a.small]:
@@ -385,7 +384,7 @@ def speed(a: argparse.Namespace) -> None:
 
 def step(a: argparse.Namespace) -> None:
     """What a step of marking costs beside a bare pass, on images of CIFAR's size and of photographs'."""
-    result: dict = machine()
+    result: dict = {"command": "step", **machine()}
     with tempfile.TemporaryDirectory() as folder:
         stock_resnet18(Path(folder) / "resnet18.pt")
         sizes = {"cifar": ("builtin", 32, 64, 32), "photos": (f"{folder}/resnet18.pt", 375, 16, 224)}
@@ -398,7 +397,7 @@ def step(a: argparse.Namespace) -> None:
 
 def scale(a: argparse.Namespace) -> None:
     """Plan, mark (one image in 200) and go on in a folder of many small files: seconds, and the memory it took."""
-    rng, result = np.random.default_rng(0), machine()
+    rng, result = np.random.default_rng(0), {"command": f"scale --files {a.files}", **machine()}
     with tempfile.TemporaryDirectory(dir=a.work) as folder:
         key, seconds = Path(folder) / "k.safetensors", {}
         subprocess.run([sys.executable, "-m", "radiotag", "keygen", "-q", "-o", str(key)], check=True)
@@ -425,14 +424,15 @@ def table(a: argparse.Namespace) -> None:
     runs = [run for file in files for run in json.loads(file.read_text())]
     runs.sort(key=lambda r: (r["images"], r["psnr"], list(RECIPES).index(r["recipe"]), r["seed"]))
     heads = ("images", "q", "PSNR", "seed", "gain", "ms", "accuracy", "log10 p", "cosine", "pattern")
-    print(f"{'recipe':<16}" + "".join(f"{head:>9}" for head in heads))
+    print("{:<32}{:<10}{:<16}".format("recipe", "network", "suspect") + "".join(f"{head:>9}" for head in heads))
     for r in runs:
         numbers = (
             f"{r['images']}", f"{r['fraction']:.0%}", f"{r['psnr_median']:.1f}", f"{r['seed']}", f"{r['gain']:.3f}",
             f"{1e3 * r['seconds_per_image']:.0f}", f"{r['accuracy']:.2%}", f"{r['real']['log10_p']:.2f}",
             f"{r['real']['mean_cosine']:.3f}", f"{r['real']['pattern_cosine']:.3f}",
         )  # fmt: skip
-        print(f"{r['recipe']:<16}" + "".join(f"{number:>9}" for number in numbers))
+        by = (r["recipe"], r.get("network", "builtin"), r.get("arch", "resnet10"))
+        print("{:<32}{:<10}{:<16}".format(*by) + "".join(f"{number:>9}" for number in numbers))
     others = {
         name: json.loads((a.work / f"mark-{name}.json").read_text())
         for name in ("speed", "step", "scale")
