@@ -397,7 +397,7 @@ def test_find_head_takes_the_layer_that_makes_the_output():
 
 
 SMALL = (
-    *("resnet18", "densenet121", "mobilenet_v3_small", "vgg11_bn", "convnext_tiny", "efficientnet_b0"),
+    *("resnet18", "densenet121", "mobilenet_v3_small", "convnext_tiny", "efficientnet_b0"),
     *("shufflenet_v2_x1_0", "regnet_y_400mf", "swin_t", "googlenet"),
 )
 
@@ -421,7 +421,7 @@ def last_side(module):
     return sides[-1][2]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "vgg11_bn")) for n in SMALL])
+@pytest.mark.parametrize("name", SMALL)
 def test_the_small_stem_leaves_a_larger_map(name):
     spec = Spec(architecture=name, classes=7, small_stem=False, image_size=32, mean=MEAN, std=STD)
     stock, module = networks._skeleton(spec), networks._skeleton(networks.replace(spec, small_stem=True))
@@ -447,6 +447,19 @@ def test_the_small_stem_is_initialised_and_its_kernel_is_three():
     assert float(module.conv1.weight.detach().std()) == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.1)
     assert isinstance(module.maxpool, nn.Identity)
     assert [small_stem(size) for size in (32, 64, 65, 224)] == [True, True, False, False]
+
+
+def test_a_vgg_for_small_images_keeps_its_stem_and_has_no_copies_of_its_map():
+    module = original("vgg11_bn").eval()
+    kernel, reduction = module.features[0].weight, sum(isinstance(m, nn.MaxPool2d) for m in module.modules())
+    shrink_stem(module)
+    assert module.features[0].weight is kernel and reduction == 5
+    assert sum(isinstance(m, nn.MaxPool2d) for m in module.modules()) == 5
+    assert sum(p.numel() for p in module.parameters()) < 32e6
+    with torch.no_grad():
+        seen = module.features(pixels(32, 2)).flatten(1)  # (2, 512): the map is of one place
+        assert torch.allclose(module(pixels(32, 2)), module.classifier(seen), atol=1e-5)
+    assert recognise(module.state_dict()) == ("vgg11_bn", True, None)
 
 
 def test_a_small_stem_file_runs_at_32_pixels_by_default(tmp_path):
