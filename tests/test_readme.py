@@ -167,15 +167,41 @@ def test_the_recipes_for_marking_are_measurements():
     assert f"knows {100 * second['accuracy']:.2f} % of the test images" in " ".join(README.split())
 
 
-TOLD = {"scratch/10%": "resnet10, nothing else", "scratch/clean": "unmarked images"}
+SHARES = {
+    "head": "head only", "scratch": "from scratch",
+    "100 classes, head": "100 classes, head only", "100 classes, scratch": "100 classes, from scratch",
+}  # fmt: skip
+BY_SHARE: dict = {}
+OTHERS = {"resnet10, nothing else": next(run for run in PAPER["runs"] if run["experiment"] == "scratch/10%")}
+for each in PAPER["runs"]:
+    table, row = each["experiment"].split(", seed")[0].split("/")
+    if table in SHARES or "100 classes" in table:
+        name = SHARES.get(table, f"100 classes, {row}")
+        BY_SHARE.setdefault((name, f"{100 * each['share']:.0f} %"), []).append(each)
+    else:
+        OTHERS[row] = each
 
 
-@pytest.mark.parametrize("run", PAPER["runs"], ids=lambda run: run["experiment"])
-def test_every_suspect_of_the_papers_tables_is_a_measurement(run):
-    found = [run["bare"]["log10_p"], run["real"]["log10_p"], run["real"]["paper_log10_p"]]
-    cells = (TOLD.get(run["experiment"], run["experiment"].split("/")[1]), f"{100 * run['accuracy']:.2f} %")
-    assert f"| {' | '.join((*cells, *map(minus, found)))} |" in README.replace("*", "").splitlines()
-    assert (run["share"], run["images"], run["epochs"]) == (0.1 if "clean" not in run["experiment"] else 0, 10_000, 16)
+def cells_of(runs):
+    tests = ("bare", "log10_p"), ("real", "log10_p"), ("real", "paper_log10_p")
+    middle = [statistics.median(run[test][number] for run in runs) for test, number in tests]
+    return f"{100 * statistics.median(run['accuracy'] for run in runs):.2f} %", *map(minus, middle)
+
+
+@pytest.mark.parametrize("name", BY_SHARE, ids=" ".join)
+def test_every_row_by_share_is_measured(name):
+    runs = BY_SHARE[name]
+    assert f"| {' | '.join((*name, str(len(runs)), *cells_of(runs)))} |" in README.replace("*", "").splitlines()
+    wanted = (20_000 if "100 classes" in name[0] else 10_000, 16) if "head" not in name[0] else (0, 4)
+    assert {(run["images"], run["epochs"]) for run in runs} == {wanted}
+    assert len({run["seed"] for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_suspect_is_a_measurement(name):
+    run = OTHERS[name]
+    assert f"| {' | '.join((name, *cells_of([run])))} |" in README.replace("*", "").splitlines()
+    assert (run["share"], run["images"], run["epochs"], run["seed"]) == (0.1, 10_000, 16, 2)
 
 
 def test_what_survives_leaves_as_little_doubt_as_is_said():
