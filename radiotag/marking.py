@@ -12,7 +12,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -156,14 +156,18 @@ class Team:
         return values
 
 
-def team() -> Team:
-    """Join the processes that `torchrun` started, by its environment variables."""
+@contextmanager
+def team() -> Iterator[Team]:
+    """Join the processes that `torchrun` started, by its environment variables, until all is done."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
-        return Team()
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may have hours more to do
-    return Team(int(os.environ["RANK"]), size)
+        yield Team()
+        return
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may have hours more to do
+    try:
+        yield Team(int(os.environ["RANK"]), size)
+    finally:
+        distributed.destroy_process_group()  # its threads, left to the interpreter's end, may abort the process
 
 
 # ---------------------------------------------------------------- the run
@@ -184,9 +188,11 @@ def run(
 
     The summary of the first process is of all.
     """
-    together = team()
-    path = manifest.rank_journal(plan.manifest, together.rank)
-    with _journal(plan, path, together, force) as journal, ThreadPoolExecutor(THREADS) as pool:
+    with (
+        team() as together,
+        _journal(plan, path := manifest.rank_journal(plan.manifest, together.rank), together, force) as journal,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
         mine = plan.items[together.rank :: together.size]
         summary = Summary(images=len(mine))
         todo = _remaining(plan, mine, summary, pool)
