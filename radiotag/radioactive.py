@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from scipy import special
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from radiotag import RadiotagError
@@ -54,6 +54,7 @@ NULL = "the suspect was computed without any data marked under this key (its car
 ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
 # Penalty of the ridge alignment and its weight beside the response. Synthetic images align two feature spaces worse.
 RIDGE_LABELLED, RIDGE_UNLABELLED = (0.1, 1.0), (0.5, 0.5)
+RIDGE_ORDINARY = 0.1
 GRADIENTS = 1200  # response gradients in all, shared among the classes
 FREQUENCIES = 6  # of a pattern, along each axis: half-waves over the image
 PATTERNED = 0.25  # of a class, at most: were the pattern in all of it, networks would learn that and not the pictures
@@ -573,7 +574,7 @@ def aligned_rows(phi: Tensor, psi: Tensor, weight: Tensor, ridge: float) -> tupl
 
 def responses(
     marker: Network,
-    suspect: Network,
+    suspect: nn.Module,
     pixels: Tensor,
     outputs: Sequence[int],
     batch_size: int,
@@ -620,18 +621,6 @@ def likeliest(suspect: Network, pixels: Tensor, outputs: Sequence[int], count: i
     return torch.cat(scores).topk(min(count, len(pixels)), dim=0).indices.T
 
 
-def project_off(rows: Tensor, basis: Tensor) -> Tensor:
-    """Rows (C, d) less their part in the span of `basis` (K, d): what this suspect has that others have not.
-
-    Of a basis that would fill more than an eighth of the space only the strongest directions are taken.
-    """
-    _, strength, directions = torch.linalg.svd(F.normalize(basis, dim=1), full_matrices=False)
-    keep = min(len(strength), max(1, basis.shape[1] // 8))
-    directions = directions[:keep][strength[:keep] > 1e-8 * float(strength[0])]  # (K', d), orthonormal
-    remainder: Tensor = rows - (rows @ directions.T) @ directions
-    return remainder
-
-
 def project_own(rows: Tensor, own: Tensor) -> Tensor:
     """Rows (C, d) less their part along the same class's row of `own` (C, d)."""
     directions = F.normalize(own, dim=1)
@@ -639,12 +628,59 @@ def project_own(rows: Tensor, own: Tensor) -> Tensor:
     return remainder
 
 
-@lru_cache(maxsize=4)
-def own_responses(
-    marker: Network, pixels: Tensor, count: int, outputs: tuple[int, ...], batch_size: int, labels: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The marking network's own answers, (K, d) and (K, m), on the first `count` images; kept for the next suspect."""
-    return responses(marker, marker, pixels[:count], outputs, batch_size, labels)
+own_responses = lru_cache(maxsize=4)(responses)  # of the marking network, kept for the next suspect
+
+
+class OnFeatures(nn.Module):
+    """A linear classifier on φ's features, rows (C, d): what an ordinary network would answer for the classes."""
+
+    def __init__(self, marker: Network, rows: Tensor) -> None:
+        super().__init__()
+        self.marker, self.rows = marker, rows
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] → (B, C + 1): the last is zero, so that a single class has something beside it."""
+        seen = self.marker.features(pixels)  # (B, d)
+        return F.pad(seen @ self.rows.T.to(seen), (0, 1))
+
+
+@torch.no_grad()
+def ordinary_rows(phi: Tensor, targets: Tensor) -> Tensor:
+    """Ridge regression of targets (N, C) on features phi (N, d), both float64 and centred here: rows (C, d)."""
+    x, y = phi - phi.mean(0), targets - targets.mean(0)
+    gram = x.T @ x  # (d, d)
+    gram.diagonal().add_(RIDGE_ORDINARY * float(gram.diagonal().mean()) + 1e-12)
+    solution: Tensor = torch.linalg.solve(gram, x.T @ y)  # (d, C)
+    return solution.T
+
+
+def ordinary_network(
+    marker: Network,
+    suspect: Network,
+    pixels: Tensor,
+    phi: Tensor,
+    outputs: Sequence[int],
+    batch_size: int,
+    labels: Tensor | None,
+    own: Sequence[int] | None,
+) -> tuple[nn.Module, tuple[int, ...], Tensor | None]:
+    """Who answers for a network that has never seen a mark, its outputs for the classes, and its rows (C, d).
+
+    The marking network itself, where it knows the classes (`own`). Elsewhere a linear classifier on its features, of
+    labelled images or of the suspect's probabilities. The latter's rows are None: they are all that there is to a
+    suspect whose features are φ's.
+    """
+    if own is not None and marker.head is not None:
+        return marker, tuple(own), marker.head.weight.double().cpu()[list(own)]
+    every = tuple(range(len(outputs)))
+    if labels is not None:
+        rows = ordinary_rows(phi, (labels[:, None] == torch.arange(len(outputs))).double())
+        return OnFeatures(marker, rows), every, rows
+    device = suspect.get_buffer("mean").device
+    with torch.no_grad():
+        answers = [suspect(x.to(device)).double().softmax(1).cpu() for x in torch.split(pixels, batch_size)]
+    targets = torch.cat(answers)[:, list(outputs)]  # (N, C)
+    return OnFeatures(marker, ordinary_rows(phi, targets)), every, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -672,11 +708,12 @@ def suspect_rows(
 
     pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs` or −1 for other classes, or none:
     then the images that the suspect itself takes for a class serve its response. All serve the alignment. `own`: the
-    marking network's outputs for the same classes, whose answers are removed class by class; without, the span of all
-    its answers is.
+    marking network's outputs for the same classes. What an ordinary network answers is removed class by class: see
+    `ordinary_network`.
     """
-    outputs = [output for output, _ in pairs]
+    outputs, phi = [output for output, _ in pairs], features(marker, pixels, batch_size)  # (N, d)
     places, (penalty, share) = None, RIDGE_UNLABELLED if labels is None else RIDGE_LABELLED
+    ordinary, known, plain = ordinary_network(marker, suspect, pixels, phi, outputs, batch_size, labels, own)
     if labels is None:
         chosen = likeliest(suspect, pixels, outputs, max(8, GRADIENTS // len(outputs)), batch_size)  # (C, n)
         places, labels = chosen.flatten(), torch.arange(len(outputs)).repeat_interleave(chosen.shape[1])
@@ -684,27 +721,17 @@ def suspect_rows(
         places = torch.nonzero(labels >= 0)[:, 0]
         labels = labels[places]
     answer, pattern = responses(marker, suspect, pixels, outputs, batch_size, labels, places)
-    if own is None:
-        every = tuple(range(min(marker.spec.classes, 64)))
-        few = max(8, GRADIENTS // 4 // len(every))
-        known = own_responses(marker, pixels, few, every, batch_size)
-        answer, pattern = project_off(answer, known[0]), project_off(pattern, known[1])
-    else:
-        if places is None:
-            known = own_responses(marker, pixels, len(pixels), tuple(own), batch_size, labels)
-        else:
-            known = responses(marker, marker, pixels, own, batch_size, labels, places)
-        answer, pattern = project_own(answer, known[0]), project_own(pattern, known[1])
+    ours = (responses if places is not None else own_responses)(
+        marker, ordinary, pixels, known, batch_size, labels, places
+    )
+    answer, pattern = project_own(answer, ours[0]), project_own(pattern, ours[1])
     declared = F.normalize(answer, dim=1)  # (C, d)
     paper, r2 = None, None
-    if suspect.head is not None and marker.head is not None:
-        phi, psi = features(marker, pixels, batch_size), features(suspect, pixels, batch_size)
-        weight = suspect.head.weight.double().cpu()[outputs]
+    if suspect.head is not None:
+        psi, weight = features(suspect, pixels, batch_size), suspect.head.weight.double().cpu()[outputs]
         paper, r2 = aligned_rows(phi, psi, weight, 0.0)
         ridge, _ = aligned_rows(phi, psi, weight, penalty)
-        heads = marker.head.weight.double().cpu()  # (K, d)
-        ridge = project_off(ridge, heads) if own is None else project_own(ridge, heads[list(own)])
-        declared = declared + share * F.normalize(ridge, dim=1)
+        declared = declared + share * F.normalize(ridge if plain is None else project_own(ridge, plain), dim=1)
     return Rows(declared=declared, pattern=pattern, paper=paper, r2=r2, classes=tuple(row for _, row in pairs))
 
 

@@ -1291,7 +1291,7 @@ def test_the_demonstration_shows_the_mark(tmp_path):
         assert set(answer[name]) == SUSPECT_AND_MODEL
         assert answer[name]["model"] == str(tmp_path / "demo" / f"{name}.pt")
         assert answer[name]["accuracy"] > 0.15
-    assert answer["marked"] == demo.Size().images
+    assert answer["marked"] == demo.Size().images * demo.Size().fraction
     assert answer["clean"]["detected"] is False
     assert answer["radioactive"]["detected"] is True
     assert answer["radioactive"]["log10_p"] < -4

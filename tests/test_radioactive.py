@@ -35,6 +35,7 @@ from radiotag.radioactive import (
     default_psnr,
     default_share,
     evidence,
+    features,
     fingerprint,
     fisher,
     holm,
@@ -45,11 +46,12 @@ from radiotag.radioactive import (
     mark_images,
     marking_loss,
     new_key,
+    ordinary_network,
+    ordinary_rows,
     pattern_coefficients,
     pattern_images,
     patterned,
     project,
-    project_off,
     project_own,
     public_half,
     random_crop,
@@ -1204,40 +1206,6 @@ def test_response_is_the_finite_difference(body):
     assert found.numpy() == pytest.approx(expected, abs=1e-6)
 
 
-# ---------------------------------------------------------------- projection off a basis
-
-
-def test_projection_off_a_small_basis():
-    rows, basis = gaussian(5, 64, seed=1), gaussian(3, 64, seed=2) * torch.tensor([[1e-6], [1.0], [1e6]])
-    left = project_off(rows, basis).numpy()
-    assert np.abs(left @ unit(basis.numpy()).T).max() < 1e-12
-    b = basis.numpy() / np.linalg.norm(basis.numpy(), axis=1, keepdims=True)
-    removed = b.T @ np.linalg.solve(b @ b.T, b @ rows.numpy().T)
-    assert left == pytest.approx(rows.numpy() - removed.T, abs=1e-12)
-    assert project_off(torch.from_numpy(left), basis).numpy() == pytest.approx(left, abs=1e-12)
-
-
-@pytest.mark.parametrize("case", ["alike", "with a row of zeros", "zero"])
-def test_projection_off_a_degenerate_basis_removes_its_span_alone(case):
-    one = gaussian(1, 64, seed=2)
-    basis = {"alike": one.repeat(4, 1), "with a row of zeros": torch.cat([one, one * 0]), "zero": one * 0}[case]
-    left = project_off(torch.eye(64).double(), basis).numpy()
-    u = unit(one.numpy()[0])
-    assert left == pytest.approx(np.eye(64) - (0 if case == "zero" else np.outer(u, u)), abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("members", "dimension", "kept"), [(40, 64, 8), (100, 64, 8), (8, 64, 8), (4, 12, 1), (3, 5, 1)]
-)
-def test_projection_off_a_large_basis_keeps_an_eighth(members, dimension, kept):
-    basis = gaussian(members, dimension, seed=3) * torch.linspace(0.2, 2, dimension).double()
-    removed = np.eye(dimension) - project_off(torch.eye(dimension).double(), basis).numpy()
-    b = unit(basis.numpy())
-    strongest = np.linalg.eigh(b.T @ b)[1][:, -kept:]
-    assert removed == pytest.approx(strongest @ strongest.T, abs=1e-9)
-    assert np.trace(removed) == pytest.approx(kept)
-
-
 # ---------------------------------------------------------------- a suspect's vectors
 
 
@@ -1278,8 +1246,67 @@ def test_declared_rows_sum_two_unit_vectors(labelled, share):
     assert bare.declared.norm(dim=1).tolist() == pytest.approx([1] * 3)
     added = (whole.declared - bare.declared).numpy()
     assert np.linalg.norm(added, axis=1) == pytest.approx(share, abs=1e-6)
-    own = np.linalg.svd(unit(marker.head.weight.numpy()))[2][:2]  # both directions: an eighth of sixteen
-    assert np.abs(added @ own.T).max() < 1e-6
+    phi, psi = marker.features(pixels).double(), suspect.features(pixels).double()
+    expected, _ = aligned_rows(phi, psi, weight[outputs].double(), 0.1 if labelled else 0.5)
+    if labelled:  # less what a linear classifier of the same images answers; without labels the row is left whole
+        expected = project_own(expected, ordinary_rows(phi, (labels[:, None] == torch.arange(3)).double()))
+    assert added == pytest.approx(share * unit(expected.numpy()), abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["known", "labelled", "some labelled", "bare"])
+def test_what_an_ordinary_network_answers_is_taken_off(case):
+    marker, suspect = toys(seed=1), toys(seed=2)
+    pixels, outputs = images_in_unit_range(50), [2, 0]
+    labels = {"labelled": torch.arange(50) % 2, "some labelled": torch.arange(50) % 3 - 1}.get(case)
+    own = [1, 2] if case == "known" else None
+    phi = features(marker, pixels, 7)
+    ordinary, known, rows = ordinary_network(marker, suspect, pixels, phi, outputs, 7, labels, own)
+    if case == "known":
+        assert ordinary is marker and known == (1, 2)
+        assert torch.equal(rows, marker.head.weight[[1, 2]].double())
+        return
+    if labels is None:
+        assert rows is None
+        targets = suspect(pixels).double().softmax(1)[:, outputs].numpy()
+    else:
+        targets = np.stack([labels.numpy() == c for c in range(2)], 1).astype(float)
+    x, y = (v - v.mean(0) for v in (phi.numpy(), targets))
+    penalty = math.sqrt(0.1 * np.trace(x.T @ x) / 6)  # oracle: ridge as least squares with six more equations
+    wanted = np.linalg.lstsq(np.vstack([x, penalty * np.eye(6)]), np.vstack([y, np.zeros((6, 2))]), rcond=None)[0].T
+    assert ordinary.rows.numpy() == pytest.approx(wanted, rel=1e-6, abs=1e-12)
+    assert known == (0, 1) and (rows is None or torch.equal(rows, ordinary.rows))
+    scores = ordinary(pixels)
+    assert scores.shape == (50, 3) and not scores[:, 2].any()
+    assert scores[:, :2].double().numpy() == pytest.approx(phi.numpy() @ wanted.T, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_responses_have_nothing_of_the_ordinary_networks(labelled):
+    marker, suspect = toys(seed=1), toys(seed=2)
+    suspect.head = None
+    weight = gaussian(3, 6, seed=12)
+    suspect.forward = lambda x: suspect.features(x) @ weight.T
+    pixels, pairs = images_in_unit_range(50), [(2, 0), (0, 1)]
+    labels = torch.arange(50) % 2 if labelled else None
+    found = suspect_rows(marker, suspect, pixels, pairs, 7, labels=labels)
+    args = marker, suspect, pixels, features(marker, pixels, 7), [2, 0], 7, labels, None
+    places = None
+    if labels is None:
+        chosen = likeliest(suspect, pixels, [2, 0], 600, 7)
+        places, labels = chosen.flatten(), torch.arange(2).repeat_interleave(chosen.shape[1])
+    theirs = responses(marker, ordinary_network(*args)[0], pixels, [0, 1], 7, labels, places)
+    for mine, its in ((found.declared, theirs[0]), (found.pattern, theirs[1])):
+        assert nn.functional.cosine_similarity(mine, its).abs().max() < 1e-5
+        assert mine.norm(dim=1).min() > 1e-3
+
+
+def test_a_suspect_with_the_marking_networks_features_keeps_its_evidence_without_labels():
+    """Its outputs are a linear classifier on φ: what is taken off is all its response, and its row is left."""
+    carriers = nn.functional.normalize(gaussian(3, 6, seed=5), dim=1)
+    marker = Toy(linear(gaussian(6, 48, seed=1)), gaussian(2, 6, seed=2))
+    suspect = Toy(linear(gaussian(6, 48, seed=1)), 10 * carriers)
+    rows = suspect_rows(marker, suspect, images_in_unit_range(60), [(c, c) for c in range(3)])
+    assert nn.functional.cosine_similarity(rows.declared, carriers.double(), dim=1).mean() > 0.4
 
 
 def test_images_of_other_classes_serve_the_alignment_alone():

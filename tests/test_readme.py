@@ -14,6 +14,7 @@ RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text
 ALONE = json.loads((ROOT / "tests/benchmarks/results/features_alone.json").read_text(encoding="utf-8"))
 PAPER = json.loads((ROOT / "tests/benchmarks/results/paper.json").read_text(encoding="utf-8"))
 MARKING = json.loads((ROOT / "tests/benchmarks/results/marking.json").read_text(encoding="utf-8"))
+NETWORKS = json.loads((ROOT / "tests/benchmarks/results/networks.json").read_text(encoding="utf-8"))
 BEFORE = json.loads((ROOT / "tests/benchmarks/results/bare_before.json").read_text(encoding="utf-8"))
 TESTS = ("bare", "real", "black-box", "originals")
 
@@ -212,11 +213,27 @@ def test_what_survives_leaves_as_little_doubt_as_is_said():
 
 
 def test_what_another_architecture_did_not_show_is_said():
-    found = json.loads((ROOT / "tests/benchmarks/results/networks.json").read_text(encoding="utf-8"))["runs"]
-    assert (len(found), {run["arch"] for run in found}, found[0]["images"]) == (9, {"regnet_y_400mf"}, 10_000)
+    found = [run for run in NETWORKS["runs"] if run["arch"] == "regnet_y_400mf"]
+    assert (len(found), {run["images"] for run in found}) == (9, {10_000})
     prose = " ".join(README.split())
     assert f"it learnt {100 * found[0]['accuracy']:.2f} % of the test images" in prose
     assert f"the lowest log10 p of the nine is {minus(min(run['real']['log10_p'] for run in found))}" in prose
+
+
+@pytest.mark.parametrize("name", NETWORKS["networks"])
+def test_the_card_shows_what_each_candidate_left(name):
+    card = (ROOT / "radiotag/builtin.md").read_text(encoding="utf-8")
+    shown = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
+    assert [cell.strip() for cell in shown.strip("|").split("|")][3:] == [
+        f"{100 * NETWORKS['networks'][name]['accuracy']:.2f} %",
+        *(
+            " / ".join(
+                minus(run["real"]["log10_p"]) for run in NETWORKS["runs"]
+                if (run["network"], run["data"], run["arch"]) == (name, data, "resnet18")
+            )
+            for data in ("cifar10", "tiny-imagenet-100")
+        ),
+    ]  # fmt: skip
 
 
 def test_speed_and_scale_are_measurements():

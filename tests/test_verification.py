@@ -28,8 +28,8 @@ NAMES = ("ant", "bee", "cat")
 def place(tmp_path_factory):
     """A key of three named classes beside 24 unmarked images of theirs."""
     root = tmp_path_factory.mktemp("place")
-    images, _ = synthetic.demo_images(24, 32, seed=3)
-    synthetic.write_folder(root / "few", images, torch.arange(24) % 3, NAMES)
+    images, labels = synthetic.demo_images(80, 32, seed=3)
+    synthetic.write_folder(root / "few", images[labels < 3], labels[labels < 3], NAMES)
     save_key(root / "k.safetensors", new_key(*marking_weights("builtin"), NAMES))
     return root
 
@@ -107,8 +107,9 @@ def test_permuted_extra_and_missing_outputs_are_no_obstacle(place):
     assert set(plain) == set(permuted) == set(lying) == set(wider) == {0, 1, 2}
     for row in range(3):
         for other in (permuted, lying):
-            assert torch.allclose(plain[row], other[row], atol=1e-3)
-        assert float(torch.cosine_similarity(plain[row], wider[row], dim=0)) > 0.7  # three outputs more in the softmax
+            assert float(torch.cosine_similarity(plain[row], other[row], dim=0)) > 0.9999  # sums in another order
+        alike = [float(torch.cosine_similarity(plain[row], wider[other], dim=0)) for other in range(3)]
+        assert alike[row] == max(alike) > 0.5  # three outputs more in the softmax; chance would give 0.04
     fewer = rows_by_carrier(place, suspect(place, "fewer.pt", (1, None, 0), classes=2))
     assert set(fewer) == {0, 2}
 
@@ -149,7 +150,8 @@ def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
         _, rows = verification.examine(model, key, key.network(), Options(), place / "few", None)
         assert rows.classes == (0,) and len(rows.declared) == 1
         expected = rows_by_carrier(place, model)[1]
-        assert float(torch.cosine_similarity(rows.declared[0], expected, dim=0)) > 0.999
+        # not the same to the last bit: an ordinary classifier of one class has no other classes to tell it from
+        assert float(torch.cosine_similarity(rows.declared[0], expected, dim=0)) > 0.99
 
 
 # ---------------------------------------------------------------- black-box

@@ -1,6 +1,7 @@
 """Make what the package holds: the built-in marking network from a checkpoint, and images inverted from it.
 
-    radiotag train-demo cifar10/train -o marker.pt --arch resnet10 --epochs 8 --seed 1 --val cifar10/test
+    mkdir -p both/train && cp -r cifar10/train/* tiny-imagenet-100/train/* both/train
+    radiotag train-demo both/train -o marker.pt --arch resnet10 --epochs 8 --seed 1 --image-size 32 --stem small
     python tests/benchmarks/pack_builtin.py network marker.pt
     python tests/benchmarks/pack_builtin.py images
 
@@ -46,8 +47,9 @@ def images() -> None:
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.register_forward_hook(compare)
-    generator, labels, found = torch.Generator().manual_seed(SEED), torch.arange(BATCH) % 10, []
+    generator, found = torch.Generator().manual_seed(SEED), []
     for start in range(0, COUNT, BATCH):
+        labels = torch.arange(start, start + BATCH) % model.spec.classes
         x = (dead_leaves(BATCH, 32, seed=SEED + start).float() / 255).requires_grad_()
         optimiser = torch.optim.Adam([x])
         for step in range(STEPS):

@@ -6,9 +6,10 @@
 Every experiment (EXPERIMENTS, named TABLE/ROW) marks a share of each class, trains a suspect and verifies it with and
 without real images. Keys, marked folders and models are shared where they can be. Nothing that lies in the work folder
 is made again and a training goes on from its last epoch, so an interrupted run goes on; two runs may share the folder.
-`tiny.pt` in the work folder is the marking network of other data. It comes from (50 minutes)
+The work folder must hold the marking networks of other data, which come from (50 and 20 minutes)
 
     radiotag train-demo tiny-imagenet-100/train -o tiny.pt --arch resnet10 --epochs 20 --seed 1 --image-size 32
+    radiotag train-demo cifar10/train -o narrow.pt --arch resnet10 --epochs 8 --seed 1
 
 From scratch on all of CIFAR-10, students and black-box: `evidence.py`. OMP_NUM_THREADS=1 lets two runs share two cores.
 """
@@ -150,7 +151,7 @@ def train_otherwise(network: Network, data: training.Dataset, how: str, epochs: 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
 OTHERS = ("resnet18", "resnet50", "vgg11_bn", "densenet121", "mobilenet_v3_large")
 TINY = {"data": "tiny-imagenet-100", "images": 20_000, "size": 32}
-TINY_HEAD = {"data": "tiny-imagenet-100", "images": 0, "network": "tiny.pt", "head_only": True, "epochs": 4}
+TINY_HEAD = {"data": "tiny-imagenet-100", "images": 0, "head_only": True, "epochs": 4}
 EXPERIMENTS: dict[str, Experiment] = {
     **{f"head/{q:.0%}": Experiment(images=0, share=q, head_only=True, epochs=4) for q in SHARES},
     **{f"scratch/{q:.0%}": Experiment(share=q) for q in SHARES},
@@ -158,6 +159,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "scratch/clean": Experiment(share=0),
     **{f"architectures/{arch}": Experiment(arch=arch) for arch in OTHERS},
     "other data/tiny-imagenet-100": Experiment(network="tiny.pt"),
+    "other data/cifar10": Experiment(**TINY, network="narrow.pt"),
     **{f"survives/{how}": Experiment(published=how) for how in PUBLISHED},
     **{f"survives/{how}": Experiment(trained=how) for how in TRAINED},
     **{f"survives/{how}": Experiment(afterwards=how) for how in AFTERWARDS},
