@@ -32,7 +32,16 @@ from torch import Tensor
 from radiotag import RadiotagError
 from radiotag.images import png, write_atomically
 from radiotag.networks import Network, resized
-from radiotag.radioactive import PATTERN_DIMENSION, Floats, Key, Marking, l2_radius, pattern_images, uniform_carriers
+from radiotag.radioactive import (
+    PATTERN_DIMENSION,
+    Floats,
+    Key,
+    Marking,
+    l2_radius,
+    log_probabilities,
+    pattern_images,
+    uniform_carriers,
+)
 
 FORMAT = 1  # of the file of queries
 DECOYS, MOST_DECOYS = 23, 99_999
@@ -184,7 +193,7 @@ def ask(suspect: Network, queries: Queries, key: Key, batch_size: int) -> Tensor
     found = []
     while part := list(islice(every, batch_size)):
         pixels = torch.cat([resized(image[None].float() / 255, size) for image in part])
-        found.append(suspect(pixels.to(device)).double().softmax(1).cpu())
+        found.append(log_probabilities(suspect(pixels.to(device)).cpu().double()).exp())
     return torch.cat(found).view(len(queries.names), len(queries.rows), -1)
 
 

@@ -320,7 +320,7 @@ def pattern_images(patterns: Tensor, height: int, width: int) -> Tensor:
 def pattern_coefficients(images: Tensor) -> Tensor:
     """(B, 3, H, W) → (B, m) float64: an image's part in the patterns' space, the transpose of `pattern_images`."""
     down, across = _waves(FREQUENCIES, images.shape[2], 1), _waves(FREQUENCIES, images.shape[3], 2)
-    grid = torch.einsum("bchw,ih,jw->bcij", images.double().cpu(), down, across)
+    grid = torch.einsum("bchw,ih,jw->bcij", images.cpu().double(), down, across)
     return grid.flatten(2)[:, :, 1:].flatten(1)
 
 
@@ -551,8 +551,31 @@ def _forward_mode() -> Iterator[None]:
 def features(network: Network, pixels: Tensor, batch_size: int) -> Tensor:
     """(N, 3, H, W) in [0, 1] → (N, d) float64 on the CPU."""
     device = network.get_buffer("mean").device
-    parts = [network.features(batch.to(device)).double().cpu() for batch in torch.split(pixels, batch_size)]
+    parts = [network.features(batch.to(device)).cpu().double() for batch in torch.split(pixels, batch_size)]
+    return _finite(torch.cat(parts), "features")
+
+
+own_features = lru_cache(maxsize=1)(features)  # of the marking network, kept for the next suspect
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """(B, C') logits → log-probabilities; a single output is a sigmoid's. FloatingPointError unless all are finite."""
+    single = logits.shape[1] == 1
+    return F.pad(_finite(logits, "outputs"), (0, int(single))).log_softmax(1)[:, : logits.shape[1]]
+
+
+@torch.no_grad()
+def log_answers(network: Network, pixels: Tensor, batch_size: int) -> Tensor:
+    """(N, 3, H, W) in [0, 1] → log-probabilities (N, C') float64 on the CPU."""
+    device = network.get_buffer("mean").device
+    parts = [log_probabilities(network(x.to(device)).cpu().double()) for x in torch.split(pixels, batch_size)]
     return torch.cat(parts)
+
+
+def _finite(values: Tensor, what: str) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise FloatingPointError(f"its {what} are not finite for some images")
+    return values
 
 
 def aligned_rows(phi: Tensor, psi: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, float]:
@@ -596,29 +619,27 @@ def responses(
     with _forward_mode():
         for part in torch.split(torch.arange(len(pixels)) if places is None else places, batch_size):
             x = pixels[part].to(device).requires_grad_()
-            scores = suspect(x).log_softmax(1)  # (B, C')
+            scores = log_probabilities(suspect(x))  # (B, C')
             every = [torch.full((len(x),), i) for i in range(len(outputs))]
             for classes in every if labels is None else [labels[done : done + len(x)]]:
                 wanted = scores.gather(1, column[classes].to(device)[:, None])
                 (g,) = torch.autograd.grad(wanted.sum(), x, retain_graph=labels is None)
+                g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # an overflowing gradient has no direction to tell of
                 g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
                 pushed = torch.func.jvp(marker.features, (x.detach(),), (g,))[1]  # (B, d)
                 pattern.index_add_(0, classes, pattern_coefficients(g))
-                total.index_add_(0, classes, F.normalize(pushed.detach().double(), dim=1).cpu())
+                total.index_add_(0, classes, F.normalize(pushed.detach().cpu().double(), dim=1))
                 count[:, 0] += torch.bincount(classes, minlength=len(outputs))
             done += len(x)
     return total / count.clamp_min(1), pattern / count.clamp_min(1)
 
 
-@torch.no_grad()
-def likeliest(suspect: Network, pixels: Tensor, outputs: Sequence[int], count: int, batch_size: int) -> Tensor:
-    """(C, count) places of the images that the suspect most takes for each class.
+def likeliest(answers: Tensor, outputs: Sequence[int], count: int) -> Tensor:
+    """(C, count) places of the images that the suspect most takes for each class, by its log-probabilities (N, C').
 
     Of images without labels, they answer best. It looks at the suspect alone, never at a carrier.
     """
-    device = suspect.get_buffer("mean").device
-    scores = [suspect(x.to(device)).log_softmax(1)[:, list(outputs)].cpu() for x in torch.split(pixels, batch_size)]
-    return torch.cat(scores).topk(min(count, len(pixels)), dim=0).indices.T
+    return answers[:, list(outputs)].topk(min(count, len(answers)), dim=0).indices.T
 
 
 def project_own(rows: Tensor, own: Tensor) -> Tensor:
@@ -654,33 +675,34 @@ def ordinary_rows(phi: Tensor, targets: Tensor) -> Tensor:
     return solution.T
 
 
+@lru_cache(maxsize=4)
+def labelled_network(marker: Network, phi: Tensor, labels: Tensor, classes: int) -> tuple[nn.Module, Tensor]:
+    """A linear classifier of labelled images on φ's features (N, d), and its rows (C, d); kept for the next suspect."""
+    rows = ordinary_rows(phi, (labels[:, None] == torch.arange(classes)).double())
+    return OnFeatures(marker, rows), rows
+
+
 def ordinary_network(
     marker: Network,
-    suspect: Network,
-    pixels: Tensor,
     phi: Tensor,
+    answers: Tensor,
     outputs: Sequence[int],
-    batch_size: int,
     labels: Tensor | None,
     own: Sequence[int] | None,
 ) -> tuple[nn.Module, tuple[int, ...], Tensor | None]:
     """Who answers for a network that has never seen a mark, its outputs for the classes, and its rows (C, d).
 
-    The marking network itself, where it knows the classes (`own`). Elsewhere a linear classifier on its features, of
-    labelled images or of the suspect's probabilities. The latter's rows are None: they are all that there is to a
-    suspect whose features are φ's.
+    The marking network itself, where it knows the classes (`own`). Elsewhere a linear classifier on its features phi
+    (N, d), of labelled images (unless all are of one class) or of the suspect's log-probabilities, answers (N, C').
+    The latter's rows are None: they are all that there is to a suspect whose features are φ's.
     """
     if own is not None and marker.head is not None:
-        return marker, tuple(own), marker.head.weight.double().cpu()[list(own)]
+        return marker, tuple(own), marker.head.weight.cpu().double()[list(own)]
     every = tuple(range(len(outputs)))
-    if labels is not None:
-        rows = ordinary_rows(phi, (labels[:, None] == torch.arange(len(outputs))).double())
-        return OnFeatures(marker, rows), every, rows
-    device = suspect.get_buffer("mean").device
-    with torch.no_grad():
-        answers = [suspect(x.to(device)).double().softmax(1).cpu() for x in torch.split(pixels, batch_size)]
-    targets = torch.cat(answers)[:, list(outputs)]  # (N, C)
-    return OnFeatures(marker, ordinary_rows(phi, targets)), every, None
+    if labels is not None and bool((labels != labels[0]).any()):
+        network, rows = labelled_network(marker, phi, labels, len(outputs))
+        return network, every, rows
+    return OnFeatures(marker, ordinary_rows(phi, answers[:, list(outputs)].exp())), every, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -703,19 +725,22 @@ def suspect_rows(
     *,
     labels: Tensor | None = None,
     own: Sequence[int] | None = None,
+    answers: Tensor | None = None,
 ) -> Rows:
     """The declared statistic's vectors and the paper's, for (suspect output, carrier row) pairs. Carriers play no part.
 
     pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs` or −1 for other classes, or none:
     then the images that the suspect itself takes for a class serve its response. All serve the alignment. `own`: the
-    marking network's outputs for the same classes. What an ordinary network answers is removed class by class: see
-    `ordinary_network`.
+    marking network's outputs for the same classes. `answers`: `log_answers` of the suspect, if they are known. What an
+    ordinary network answers is removed class by class: see `ordinary_network`. FloatingPointError where the suspect's
+    outputs or features are not finite.
     """
-    outputs, phi = [output for output, _ in pairs], features(marker, pixels, batch_size)  # (N, d)
+    outputs, phi = [output for output, _ in pairs], own_features(marker, pixels, batch_size)  # (N, d)
     places, (penalty, share) = None, RIDGE_UNLABELLED if labels is None else RIDGE_LABELLED
-    ordinary, known, plain = ordinary_network(marker, suspect, pixels, phi, outputs, batch_size, labels, own)
+    answers = log_answers(suspect, pixels, batch_size) if answers is None else answers  # (N, C')
+    ordinary, known, plain = ordinary_network(marker, phi, answers, outputs, labels, own)
     if labels is None:
-        chosen = likeliest(suspect, pixels, outputs, max(8, GRADIENTS // len(outputs)), batch_size)  # (C, n)
+        chosen = likeliest(answers, outputs, max(8, GRADIENTS // len(outputs)))  # (C, n)
         places, labels = chosen.flatten(), torch.arange(len(outputs)).repeat_interleave(chosen.shape[1])
     elif bool((labels < 0).any()):
         places = torch.nonzero(labels >= 0)[:, 0]
@@ -728,7 +753,7 @@ def suspect_rows(
     declared = F.normalize(answer, dim=1)  # (C, d)
     paper, r2 = None, None
     if suspect.head is not None:
-        psi, weight = features(suspect, pixels, batch_size), suspect.head.weight.double().cpu()[outputs]
+        psi, weight = features(suspect, pixels, batch_size), suspect.head.weight.cpu().double()[outputs]
         paper, r2 = aligned_rows(phi, psi, weight, 0.0)
         ridge, _ = aligned_rows(phi, psi, weight, penalty)
         declared = declared + share * F.normalize(ridge if plain is None else project_own(ridge, plain), dim=1)

@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from radiotag.radioactive import (
     evidence,
     fresh_carriers,
     holm,
+    log_answers,
     resampled_log_p,
     suspect_rows,
 )
@@ -186,6 +188,11 @@ def pair_classes(key: Key, suspect: Network, manifest: Path | None) -> list[tupl
     return pairs
 
 
+def _in_order(key: Key, suspect: Network) -> bool:
+    """Whether `pair_classes` has nothing but their order to go by."""
+    return len(key.carriers) > 1 and not (key.class_names and suspect.spec.class_names)
+
+
 def class_rows(
     key: Key, found: Sequence[str], manifest: Path | None, theirs: Sequence[str] | None = None
 ) -> dict[str, int]:
@@ -228,25 +235,24 @@ def match_outputs(means: Tensor, named: Sequence[int] | None = None) -> list[int
     rows, columns = optimize.linear_sum_assignment(-means.numpy())
     best = [-1] * len(means)
     for row, column in zip(rows, columns, strict=True):
-        best[row] = int(column) if float(means[row, column]) > 1 / means.shape[1] else -1
+        best[row] = int(column) if float(means[row, column]) > 1 / max(2, means.shape[1]) else -1
     if named and float(means[range(len(named)), named].sum()) >= 0.5 * float(means[rows, columns].sum()):
         return list(named)
     return best
 
 
-def mean_answers(suspect: Network, pixels: Tensor, found: Sequence[str], names: Sequence[str], batch: int) -> Tensor:
-    """(L, C') mean probabilities of the images of each name."""
-    device = suspect.get_buffer("mean").device
-    with torch.no_grad():
-        parts = [suspect(part.to(device)).double().softmax(1).cpu() for part in torch.split(pixels, batch)]
-    answers = torch.cat(parts)  # (N, C')
-    return torch.stack([answers[[label == name for label in found]].mean(0) for name in names])
+def mean_answers(answers: Tensor, found: Sequence[str], names: Sequence[str]) -> Tensor:
+    """(L, C') mean probabilities of the images of each name, of log-probabilities (N, C')."""
+    return torch.stack([answers.exp()[[label == name for label in found]].mean(0) for name in names])
 
 
 def examine(
     path: Path, key: Key, marker: Network, options: Options, data: Path | None, manifest: Path | None
 ) -> tuple[Network, Rows]:
-    """Load a suspect and compute its class vectors. The carriers play no part in it."""
+    """Load a suspect and compute its class vectors. The carriers play no part in it.
+
+    Raises RadiotagError, and FloatingPointError where the suspect's outputs or features are not finite.
+    """
     suspect = load_suspect(path, options)
     size = max(suspect.spec.image_size, marker.spec.image_size)
     theirs = suspect.spec.class_names
@@ -254,12 +260,13 @@ def examine(
     found: tuple[str, ...] = ()
     if data is not None:
         pixels, found = real_images(data.absolute(), size, marked_hashes(marked_rows(manifest)))
+    answers = log_answers(suspect, pixels, options.batch_size)  # (N, C')
     rows = class_rows(key, [name for name in found if name], manifest, theirs)
     if rows:
         told = _named_outputs(suspect, key, list(rows))
         outputs = told if min(map(found.count, rows)) < ENOUGH else None
         if outputs is None:
-            outputs = match_outputs(mean_answers(suspect, pixels, found, list(rows), options.batch_size), told)
+            outputs = match_outputs(mean_answers(answers, found, list(rows)), told)
         matched = [(out, row, name) for out, (name, row) in zip(outputs, rows.items(), strict=True) if out >= 0]
         if not matched:
             raise RadiotagError(f"{path} knows none of the classes in {data}", "check --image-size, --mean and --std")
@@ -272,7 +279,16 @@ def examine(
         names = tuple(every[output] for output, _ in pairs) if len(every) == suspect.spec.classes else ()
     known = marker.spec.class_names or ()
     own = [known.index(name) for name in names] if names and set(names) <= set(known) else None
-    return suspect, suspect_rows(marker, suspect, pixels, pairs, options.batch_size, labels=labels, own=own)
+    size = options.batch_size
+    return suspect, suspect_rows(marker, suspect, pixels, pairs, size, labels=labels, own=own, answers=answers)
+
+
+@contextmanager
+def _finite(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        raise RadiotagError(f"{path}: {error}", "check --image-size, --mean and --std") from error
 
 
 def load_suspect(path: Path, options: Options) -> Network:
@@ -325,8 +341,12 @@ def verify(
     results = []
     for path in paths:
         progress(path)
-        suspect, rows = examine(path, key, marker, options, data, manifest)
+        with _finite(path):
+            suspect, rows = examine(path, key, marker, options, data, manifest)
         found = evidence(rows, key.carriers, key.patterns)
+        warnings = _warnings(suspect, rows, options)
+        if data is manifest is None and _in_order(key, suspect) and found.log_p > math.log(alpha):
+            warnings.append("outputs and classes were paired in order: unless that is certain, give --data or --marked")
         finding = Finding(
             path=os.fspath(path),
             sha256=file_hash(path),
@@ -340,7 +360,7 @@ def verify(
             alignment_r2=rows.r2,
             classes_used=len(found.per_class),
             method="white-box",
-            warnings=tuple(_warnings(suspect, rows, options)),
+            warnings=tuple(warnings),
             calibration=calibrate(rows, key, found.log_p, calibration) if calibration else None,
         )
         results.append(finding)
@@ -399,7 +419,8 @@ def verify_black_box(
     for path in paths:
         progress(path)
         suspect = load_suspect(path, options)
-        answers = blackbox.ask(suspect, queries, key, options.batch_size)
+        with _finite(path):
+            answers = blackbox.ask(suspect, queries, key, options.batch_size)
         assumed = _assumed(suspect, options)
         findings.append(black_box_finding(path, suspect.spec.architecture, queries, answers, own, assumed, alpha))
     return corrected(findings, alpha)

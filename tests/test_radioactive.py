@@ -43,6 +43,7 @@ from radiotag.radioactive import (
     l2_radius,
     likeliest,
     load_key,
+    log_answers,
     mark_images,
     marking_loss,
     new_key,
@@ -1253,19 +1254,20 @@ def test_declared_rows_sum_two_unit_vectors(labelled, share):
     assert added == pytest.approx(share * unit(expected.numpy()), abs=1e-5)
 
 
-@pytest.mark.parametrize("case", ["known", "labelled", "some labelled", "bare"])
+@pytest.mark.parametrize("case", ["known", "labelled", "some labelled", "of one class", "bare"])
 def test_what_an_ordinary_network_answers_is_taken_off(case):
     marker, suspect = toys(seed=1), toys(seed=2)
     pixels, outputs = images_in_unit_range(50), [2, 0]
     labels = {"labelled": torch.arange(50) % 2, "some labelled": torch.arange(50) % 3 - 1}.get(case)
+    labels = torch.zeros(50, dtype=torch.long) if case == "of one class" else labels
     own = [1, 2] if case == "known" else None
     phi = features(marker, pixels, 7)
-    ordinary, known, rows = ordinary_network(marker, suspect, pixels, phi, outputs, 7, labels, own)
+    ordinary, known, rows = ordinary_network(marker, phi, log_answers(suspect, pixels, 7), outputs, labels, own)
     if case == "known":
         assert ordinary is marker and known == (1, 2)
         assert torch.equal(rows, marker.head.weight[[1, 2]].double())
         return
-    if labels is None:
+    if case in ("bare", "of one class"):  # one class gives nothing to tell apart
         assert rows is None
         targets = suspect(pixels).double().softmax(1)[:, outputs].numpy()
     else:
@@ -1289,10 +1291,10 @@ def test_responses_have_nothing_of_the_ordinary_networks(labelled):
     pixels, pairs = images_in_unit_range(50), [(2, 0), (0, 1)]
     labels = torch.arange(50) % 2 if labelled else None
     found = suspect_rows(marker, suspect, pixels, pairs, 7, labels=labels)
-    args = marker, suspect, pixels, features(marker, pixels, 7), [2, 0], 7, labels, None
+    args = marker, features(marker, pixels, 7), log_answers(suspect, pixels, 7), [2, 0], labels, None
     places = None
     if labels is None:
-        chosen = likeliest(suspect, pixels, [2, 0], 600, 7)
+        chosen = likeliest(log_answers(suspect, pixels, 7), [2, 0], 600)
         places, labels = chosen.flatten(), torch.arange(2).repeat_interleave(chosen.shape[1])
     theirs = responses(marker, ordinary_network(*args)[0], pixels, [0, 1], 7, labels, places)
     for mine, its in ((found.declared, theirs[0]), (found.pattern, theirs[1])):
@@ -1307,6 +1309,61 @@ def test_a_suspect_with_the_marking_networks_features_keeps_its_evidence_without
     suspect = Toy(linear(gaussian(6, 48, seed=1)), 10 * carriers)
     rows = suspect_rows(marker, suspect, images_in_unit_range(60), [(c, c) for c in range(3)])
     assert nn.functional.cosine_similarity(rows.declared, carriers.double(), dim=1).mean() > 0.4
+
+
+def test_a_single_output_is_a_sigmoids():
+    """It answers as the two outputs (s, 0) do, of which it is the first."""
+    marker = toys(seed=1)
+    weight = gaussian(1, 6, seed=3)
+    alone = Toy(linear(gaussian(6, 48, seed=2)), weight)
+    both = Toy(linear(gaussian(6, 48, seed=2)), torch.cat([weight, torch.zeros_like(weight)]))
+    for network, bias in ((alone, [0.3]), (both, [0.3, 0.0])):
+        network.head.bias.data = torch.tensor(bias, dtype=weight.dtype)
+    pixels = images_in_unit_range(50)
+    assert log_answers(alone, pixels, 7).numpy() == pytest.approx(log_answers(both, pixels, 7)[:, :1].numpy())
+    one, two = (suspect_rows(marker, network, pixels, [(0, 0)], 7) for network in (alone, both))
+    for mine, its in ((one.declared, two.declared), (one.pattern, two.pattern)):
+        assert mine.norm() > 0.1
+        assert mine.numpy() == pytest.approx(its.numpy(), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("part", ["outputs", "features"])
+def test_what_is_not_finite_is_said_to_be(part):
+    marker, suspect = toys(seed=1), toys(seed=2)
+    if part == "outputs":
+        suspect.forward = lambda x: 1e308 * x.flatten(1)[:, :3] / x.flatten(1)[:, 3:6].clamp_max(0.1)
+    else:
+        suspect.features = lambda x: torch.full((len(x), 6), float("inf"))
+        suspect.forward = lambda x: x.flatten(1)[:, :3]
+    with pytest.raises(FloatingPointError, match=part):
+        suspect_rows(marker, suspect, images_in_unit_range(50), [(0, 0)], 7)
+
+
+def test_a_gradient_that_overflows_tells_nothing():
+    marker, suspect = toys(seed=1), toys(seed=2)
+    suspect.head = None
+    suspect.forward = lambda x: torch.stack([(x.flatten(1)[:, 0] * 1e-38).sqrt() * 1e30, x.flatten(1)[:, 1]], 1)
+    pixels = images_in_unit_range(50)
+    pixels[:, 0, 0, 0] = 0  # where the square root has an infinite slope
+    rows = suspect_rows(marker, suspect, pixels, [(0, 0), (1, 1)], 7)
+    assert bool(torch.isfinite(rows.declared).all()) and bool(torch.isfinite(rows.pattern).all())
+
+
+def test_what_does_not_depend_on_the_suspect_is_computed_once(monkeypatch):
+    marker, calls = toys(seed=1), []
+    pixels, labels = images_in_unit_range(50), torch.arange(50) % 2
+    inner = type(marker).features
+
+    def counted(self, x):
+        calls.extend([len(x)] if self is marker else [])
+        return inner(self, x)
+
+    monkeypatch.setattr(type(marker), "features", counted)
+    counts = []
+    for seed in (2, 3):
+        suspect_rows(marker, toys(seed=seed), pixels, [(0, 0), (1, 1)], 50, labels=labels)
+        counts.append(len(calls))
+    assert counts == [4, 5]  # the second suspect costs one pass of φ, along its own gradient
 
 
 def test_images_of_other_classes_serve_the_alignment_alone():
@@ -1329,7 +1386,7 @@ def test_without_labels_each_class_asks_the_images_that_the_suspect_takes_for_it
     pixels, outputs = images_in_unit_range(50), [2, 0]
     scores = suspect(pixels).log_softmax(1).numpy()
     best = [np.argsort(-scores[:, output])[:9] for output in outputs]
-    chosen = likeliest(suspect, pixels, outputs, 9, 7)
+    chosen = likeliest(log_answers(suspect, pixels, 7), outputs, 9)
     assert [sorted(row) for row in chosen.tolist()] == [sorted(row.tolist()) for row in best]
     places, labels = chosen.flatten(), torch.tensor([0] * 9 + [1] * 9)
     found, pattern = responses(marker, suspect, pixels, outputs, 4, labels, places)

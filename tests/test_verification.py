@@ -17,7 +17,7 @@ from torch import nn
 from radiotag import RadiotagError, blackbox, radioactive, report, synthetic, verification
 from radiotag.images import decode
 from radiotag.manifest import read_manifest
-from radiotag.networks import marking_weights, save_checkpoint
+from radiotag.networks import load, marking_weights, save_checkpoint
 from radiotag.radioactive import load_key, new_key, save_key
 from radiotag.verification import Finding, Options, match_outputs, pair_classes
 
@@ -112,6 +112,28 @@ def test_permuted_extra_and_missing_outputs_are_no_obstacle(place):
         assert alike[row] == max(alike) > 0.5  # three outputs more in the softmax; chance would give 0.04
     fewer = rows_by_carrier(place, suspect(place, "fewer.pt", (1, None, 0), classes=2))
     assert set(fewer) == {0, 2}
+
+
+def test_outputs_that_are_not_finite_are_an_error_that_names_the_file(place):
+    path = place / "overflows.pt"
+    network = load(suspect(place, "unnamed.pt", (0, 1, 2)))
+    network.module.fc.weight.data.fill_(3e38)
+    save_checkpoint(path, network.module, network.spec)
+    result = bad("verify", path, "--key", place / "k.safetensors", "--data", place / "few")
+    assert "overflows.pt: its outputs are not finite" in result.err and "--mean" in result.err
+    again = bad("verify", path, "--key", place / "k.safetensors", "--data", place / "few", "--black-box")
+    assert "overflows.pt: its outputs are not finite" in again.err
+
+
+def test_who_finds_nothing_is_told_that_the_order_was_a_guess(place, monkeypatch):
+    monkeypatch.setattr(verification, "synthetic_images", lambda size: torch.rand(40, 3, size, size))
+    unnamed, named = suspect(place, "unnamed.pt", (0, 1, 2)), suspect(place, "plain.pt", (0, 1, 2), NAMES)
+    told = [verify(place, model).json["suspects"][0] for model in (unnamed, named)]
+    told.append(verify(place, unnamed, more=["--data", place / "few"]).json["suspects"][0])
+    told.append(verify(place, suspect(place, "leaning.pt", (0, 1, 2), lean=20)).json["suspects"][0])
+    assert told[3]["detected"]
+    guessed = [any("paired in order" in warning for warning in one["warnings"]) for one in told]
+    assert guessed == [True, False, False, False]
 
 
 def test_numbered_classes_of_shards_are_outputs_and_those_of_folders_are_counted(tmp_path):
