@@ -70,8 +70,8 @@ def test_the_other_figures_are_measurements_too():
     gave = [minus(taught[f"student, {test}"]["log10_p"]) for test in TESTS]
     assert "{} without data, {} with it, {} black-box, {} with the originals; its".format(*gave) in prose
     assert f"originals; its accuracy is {100 * taught['train student']['accuracy']:.2f} %" in prose
-    before = " and ".join(minus(run["suspect, bare"]["log10_p"]) for run in BEFORE["runs"])
-    assert f"figures of seed 2 without data were {before}" in prose
+    before = (minus(run["suspect, bare"]["log10_p"]) for run in BEFORE["runs"])
+    assert "Before, seed 2 had {}, and {} at 2 %".format(*before) in prose
     bare, real = (ALONE["steps"][f"radioactive, {images}"]["log10_p"] for images in ("synthetic", "real"))
     assert f"gave {minus(bare)} without data and {minus(real)} with it" in prose
     for name in ("clean", "radioactive"):
