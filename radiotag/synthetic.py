@@ -218,7 +218,7 @@ def dead_leaves(count: int, size: int, *, seed: int) -> torch.Tensor:
 
 
 def inverted() -> torch.Tensor:
-    """Images that the built-in network was asked for: uint8 (400, 3, 32, 32), 40 in turn of each of its classes.
+    """Images that the built-in network was asked for: uint8 (400, 3, 32, 32), of its classes in turn.
 
     Made by gradient descent from dead leaves on the network's own statistics (Yin et al. 2020, "Dreaming to Distill"),
     by tests/benchmarks/pack_builtin.py; they hold no picture of a data set.
