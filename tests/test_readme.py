@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from radiotag import demo
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text(encoding="utf-8"))
@@ -74,6 +76,9 @@ def test_the_other_figures_are_measurements_too():
     assert "Before, seed 2 had {}, and {} at 2 %".format(*before) in prose
     bare, real = (ALONE["steps"][f"radioactive, {images}"]["log10_p"] for images in ("synthetic", "real"))
     assert f"gave {minus(bare)} without data and {minus(real)} with it" in prose
+    size = demo.Size()
+    assert RESULTS["demo"]["marked"] == size.images * size.fraction
+    assert f"{RESULTS['demo']['marked']} of {size.images} marked" in README
     for name in ("clean", "radioactive"):
         line = next(line for line in README.splitlines() if line.startswith(f"{name}.pt"))
         assert f"{RESULTS['demo'][name]['log10_p']:.2f}" in line
