@@ -218,6 +218,14 @@ def test_every_row_by_share_is_measured(name):
     assert len({run["seed"] for run in runs}) == len(runs)
 
 
+def test_what_a_mark_costs_is_measured():
+    marked, clean = (
+        f"{100 * run['accuracy']:.2f} %" for name in ("scratch/10%", "scratch/clean") for run in PAPER["runs"]
+        if run["experiment"] == name
+    )  # fmt: skip
+    assert f"it knows {marked} of the test images, and {clean} where none is marked" in " ".join(README.split())
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_other_suspect_is_a_measurement(name):
     run = OTHERS[name]
@@ -226,9 +234,12 @@ def test_every_other_suspect_is_a_measurement(name):
 
 
 def test_what_survives_leaves_as_little_doubt_as_is_said():
-    left = [
-        run[test]["log10_p"] for run in PAPER["runs"] if "survives" in run["experiment"] for test in ("bare", "real")
-    ]
+    runs = {run["experiment"]: run for run in PAPER["runs"]}
+    average, before = runs.pop("survives/averaged"), runs["scratch/10%"]
+    left = [run[test]["log10_p"] for name, run in runs.items() if "survives" in name for test in ("bare", "real")]
+    accuracy = "{:.2f} % of the test images instead of {:.2f} %"
+    assert f"left no evidence to accuse with ({minus(average['real']['log10_p'])})" in " ".join(README.split())
+    assert accuracy.format(100 * average["accuracy"], 100 * before["accuracy"]) in " ".join(README.split())
     assert max(left) < -5  # "p below 1e-5"
 
 
@@ -254,6 +265,15 @@ def test_the_card_shows_what_each_candidate_left(name):
             for data in ("cifar10", "tiny-imagenet-100")
         ),
     ]  # fmt: skip
+
+
+def test_larger_images_are_measured():
+    runs, prose = MARKING["large"], " ".join(README.split())
+    assert [(run["images"], run["side"], run["fraction"], run["psnr"]) for run in runs] == [(20_000, 224, 0.1, 40)] * 2
+    assert "log10 p with these: {} and {}".format(*(minus(run["real"]["log10_p"]) for run in runs)) in prose
+    assert "patterns {:.3f} and {:.3f})".format(*(run["real"]["pattern_cosine"] for run in runs)) in prose
+    assert f"knows {100 * runs[0]['accuracy']:.2f} % of the held-out images" in prose
+    assert f"median {statistics.mean(run['psnr_median'] for run in runs):.1f} dB" in prose
 
 
 def test_speed_and_scale_are_measurements():

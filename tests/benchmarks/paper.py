@@ -300,7 +300,7 @@ def run_all(a: argparse.Namespace) -> None:
     for archive in a.data:
         shared(a.work, archive.stem, lambda _, archive=archive: unpacked(archive, a.work))
     for name in EXPERIMENTS:
-        if any(fnmatch.fnmatch(name, wanted) for wanted in a.only.split(",")):
+        if any(fnmatch.fnmatch(name, wanted) for wanted in a.only):
             found = run(a.work, name)
             print(f"{name}: {found['real']['log10_p']:.2f}, {found['bare']['log10_p']:.2f} bare", flush=True)
 
@@ -329,7 +329,7 @@ def main() -> None:
     some = commands.add_parser("run")
     some.set_defaults(call=run_all)
     some.add_argument("data", type=Path, nargs="+", help="cifar10.zip, tiny-imagenet-100.zip")
-    some.add_argument("--only", default="*", help="names of experiments, * and ? allowed, separated by commas")
+    some.add_argument("--only", nargs="+", default=["*"], help="names of experiments, * and ? allowed")
     every = commands.add_parser("table")
     every.set_defaults(call=table)
     every.add_argument("--json", type=Path, default=None)
