@@ -105,7 +105,7 @@ def _aside() -> bool:
 @contextmanager
 def reporting(command: str, as_json: bool, quiet: bool) -> Iterator[Report]:
     """Map what goes wrong to one message and an exit code, in one place."""
-    aside = _aside()
+    aside = command == "mark" and _aside()  # a cluster's nodes have a rank whatever they run
     report = Report(command, as_json and not aside, quiet or aside, mute=aside)
     try:
         yield report

@@ -389,6 +389,13 @@ def test_keygen_writes_a_secret_and_a_public_half(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["k.pub", "k.safetensors"]
 
 
+def test_a_cluster_s_rank_silences_nothing_but_mark(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert good("keygen", "-o", tmp_path / "k.safetensors", "--json").json["command"] == "keygen"
+    assert "no.pt" in bad("verify", tmp_path / "no.pt", "--key", tmp_path / "k.safetensors").err
+
+
 def test_keygen_takes_the_defaults_and_ends_with_the_next_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = good("keygen")
