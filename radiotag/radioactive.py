@@ -578,18 +578,21 @@ def _finite(values: Tensor, what: str) -> Tensor:
     return values
 
 
+def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
+    """M (d, k) with y ≈ x·M, for x (N, d) and y (N, k) float64; penalty relative to the Gram matrix's mean diagonal."""
+    gram = x.T @ x  # (d, d)
+    gram.diagonal().add_(penalty * float(gram.diagonal().mean()) + 1e-12)
+    solution: Tensor = torch.linalg.solve(gram, x.T @ y)
+    return solution
+
+
 def aligned_rows(phi: Tensor, psi: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, float]:
     """The suspect's class rows carried into the marking space: w_c = M·W_c with ψ ≈ φ·M (section 4.4).
 
     phi (N, d), psi (N, k), weight (C, k) float64. ridge is relative to the Gram matrix's mean diagonal; 0 is the
     paper's least squares (minimum norm, so rank-deficient features do no harm). Returns (C, d) and R² of the fit.
     """
-    if ridge == 0:
-        matrix = torch.linalg.lstsq(phi, psi, driver="gelsd").solution  # (d, k)
-    else:
-        gram = phi.T @ phi  # (d, d)
-        gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-12)
-        matrix = torch.linalg.solve(gram, phi.T @ psi)
+    matrix = _ridge(phi, psi, ridge) if ridge else torch.linalg.lstsq(phi, psi, driver="gelsd").solution  # (d, k)
     spread = float((psi - psi.mean(0)).square().sum())
     r2 = 1 - float((psi - phi @ matrix).square().sum()) / spread if spread > 0 else 0.0
     return weight @ matrix.T, r2
@@ -601,37 +604,34 @@ def responses(
     pixels: Tensor,
     outputs: Sequence[int],
     batch_size: int,
-    labels: Tensor | None = None,
+    labels: Tensor,
     places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which way φ, and the pattern, move when an image moves up the suspect's gradient for a class.
 
     r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x log softmax f(x)_c: (N, 3, H, W) in [0, 1] → (C, d) float64,
-    and the mean over x of g / ‖g‖ in the patterns' space: (C, m) float64. With labels (N,), positions in `outputs`, the
-    mean is over the images of class c; without, every image serves every class. With places (N',) those images are
-    taken, and the labels are theirs. It asks for no alignment, no linear head and no features of the suspect.
+    and the mean over x of g / ‖g‖ in the patterns' space: (C, m) float64. The mean is over the images of class c, by
+    labels (N,), positions in `outputs`. With places (N',) those images are taken, and the labels are theirs. It asks
+    for no alignment, no linear head and no features of the suspect.
     """
     device = marker.get_buffer("mean").device
     total = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64)
     pattern = torch.zeros(len(outputs), PATTERN_DIMENSION, dtype=torch.float64)
-    count = torch.zeros(len(outputs), 1, dtype=torch.float64)
-    column, done = torch.tensor(list(outputs)), 0
+    column = torch.tensor(list(outputs))
+    places = torch.arange(len(pixels)) if places is None else places
     with _forward_mode():
-        for part in torch.split(torch.arange(len(pixels)) if places is None else places, batch_size):
+        for part, classes in zip(torch.split(places, batch_size), torch.split(labels, batch_size), strict=True):
             x = pixels[part].to(device).requires_grad_()
             scores = log_probabilities(suspect(x))  # (B, C')
-            every = [torch.full((len(x),), i) for i in range(len(outputs))]
-            for classes in every if labels is None else [labels[done : done + len(x)]]:
-                wanted = scores.gather(1, column[classes].to(device)[:, None])
-                (g,) = torch.autograd.grad(wanted.sum(), x, retain_graph=labels is None)
-                g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # an overflowing gradient has no direction to tell of
-                g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-                pushed = torch.func.jvp(marker.features, (x.detach(),), (g,))[1]  # (B, d)
-                pattern.index_add_(0, classes, pattern_coefficients(g))
-                total.index_add_(0, classes, F.normalize(pushed.detach().cpu().double(), dim=1))
-                count[:, 0] += torch.bincount(classes, minlength=len(outputs))
-            done += len(x)
-    return total / count.clamp_min(1), pattern / count.clamp_min(1)
+            wanted = scores.gather(1, column[classes].to(device)[:, None])
+            (g,) = torch.autograd.grad(wanted.sum(), x)
+            g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # an overflowing gradient has no direction to tell of
+            g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+            pushed = torch.func.jvp(marker.features, (x.detach(),), (g,))[1]  # (B, d)
+            pattern.index_add_(0, classes, pattern_coefficients(g))
+            total.index_add_(0, classes, F.normalize(pushed.detach().cpu().double(), dim=1))
+    count = torch.bincount(labels, minlength=len(outputs)).clamp_min(1)[:, None]  # (C, 1)
+    return total / count, pattern / count
 
 
 def likeliest(answers: Tensor, outputs: Sequence[int], count: int) -> Tensor:
@@ -660,7 +660,7 @@ class OnFeatures(nn.Module):
         self.marker, self.rows = marker, rows
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] → (B, C + 1): the last is zero, so that a single class has something beside it."""
+        """(B, 3, H, W) in [0, 1] → (B, C + 1): the last is zero, for none of the classes."""
         seen = self.marker.features(pixels)  # (B, d)
         return F.pad(seen @ self.rows.T.to(seen), (0, 1))
 
@@ -668,11 +668,7 @@ class OnFeatures(nn.Module):
 @torch.no_grad()
 def ordinary_rows(phi: Tensor, targets: Tensor) -> Tensor:
     """Ridge regression of targets (N, C) on features phi (N, d), both float64 and centred here: rows (C, d)."""
-    x, y = phi - phi.mean(0), targets - targets.mean(0)
-    gram = x.T @ x  # (d, d)
-    gram.diagonal().add_(RIDGE_ORDINARY * float(gram.diagonal().mean()) + 1e-12)
-    solution: Tensor = torch.linalg.solve(gram, x.T @ y)  # (d, C)
-    return solution.T
+    return _ridge(phi - phi.mean(0), targets - targets.mean(0), RIDGE_ORDINARY).T
 
 
 @lru_cache(maxsize=4)

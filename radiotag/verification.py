@@ -243,7 +243,8 @@ def match_outputs(means: Tensor, named: Sequence[int] | None = None) -> list[int
 
 def mean_answers(answers: Tensor, found: Sequence[str], names: Sequence[str]) -> Tensor:
     """(L, C') mean probabilities of the images of each name, of log-probabilities (N, C')."""
-    return torch.stack([answers.exp()[[label == name for label in found]].mean(0) for name in names])
+    probabilities = answers.exp()
+    return torch.stack([probabilities[[label == name for label in found]].mean(0) for name in names])
 
 
 def examine(
@@ -279,12 +280,13 @@ def examine(
         names = tuple(every[output] for output, _ in pairs) if len(every) == suspect.spec.classes else ()
     known = marker.spec.class_names or ()
     own = [known.index(name) for name in names] if names and set(names) <= set(known) else None
-    size = options.batch_size
-    return suspect, suspect_rows(marker, suspect, pixels, pairs, size, labels=labels, own=own, answers=answers)
+    batch = options.batch_size
+    return suspect, suspect_rows(marker, suspect, pixels, pairs, batch, labels=labels, own=own, answers=answers)
 
 
 @contextmanager
-def _finite(path: Path) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file is not finite."""
     try:
         yield
     except FloatingPointError as error:
@@ -341,7 +343,7 @@ def verify(
     results = []
     for path in paths:
         progress(path)
-        with _finite(path):
+        with _naming(path):
             suspect, rows = examine(path, key, marker, options, data, manifest)
         found = evidence(rows, key.carriers, key.patterns)
         warnings = _warnings(suspect, rows, options)
@@ -419,7 +421,7 @@ def verify_black_box(
     for path in paths:
         progress(path)
         suspect = load_suspect(path, options)
-        with _finite(path):
+        with _naming(path):
             answers = blackbox.ask(suspect, queries, key, options.batch_size)
         assumed = _assumed(suspect, options)
         findings.append(black_box_finding(path, suspect.spec.architecture, queries, answers, own, assumed, alpha))

@@ -1139,6 +1139,13 @@ def images_in_unit_range(count, size=4, seed=9):
     return torch.from_numpy(np.random.default_rng(seed).random((count, 3, size, size)))
 
 
+def responses_of_all(marker, suspect, pixels, outputs, batch_size):
+    """Every image serves every class."""
+    labels = torch.arange(len(outputs)).repeat_interleave(len(pixels))
+    places = torch.arange(len(pixels)).repeat(len(outputs))
+    return responses(marker, suspect, pixels, outputs, batch_size, labels, places)
+
+
 def test_response_of_linear_networks_is_closed_form():
     a, w = gaussian(6, 48, seed=1), gaussian(4, 48, seed=2)
     marker, suspect = Toy(linear(a), gaussian(2, 6)), Toy(linear(w), torch.eye(4).double())
@@ -1153,7 +1160,7 @@ def test_response_of_linear_networks_is_closed_form():
             expected[row] += unit(a.numpy() @ gradient) / len(x)
             seen[row] += by_cosines(unit(gradient).reshape(3, 4, 4)) / len(x)
     for batch_size in (1, 4, 11, 64):
-        found, pattern = responses(marker, suspect, pixels, outputs, batch_size)
+        found, pattern = responses_of_all(marker, suspect, pixels, outputs, batch_size)
         assert found.dtype == torch.float64 and found.numpy() == pytest.approx(expected, rel=1e-8)
         assert pattern.numpy() == pytest.approx(seen, rel=1e-8)
     for layer in (marker, suspect):
@@ -1165,7 +1172,7 @@ def test_response_of_a_dead_output_is_zero():
         Toy(linear(gaussian(6, 48)), gaussian(2, 6)),
         Toy(linear(torch.zeros(4, 48).double()), torch.eye(4).double()),
     )
-    assert not any(part.any() for part in responses(marker, suspect, images_in_unit_range(3), [0, 3], 2))
+    assert not any(part.any() for part in responses_of_all(marker, suspect, images_in_unit_range(3), [0, 3], 2))
 
 
 class Attention(nn.Module):
@@ -1202,7 +1209,7 @@ def test_response_is_the_finite_difference(body):
                 pushed = (marker.features(image + move) - marker.features(image - move))[0]
                 expected[c] += unit(pushed.numpy()) / 3
     before = torch.backends.mha.get_fastpath_enabled()
-    found, _ = responses(marker, suspect, pixels, [0, 1, 2], 2)
+    found, _ = responses_of_all(marker, suspect, pixels, [0, 1, 2], 2)
     assert torch.backends.mha.get_fastpath_enabled() is before is True
     assert found.numpy() == pytest.approx(expected, abs=1e-6)
 
@@ -1391,7 +1398,7 @@ def test_without_labels_each_class_asks_the_images_that_the_suspect_takes_for_it
     places, labels = chosen.flatten(), torch.tensor([0] * 9 + [1] * 9)
     found, pattern = responses(marker, suspect, pixels, outputs, 4, labels, places)
     for position, output in enumerate(outputs):
-        alone = responses(marker, suspect, pixels[best[position].copy()], [output], 50)
+        alone = responses_of_all(marker, suspect, pixels[best[position].copy()], [output], 50)
         assert found[position].numpy() == pytest.approx(alone[0][0].numpy(), rel=1e-5)
         assert pattern[position].numpy() == pytest.approx(alone[1][0].numpy(), rel=1e-5)
 
@@ -1408,7 +1415,7 @@ def test_labelled_responses_average_each_class_over_its_own_images():
     labels = torch.tensor([1, 0, 1, 1, 0, 1, 1])
     found, pattern = responses(marker, suspect, pixels, [2, 0], 3, labels)
     for position, output in enumerate((2, 0)):  # oracle: the unlabelled answer on the class's images alone
-        expected = responses(marker, suspect, pixels[labels == position], [output], 2)
+        expected = responses_of_all(marker, suspect, pixels[labels == position], [output], 2)
         torch.testing.assert_close(found[position], expected[0][0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(pattern[position], expected[1][0], rtol=1e-4, atol=1e-5)
 
