@@ -95,6 +95,8 @@ def test_one_image_in_a_hundred_leaves_what_is_said():
     ]  # fmt: skip
     told = "medians {} without data and {} with it, where 500 images of all classes leave {} and {}."
     assert told.format(*map(minus, middle)) in " ".join(README.split())
+    *most, last = (minus(run["later, bare"]["log10_p"]) for run in owners)
+    assert f"{', '.join(most)} and {last} with those in the column" in " ".join(README.split())
     assert len(owners) == 5 and max(middle[:2]) < -5  # "p below 1e-5"
     missed = [[run["owner"] for run in owners if run[f"suspect, {test}"]["log10_p"] > -4] for test in ("bare", "real")]
     assert list(map(len, missed)) == [1, 1] and missed[0] != missed[1]  # "One of the five …, and another"
