@@ -528,7 +528,7 @@ def _demonstrate(report: Report, folder: Path, device: str, force: bool, seed: i
 def verify(
     key: KeyOption,
     models: Annotated[
-        list[Path] | None, typer.Argument(metavar="[MODEL]...", help="suspects: .pt, .pth, .th or .safetensors")
+        list[Path] | None, typer.Argument(metavar="[MODEL]...", help="suspects: .pt, .pth, .th, .safetensors or .pt2")
     ] = None,
     data: Annotated[
         Path | None,

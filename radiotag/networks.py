@@ -29,6 +29,7 @@ from torchvision.models.vgg import VGG
 
 from radiotag import RadiotagError
 from radiotag.images import write_atomically
+from radiotag.programs import is_program, read_program
 
 SMALL_IMAGE = 64  # pixels; up to here the stem is the small-image one
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback, stated when used
@@ -382,7 +383,7 @@ def _vit_image_size(state: Mapping[str, Tensor]) -> int | None:
 
 
 def read_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
-    """Tensors and radiotag's own metadata ({} if none) of a .pt/.pth/.th/.safetensors file. Runs nothing of it."""
+    """Tensors and radiotag's own metadata ({} if none) of a .pt/.pth/.th/.pt2/.safetensors file. Runs nothing of it."""
     try:
         if not path.is_file():
             raise RadiotagError(f"{path} is not a file" if path.exists() else f"no such file: {path}", "check the path")
@@ -406,12 +407,14 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
 
 
 def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
-    if head.startswith(b"PK"):
-        _refuse_programs(path)
+    program = head.startswith(b"PK") and _holds_program(path)
+    content: Any
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _program(path) if program else torch.load(path, map_location="cpu", weights_only=True)
+    except RadiotagError:
+        raise
     except Exception as error:  # weights_only raises many kinds; each means the same to a user
         reason = "holds a pickle that is more than weights" if "weights_only" in str(error) else "is not a whole file"
         raise RadiotagError(
@@ -427,20 +430,23 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
     return clean_state(content, path), metadata if isinstance(metadata, dict) else {}
 
 
-def _refuse_programs(path: Path) -> None:
+def _program(path: Path) -> State:
+    with zipfile.ZipFile(path) as archive:
+        return read_program(archive)
+
+
+def _holds_program(path: Path) -> bool:
+    """Whether a zip file is a TorchScript or torch.export archive; RadiotagError if it unpacks to more than itself."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names, size = archive.namelist(), sum(entry.file_size for entry in archive.infolist())
-            stored = path.stat().st_size
+            names = archive.namelist()
+            read = (entry for entry in archive.infolist() if "/code/" not in entry.filename)  # which is compressed
+            size, stored = sum(entry.file_size for entry in read), path.stat().st_size
     except Exception as error:  # a damaged directory raises many kinds
         raise RadiotagError(f"{path} is truncated or damaged: {_first_line(error)}", "copy it again") from error
-    if any("/code/" in name or name.endswith(("constants.pkl", "archive_format")) for name in names):
-        raise RadiotagError(
-            f"{path} is a TorchScript or torch.export program, which is not run",
-            "save the bare weights: torch.save(model.state_dict(), FILE)",
-        )
     if size > stored:
         raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", "save the weights again")
+    return is_program(names)
 
 
 def clean_state(content: Mapping[Any, Any], path: Path) -> State:

@@ -1523,6 +1523,18 @@ def test_a_network_from_the_user_s_own_file(world, tmp_path):
         assert verify(world, tmp_path / "m.pth", more=["--arch", wrong]).code == 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:No complete tensor")
+def test_a_program_is_verified_as_its_weights_are(world, tmp_path):
+    module, example = load(world.model).module.eval(), torch.rand(2, 3, 32, 32)
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    torch.jit.save(torch.jit.trace(module, example), tmp_path / "script.pt")
+    torch.export.save(torch.export.export(module, (example,)), tmp_path / "export.pt2")
+    found = verify(world, *(tmp_path / name for name in ("weights.pt", "script.pt", "export.pt2")), more=["--json"])
+    weights, script, export = ({**suspect, "path": "", "sha256": ""} for suspect in found.json["suspects"])
+    assert weights == script == export
+    assert weights["architecture"] == "resnet10"
+
+
 @pytest.mark.parametrize(
     "more", [["--mean", "garbage"], ["--mean", "1,2"], ["--std", "0,1,1"], ["--std", "nan,1,1"], ["--mean", "inf,0,0"]]
 )

@@ -1,0 +1,184 @@
+"""Weights out of TorchScript and torch.export archives, of which nothing is run."""
+
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from radiotag import RadiotagError
+from radiotag.networks import load, read_checkpoint
+from radiotag.programs import _Module
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+KINDS = ("scripted", "traced", "exported", "exported before 2.8")
+EXAMPLE = torch.rand((2, 3, 64, 64), generator=torch.Generator().manual_seed(1))
+
+
+class Tied(nn.Module):
+    """Two names for one weight, a view of another, a list of layers, a buffer of whole numbers, and half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4).half()
+        self.a.bias = nn.Parameter(self.a.weight.detach()[1])
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))])
+        self.layers[0].weight = self.a.weight
+        self.register_buffer("count", torch.tensor([3, 4]))
+        self.sizes = [1, 2]  # an attribute that is none of the weights
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.b(self.a(x).half()).float() + self.count[0] + self.sizes[1]
+
+
+def archived(module, path, kind, example=EXAMPLE):
+    if kind == "exported":
+        torch.export.save(torch.export.export(module, (example,)), path)
+    elif kind == "exported before 2.8":
+        state = io.BytesIO()
+        torch.save(module.state_dict(), state)
+        rewritten(path, {"serialized_state_dict.pt": state.getvalue(), "serialized_exported_program.json": b"{}"})
+    else:
+        torch.jit.save(torch.jit.script(module) if kind == "scripted" else torch.jit.trace(module, example), path)
+    return path
+
+
+def rewritten(path, entries):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in entries.items():
+            file.writestr(name, data)
+    return path
+
+
+def entries(path):
+    with zipfile.ZipFile(path) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def network(name="resnet18"):
+    torch.manual_seed(0)
+    return torchvision.models.get_model(name, weights=None, num_classes=5).eval()
+
+
+def same(found, state):
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(found[name], value.float() if value.is_floating_point() else value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_the_weights_of_a_program_are_its_modules(name, kind, tmp_path):
+    module = network(name)
+    path = archived(module, tmp_path / "m.pt", kind)
+    same(read_checkpoint(path)[0], module.state_dict())
+    read = load(path, image_size=64)
+    assert (read.spec.architecture, read.spec.classes, read.spec.image_size) == (name, 5, 64)
+    same(read.module.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_weights_views_lists_and_other_types(kind, tmp_path):
+    module = Tied().eval()
+    same(read_checkpoint(archived(module, tmp_path / "m.pt", kind, torch.ones(1, 4)))[0], module.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["scripted", "exported"])
+def test_the_program_itself_is_never_looked_at(kind, tmp_path):
+    module = network()
+    parts = entries(archived(module, tmp_path / "m.pt", kind))
+    program = [n for n in parts if "/code/" in n or n.endswith(("constants.pkl", "/models/model.json"))]
+    assert program
+    path = rewritten(tmp_path / "m.pt", {n: b"not a program" if n in program else data for n, data in parts.items()})
+    same(read_checkpoint(path)[0], module.state_dict())
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pickle_inside_is_never_run(kind, tmp_path):
+    target, saved = tmp_path / "created", io.BytesIO()
+    torch.save({"a": Bomb(target)}, saved)
+    parts = entries(archived(network(), tmp_path / "m.pt", kind))
+    if kind == "exported":
+        name = next(n for n in parts if n.endswith("_weights_config.json"))
+        config = json.loads(parts[name])
+        first = next(iter(config["config"].values()))
+        first["use_pickle"] = True
+        parts[name] = json.dumps(config).encode()
+        parts[f"{name.rpartition('/')[0]}/{first['path_name']}"] = saved.getvalue()
+    elif kind == "exported before 2.8":
+        parts["serialized_state_dict.pt"] = saved.getvalue()
+    else:
+        name = next(n for n in parts if n.endswith("/data.pkl"))
+        parts[name] = pickle.dumps(Bomb(target), protocol=2)
+    with pytest.raises(RadiotagError, match=r"m\.pt holds a pickle that is more than weights; it was not run"):
+        load(rewritten(tmp_path / "m.pt", parts))
+    assert not target.exists()
+
+
+def test_an_object_of_a_program_takes_no_method_from_the_file():
+    bundle = _Module()
+    bundle.__setstate__({"__setstate__": print})
+    with pytest.raises(AttributeError):
+        bundle.__setstate__ = print
+    bundle.__setstate__((1, {"a": 2}))
+    assert bundle.attributes == {}
+
+
+def exported_with(path, change):
+    parts = entries(archived(Tied().eval(), path, "exported", torch.ones(1, 4)))
+    name = next(n for n in parts if n.endswith("_weights_config.json"))
+    config = json.loads(parts[name])
+    change(config["config"]["layers.1.0.weight"])
+    return rewritten(path, parts | {name: json.dumps(config).encode()})
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"sizes": [{"as_int": 4}, {"as_int": 5}], "strides": [{"as_int": 5}, {"as_int": 1}]},
+        {"storage_offset": {"as_int": 1}}, {"storage_offset": {"as_int": -1}}, {"strides": [{"as_int": -4}] * 2},
+        {"dtype": 8}, {"dtype": 99}, {"sizes": [{"as_expr": "s0"}]}, {"sizes": 3},
+    ],
+)  # fmt: skip
+def test_claims_that_go_beyond_what_is_stored_are_refused(claim, tmp_path):
+    with pytest.raises(RadiotagError, match=r"m\.pt2 is not a whole file"):
+        load(exported_with(tmp_path / "m.pt2", lambda entry: entry["tensor_meta"].update(claim)))
+
+
+def test_tensors_that_only_claim_to_be_large_are_refused(tmp_path):
+    claim = {"sizes": [{"as_int": 10**12}, {"as_int": 1}], "strides": [{"as_int": 0}] * 2}
+    with pytest.raises(RadiotagError, match="larger than what is stored"):
+        load(exported_with(tmp_path / "m.pt2", lambda entry: entry["tensor_meta"].update(claim)))
+
+
+def test_a_missing_record_is_a_damaged_file(tmp_path):
+    with pytest.raises(RadiotagError, match=r"m\.pt2 is not a whole file"):
+        load(exported_with(tmp_path / "m.pt2", lambda entry: entry.update(path_name="../../etc/passwd")))
+
+
+def test_several_models_in_one_archive_are_refused(tmp_path):
+    parts = {f"m/data/weights/{name}_weights_config.json": b'{"config": {}}' for name in "ab"}
+    with pytest.raises(RadiotagError, match=r"m\.pt2 holds several models"):
+        load(rewritten(tmp_path / "m.pt2", parts))
+
+
+def test_a_frozen_program_holds_no_weights_by_name(tmp_path):
+    torch.jit.save(torch.jit.freeze(torch.jit.script(network())), tmp_path / "m.pt")
+    with pytest.raises(RadiotagError, match=r"m\.pt holds no weights") as error:
+        load(tmp_path / "m.pt")
+    assert "state_dict" in error.value.hint
