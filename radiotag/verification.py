@@ -249,8 +249,10 @@ def mean_answers(answers: Tensor, found: Sequence[str], names: Sequence[str]) ->
 
 def examine(
     path: Path, key: Key, marker: Network, options: Options, data: Path | None, manifest: Path | None
-) -> tuple[Network, Rows]:
-    """Load a suspect and compute its class vectors. The carriers play no part in it.
+) -> tuple[Network, Rows, bool]:
+    """Load a suspect and compute its class vectors; True if outputs and classes had to be paired in order.
+
+    The carriers play no part in it.
 
     Raises RadiotagError, and FloatingPointError where the suspect's outputs or features are not finite.
     """
@@ -280,8 +282,9 @@ def examine(
         names = tuple(every[output] for output, _ in pairs) if len(every) == suspect.spec.classes else ()
     known = marker.spec.class_names or ()
     own = [known.index(name) for name in names] if names and set(names) <= set(known) else None
-    batch = options.batch_size
-    return suspect, suspect_rows(marker, suspect, pixels, pairs, batch, labels=labels, own=own, answers=answers)
+    guessed = labels is None and manifest is None and _in_order(key, suspect)
+    vectors = suspect_rows(marker, suspect, pixels, pairs, options.batch_size, labels=labels, own=own, answers=answers)
+    return suspect, vectors, guessed
 
 
 @contextmanager
@@ -344,11 +347,14 @@ def verify(
     for path in paths:
         progress(path)
         with _naming(path):
-            suspect, rows = examine(path, key, marker, options, data, manifest)
+            suspect, rows, guessed = examine(path, key, marker, options, data, manifest)
         found = evidence(rows, key.carriers, key.patterns)
         warnings = _warnings(suspect, rows, options)
-        if data is manifest is None and _in_order(key, suspect) and found.log_p > math.log(alpha):
-            warnings.append("outputs and classes were paired in order: unless that is certain, give --data or --marked")
+        if guessed and found.log_p > math.log(alpha):
+            warnings.append(
+                "outputs and classes were paired in order: unless that is certain, give --marked, or --data in class "
+                "sub-folders"
+            )
         finding = Finding(
             path=os.fspath(path),
             sha256=file_hash(path),

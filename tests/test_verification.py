@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import shutil
 import stat
 from dataclasses import replace
 from functools import cache
@@ -95,7 +96,7 @@ def key_and_marker(place):
 
 
 def rows_by_carrier(place, path):
-    _, rows = verification.examine(path, *key_and_marker(place), Options(), place / "few", None)
+    _, rows, _ = verification.examine(path, *key_and_marker(place), Options(), place / "few", None)
     return dict(zip(rows.classes, rows.declared, strict=True))
 
 
@@ -132,10 +133,12 @@ def test_who_finds_nothing_is_told_that_the_order_was_a_guess(place, monkeypatch
     unnamed, named = suspect(place, "unnamed.pt", (0, 1, 2)), suspect(place, "plain.pt", (0, 1, 2), NAMES)
     told = [verify(place, model).json["suspects"][0] for model in (unnamed, named)]
     told.append(verify(place, unnamed, more=["--data", place / "few"]).json["suspects"][0])
+    shutil.copytree(place / "few" / NAMES[0], place / "flat", dirs_exist_ok=True)  # images of no known class
+    told.append(verify(place, unnamed, more=["--data", place / "flat"]).json["suspects"][0])
     told.append(verify(place, suspect(place, "leaning.pt", (0, 1, 2), lean=20)).json["suspects"][0])
-    assert told[3]["detected"]
+    assert told[4]["detected"]
     guessed = [any("paired in order" in warning for warning in one["warnings"]) for one in told]
-    assert guessed == [True, False, False, False]
+    assert guessed == [True, False, False, True, False]
 
 
 def test_numbered_classes_of_shards_are_outputs_and_those_of_folders_are_counted(tmp_path):
@@ -171,7 +174,7 @@ def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
     """Whoever has few images marks one class of them; nothing is chosen, so that nothing is corrected."""
     key = new_key(*marking_weights("builtin"), NAMES[1:2])
     for model in (suspect(place, "plain.pt", (0, 1, 2), NAMES), suspect(place, "permuted.pt", (2, 0, 1))):
-        _, rows = verification.examine(model, key, key.network(), Options(), place / "few", None)
+        _, rows, _ = verification.examine(model, key, key.network(), Options(), place / "few", None)
         assert rows.classes == (0,) and len(rows.declared) == 1
         expected = rows_by_carrier(place, model)[1]
         # not the same to the last bit: an ordinary classifier of one class has no other classes to tell it from
