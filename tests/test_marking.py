@@ -883,6 +883,7 @@ def test_processes_that_outnumber_the_images_make_the_same_and_the_first_one_spe
     results = forks.together(*command(source, world.key, tmp_path / "many" / "out"), size=3)
     assert [r.code for r in results] == [0] * 3, results
     assert "marked       2 of 2 images, 0 copied, 0 failed" in results[0].out
+    assert "one of 3 processes" in results[0].err
     assert [(r.out, r.err) for r in results[1:]] == [("", "")] * 2
     good(source, world.key, tmp_path / "one" / "out")
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
