@@ -373,9 +373,7 @@ def mark_images(
         crops = [random_crop(y.shape[1], y.shape[2], draw, marking) for y, draw in zip(moved, draws, strict=True)]
         gradients = _gradients(network, written, carriers, crops)
         for i, (base, radius) in enumerate(starts):
-            own = (
-                moved[i].sub_(clean[i]).sub_(base)
-            )  # in place throughout: a photograph's copies cost more than the sums
+            own = moved[i].sub_(clean[i]).sub_(base)  # in place: a photograph's copies cost more than the sums
             top, left, height, width, _ = crops[i]
             seen = slice(top, top + height), slice(left, left + width)
             g = gradients[i].mul_(masks[i][:, *seen])
