@@ -29,7 +29,7 @@ from torchvision.models.vgg import VGG
 
 from radiotag import RadiotagError
 from radiotag.images import write_atomically
-from radiotag.programs import is_program, read_program
+from radiotag.programs import is_code, is_program, read_program
 
 SMALL_IMAGE = 64  # pixels; up to here the stem is the small-image one
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback, stated when used
@@ -440,7 +440,7 @@ def _holds_program(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            read = (entry for entry in archive.infolist() if "/code/" not in entry.filename)  # which is compressed
+            read = (entry for entry in archive.infolist() if not is_code(entry.filename))
             size, stored = sum(entry.file_size for entry in read), path.stat().st_size
     except Exception as error:  # a damaged directory raises many kinds
         raise RadiotagError(f"{path} is truncated or damaged: {_first_line(error)}", "copy it again") from error

@@ -8,7 +8,7 @@ bundles of attributes; a torch.export archive lists its tensors in JSON. What co
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,17 @@ OLD_WEIGHTS = "serialized_state_dict.pt"  # and before
 
 def is_program(names: Iterable[str]) -> bool:
     """Whether a zip file's entries are those of a TorchScript or torch.export archive."""
-    return any("/code/" in n or n.endswith(("constants.pkl", "archive_format", WEIGHTS, OLD_WEIGHTS)) for n in names)
+    return any(is_code(n) or n.endswith(("constants.pkl", "archive_format", WEIGHTS, OLD_WEIGHTS)) for n in names)
+
+
+def is_code(name: str) -> bool:
+    """Whether an entry is never read: TorchScript's code, all that is compressed in such archives."""
+    return "/code/" in name
 
 
 def read_program(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     """The state dict of an archive's module. Raises whatever a damaged or hostile one leads to, and runs none of it."""
-    names = archive.namelist()
+    names = [name for name in archive.namelist() if not is_code(name)]
     for name in names:
         if name.rpartition("/")[2] == OLD_WEIGHTS:
             state = torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True)
@@ -40,13 +45,15 @@ def read_program(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     configs = [name for name in names if name.endswith(WEIGHTS)]
     if len(configs) > 1:
         raise RadiotagError(f"{archive.filename} holds several models", "export each into a file of its own")
-    return _exported(archive, configs[0]) if configs else _scripted(archive)
+    return _exported(archive, names, configs[0]) if configs else _scripted(archive, names)
 
 
-def _exported(archive: zipfile.ZipFile, config: str) -> dict[str, Tensor]:
-    folder, records, state = config.rpartition("/")[0], dict[str, bytearray](), {}
+def _exported(archive: zipfile.ZipFile, names: Sequence[str], config: str) -> dict[str, Tensor]:
+    folder, records, state, there = config.rpartition("/")[0], dict[str, bytearray](), {}, set(names)
     for name, entry in json.loads(archive.read(config))["config"].items():
         path = f"{folder}/{entry['path_name']}"
+        if path not in there:
+            raise ValueError(f"it lacks {path}")
         if path not in records:  # tensors may share one
             records[path] = bytearray(archive.read(path))
         if entry["use_pickle"]:
@@ -76,11 +83,11 @@ def _value(value: Any, *_: object) -> Any:
 HINTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
 
 
-def _scripted(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+def _scripted(archive: zipfile.ZipFile, names: Sequence[str]) -> dict[str, Tensor]:
+    pickled = next(name for name in names if name.endswith("/data.pkl"))
     root, bare = pickled.removesuffix("data.pkl"), io.BytesIO()
     with zipfile.ZipFile(bare, "w") as copy:  # without constants.pkl and code, by which a program is known
-        for name in archive.namelist():
+        for name in names:
             inside = name.removeprefix(root)
             if inside in ("data.pkl", "version", "byteorder") or inside.startswith("data/"):
                 copy.writestr(name, archive.read(name))

@@ -100,6 +100,24 @@ def test_the_program_itself_is_never_looked_at(kind, tmp_path):
     same(read_checkpoint(path)[0], module.state_dict())
 
 
+@pytest.mark.parametrize("kind", ["scripted", "exported"])
+def test_what_is_not_counted_is_not_read_either(kind, tmp_path):
+    """Code is compressed, and unpacks to more than itself: nothing else may hide there."""
+    parts = entries(archived(network(), tmp_path / "m.pt", kind))
+    hidden = next(n for n in parts if n.endswith(("/data/0", "/weight_0")))
+    folder, _, last = hidden.rpartition("/")
+    moved = f"{folder}/code/{last}"
+    parts = {moved if n == hidden else n: data for n, data in parts.items()}
+    for name in [n for n in parts if n.endswith("_weights_config.json")]:
+        parts[name] = parts[name].replace(b'"weight_0"', b'"code/weight_0"')
+    with pytest.raises(RadiotagError, match=r"m\.pt is not a whole file"):
+        load(rewritten(tmp_path / "m.pt", parts))
+    with zipfile.ZipFile(tmp_path / "m.pt", "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("m/data/large", bytes(10**8))
+    with pytest.raises(RadiotagError, match="unpacks to more than itself"):
+        load(tmp_path / "m.pt")
+
+
 class Bomb:
     def __init__(self, target):
         self.target = target
