@@ -1,12 +1,13 @@
 """The paper's experiments at the scale of two cores, and what is left of a mark after what a suspect's owner may do.
 
     python tests/benchmarks/paper.py run cifar10.zip tiny-imagenet-100.zip --work bench-out --only 'survives/*'
-    python tests/benchmarks/paper.py table --work bench-out --json paper.json
+    python tests/benchmarks/paper.py table --work bench-out --json paper.json --key 2
 
 Every experiment (EXPERIMENTS, named TABLE/ROW) marks a share of each class, trains a suspect and verifies it with and
 without real images. Keys, marked folders and models are shared where they can be. Nothing that lies in the work folder
 is made again and a training goes on from its last epoch, so an interrupted run goes on; two runs may share the folder.
-The work folder must hold the marking networks of other data, which come from (50 and 20 minutes)
+Another folder has other keys: `--key` counts them, and the file keeps the runs of the others. The work folder must hold
+the marking networks of other data, which come from (50 and 20 minutes)
 
     radiotag train-demo tiny-imagenet-100/train -o tiny.pt --arch resnet10 --epochs 20 --seed 1 --image-size 32
     radiotag train-demo cifar10/train -o narrow.pt --arch resnet10 --epochs 8 --seed 1
@@ -19,6 +20,7 @@ import fcntl
 import fnmatch
 import io
 import json
+import re
 import shutil
 import statistics
 import time
@@ -306,8 +308,14 @@ def run_all(a: argparse.Namespace) -> None:
 
 
 def table(a: argparse.Namespace) -> None:
-    runs = [json.loads(path.read_text()) for path in a.work.glob("*.result.json")]
-    runs.sort(key=lambda found: list(EXPERIMENTS).index(found["experiment"]))
+    runs, ending = [json.loads(path.read_text()) for path in a.work.glob("*.result.json")], f", key {a.key}"
+    for found in runs if a.key > 1 else ():
+        found["experiment"] += ending
+    if a.json and a.json.exists():
+        others = json.loads(a.json.read_text())["runs"]
+        runs += [r for r in others if re.search(r", key \d+$|$", r["experiment"])[0] != (ending if a.key > 1 else "")]
+    names = list(EXPERIMENTS)
+    runs.sort(key=lambda found: (names.index(found["experiment"].split(", key")[0]), found["experiment"]))
     line = "{:<34}{:>7}{:>7}{:>10}{:>8}{:>8}{:>8}{:>8}"
     print(line.format("experiment", "q", "PSNR", "accuracy", "bare", "real", "paper", "s"))
     for found in runs:
@@ -333,6 +341,7 @@ def main() -> None:
     every = commands.add_parser("table")
     every.set_defaults(call=table)
     every.add_argument("--json", type=Path, default=None)
+    every.add_argument("--key", type=int, default=1, help="which of several keys, each of a work folder of its own")
     for part in (some, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))
     a = parser.parse_args()
