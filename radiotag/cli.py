@@ -304,8 +304,8 @@ def mark(
             report.give(**_mark_json(plan, Summary(images=len(plan.items)), dry_run=True))
             return
         report.mute = False
-        if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:  # a cluster may set them for other ends
-            report.note(f"one of {os.environ['WORLD_SIZE']} processes, by RANK and WORLD_SIZE: waits for the others")
+        if (count := folder.processes()) > 1:  # a cluster may set RANK and WORLD_SIZE for other ends
+            report.note(f"one of {count} processes, by RANK and WORLD_SIZE: waits for the others")
         with progress_bar(report, "images") as bar:
             task = bar.add_task("marking", total=len(plan.items), detail="")
 

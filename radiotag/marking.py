@@ -156,11 +156,16 @@ class Team:
         return values
 
 
+def processes() -> int:
+    """How many processes `torchrun`, or a cluster, says that there are, of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 @contextmanager
 def team() -> Iterator[Team]:
     """Join the processes that `torchrun` started, by its environment variables, until all is done."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    size = processes()
+    if size == 1:
         yield Team()
         return
     distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may have hours more to do

@@ -412,7 +412,7 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = _program(path) if program else torch.load(path, map_location="cpu", weights_only=True)
+            content = read_program(path) if program else torch.load(path, map_location="cpu", weights_only=True)
     except RadiotagError:
         raise
     except Exception as error:  # weights_only raises many kinds; each means the same to a user
@@ -428,11 +428,6 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
     if not isinstance(content, dict):
         raise RadiotagError(f"{path} holds no state dict", "save model.state_dict()")
     return clean_state(content, path), metadata if isinstance(metadata, dict) else {}
-
-
-def _program(path: Path) -> State:
-    with zipfile.ZipFile(path) as archive:
-        return read_program(archive)
 
 
 def _holds_program(path: Path) -> bool:

@@ -9,6 +9,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +36,13 @@ def is_code(name: str) -> bool:
     return "/code/" in name
 
 
-def read_program(archive: zipfile.ZipFile) -> dict[str, Tensor]:
+def read_program(path: Path) -> dict[str, Tensor]:
     """The state dict of an archive's module. Raises whatever a damaged or hostile one leads to, and runs none of it."""
+    with zipfile.ZipFile(path) as archive:
+        return _state(archive)
+
+
+def _state(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     names = [name for name in archive.namelist() if not is_code(name)]
     for name in names:
         if name.rpartition("/")[2] == OLD_WEIGHTS:
