@@ -45,10 +45,10 @@ from radiotag.images import write_atomically
 from radiotag.networks import Network, State, from_state, mixed_precision, resized, spec_from, unpack
 
 FORMAT = 1  # of key files
-STATISTIC = "response+ridge+pattern"  # what new keys declare
+STATISTIC = "contrasted response+ridge+pattern"  # what new keys declare
 STATISTICS = {
     STATISTIC: "response and ridge alignment, unit vectors summed (the ridge's halved without labelled images), "
-    "and the pattern; Stouffer over the classes of each, Fisher over the two"
+    "and the whitened pattern, each less what the classes share; Stouffer over the classes of each, Fisher over the two"
 }
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
 ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
@@ -188,8 +188,11 @@ def load_key(path: Path) -> Key:
         raise RadiotagError(f"no key at {path}", f"make one: radiotag keygen -o {path}") from error
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise RadiotagError(f"{path} is not a radiotag key: {error}", "make one: radiotag keygen") from error
-    if metadata.get("format") != FORMAT or metadata.get("statistic") not in STATISTICS:
+    if metadata.get("format") != FORMAT:
         raise RadiotagError(f"{path} is of a format that this version does not know", "pip install -U radiotag")
+    if metadata.get("statistic") not in STATISTICS:
+        declared = f"{path} declares the statistic {metadata.get('statistic')!r}, which this version does not compute"
+        raise RadiotagError(declared, "use the version of radiotag that made the key")
     weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
     print_ = fingerprint(carriers, patterns, secret, weights, metadata)
     return Key(
@@ -596,6 +599,14 @@ def aligned_rows(phi: Tensor, psi: Tensor, weight: Tensor, ridge: float) -> tupl
     return weight @ matrix.T, r2
 
 
+class Answer(NamedTuple):
+    """What one network answers for its classes. All float64."""
+
+    response: Tensor  # (C, d), in the space of φ
+    pattern: Tensor  # (C, m), in the patterns' space
+    scatter: Tensor  # (m, m), how single images' parts in it vary within a class: their covariance
+
+
 def responses(
     marker: Network,
     suspect: nn.Module,
@@ -604,7 +615,7 @@ def responses(
     batch_size: int,
     labels: Tensor,
     places: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Answer:
     """Which way φ, and the pattern, move when an image moves up the suspect's gradient for a class.
 
     r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x log softmax f(x)_c: (N, 3, H, W) in [0, 1] → (C, d) float64,
@@ -613,8 +624,7 @@ def responses(
     for no alignment, no linear head and no features of the suspect.
     """
     device = marker.get_buffer("mean").device
-    total = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64)
-    pattern = torch.zeros(len(outputs), PATTERN_DIMENSION, dtype=torch.float64)
+    total, seen = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64), []
     column = torch.tensor(list(outputs))
     places = torch.arange(len(pixels)) if places is None else places
     with _forward_mode():
@@ -626,10 +636,13 @@ def responses(
             g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # an overflowing gradient has no direction to tell of
             g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
             pushed = torch.func.jvp(marker.features, (x.detach(),), (g,))[1]  # (B, d)
-            pattern.index_add_(0, classes, pattern_coefficients(g))
+            seen.append(pattern_coefficients(g))  # (B, m)
             total.index_add_(0, classes, F.normalize(pushed.detach().cpu().double(), dim=1))
     count = torch.bincount(labels, minlength=len(outputs)).clamp_min(1)[:, None]  # (C, 1)
-    return total / count, pattern / count
+    parts = torch.cat(seen)  # (N', m)
+    pattern = total.new_zeros(len(outputs), PATTERN_DIMENSION).index_add_(0, labels, parts) / count
+    rest = parts - pattern[labels]
+    return Answer(response=total / count, pattern=pattern, scatter=rest.T @ rest / len(rest))
 
 
 def likeliest(answers: Tensor, outputs: Sequence[int], count: int) -> Tensor:
@@ -638,6 +651,28 @@ def likeliest(answers: Tensor, outputs: Sequence[int], count: int) -> Tensor:
     Of images without labels, they answer best. It looks at the suspect alone, never at a carrier.
     """
     return answers[:, list(outputs)].topk(min(count, len(answers)), dim=0).indices.T
+
+
+def contrasted(rows: Tensor) -> Tensor:
+    """Rows (C, d) less 1 − 2/C of their mean: what the classes share tells nothing of any, and a softmax ignores it.
+
+    Of few classes less is taken, as much of their mean is each one's own mark. Rows of zeros stay, and do not count.
+    """
+    alive = rows.any(dim=1, keepdim=True)  # (C, 1)
+    count = max(2, int(alive.sum()))
+    shared: Tensor = alive * rows.sum(0) * (1 - 2 / count) / count
+    return rows - shared
+
+
+def whitening(scatter: Tensor) -> Tensor:
+    """(S/s + I)^(−½), (m, m), for a covariance S of mean variance s: what varies from image to image counts less.
+
+    A network's answers are loudest where natural images vary, and that is noise here. S comes from the suspect alone.
+    """
+    mean = float(scatter.diagonal().mean())  # of parts of unit vectors: below 1e-12 it is what rounding leaves
+    values, vectors = torch.linalg.eigh(scatter / max(mean, 1e-12))
+    found: Tensor = (vectors * (values.clamp_min(0) + 1).rsqrt()) @ vectors.T
+    return found
 
 
 def project_own(rows: Tensor, own: Tensor) -> Tensor:
@@ -651,16 +686,28 @@ own_responses = lru_cache(maxsize=4)(responses)  # of the marking network, kept 
 
 
 class OnFeatures(nn.Module):
-    """A linear classifier on φ's features, rows (C, d): what an ordinary network would answer for the classes."""
+    """A linear classifier on φ's features, rows (K, d): what an ordinary network would answer for the classes."""
 
-    def __init__(self, marker: Network, rows: Tensor) -> None:
+    def __init__(self, marker: Network, rows: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.marker, self.rows = marker, rows
+        self.marker, self.rows, self.bias = marker, rows, bias
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] → (B, C + 1): the last is zero, for none of the classes."""
+        """(B, 3, H, W) in [0, 1] → logits (B, K)."""
         seen = self.marker.features(pixels)  # (B, d)
-        return F.pad(seen @ self.rows.T.to(seen), (0, 1))
+        return F.linear(seen, self.rows.to(seen), self.bias)
+
+
+@lru_cache(maxsize=4)
+def known_network(marker: Network, head: nn.Linear, own: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    """φ as a classifier of some of its classes alone, and its rows (C, d) of them; kept for the next suspect.
+
+    A suspect of these classes has never been asked to tell them from φ's others.
+    """
+    rows = head.weight[list(own)]
+    rows = rows - rows.mean(0)  # which its softmax does not see
+    bias = None if head.bias is None else head.bias[list(own)]
+    return OnFeatures(marker, rows, bias), rows.cpu().double()
 
 
 @torch.no_grad()
@@ -673,7 +720,12 @@ def ordinary_rows(phi: Tensor, targets: Tensor) -> Tensor:
 def labelled_network(marker: Network, phi: Tensor, labels: Tensor, classes: int) -> tuple[nn.Module, Tensor]:
     """A linear classifier of labelled images on φ's features (N, d), and its rows (C, d); kept for the next suspect."""
     rows = ordinary_rows(phi, (labels[:, None] == torch.arange(classes)).double())
-    return OnFeatures(marker, rows), rows
+    return OnFeatures(marker, _or_none(rows)), rows
+
+
+def _or_none(rows: Tensor) -> Tensor:
+    """(C, d) → (C + 1, d): the last output is zero, for none of the classes."""
+    return F.pad(rows, (0, 0, 0, 1))
 
 
 def ordinary_network(
@@ -686,17 +738,21 @@ def ordinary_network(
 ) -> tuple[nn.Module, tuple[int, ...], Tensor | None]:
     """Who answers for a network that has never seen a mark, its outputs for the classes, and its rows (C, d).
 
-    The marking network itself, where it knows the classes (`own`). Elsewhere a linear classifier on its features phi
-    (N, d), of labelled images (unless all are of one class) or of the suspect's log-probabilities, answers (N, C').
-    The latter's rows are None: they are all that there is to a suspect whose features are φ's.
+    The marking network itself, where it knows the classes (`own`), and of several as if it knew no others. Elsewhere a
+    linear classifier on its features phi (N, d), of labelled images (unless all are of one class) or of the suspect's
+    log-probabilities, answers (N, C'). The latter's rows are None: they are all that there is to a suspect whose
+    features are φ's.
     """
-    if own is not None and marker.head is not None:
-        return marker, tuple(own), marker.head.weight.cpu().double()[list(own)]
     every = tuple(range(len(outputs)))
+    if own is not None and marker.head is not None:
+        if len(own) == 1:
+            return marker, tuple(own), marker.head.weight.cpu().double()[list(own)]
+        network, rows = known_network(marker, marker.head, tuple(own))
+        return network, every, rows
     if labels is not None and bool((labels != labels[0]).any()):
         network, rows = labelled_network(marker, phi, labels, len(outputs))
         return network, every, rows
-    return OnFeatures(marker, ordinary_rows(phi, answers[:, list(outputs)].exp())), every, None
+    return OnFeatures(marker, _or_none(ordinary_rows(phi, answers[:, list(outputs)].exp()))), every, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -725,9 +781,9 @@ def suspect_rows(
 
     pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs` or −1 for other classes, or none:
     then the images that the suspect itself takes for a class serve its response. All serve the alignment. `own`: the
-    marking network's outputs for the same classes. `answers`: `log_answers` of the suspect, if they are known. What an
-    ordinary network answers is removed class by class: see `ordinary_network`. FloatingPointError where the suspect's
-    outputs or features are not finite.
+    marking network's outputs for the same classes. `answers`: `log_answers` of the suspect, if they are known. What the
+    classes share is removed, then, class by class, what an ordinary network answers: see `ordinary_network`.
+    FloatingPointError where the suspect's outputs or features are not finite.
     """
     outputs, phi = [output for output, _ in pairs], own_features(marker, pixels, batch_size)  # (N, d)
     places, (penalty, share) = None, RIDGE_UNLABELLED if labels is None else RIDGE_LABELLED
@@ -739,18 +795,20 @@ def suspect_rows(
     elif bool((labels < 0).any()):
         places = torch.nonzero(labels >= 0)[:, 0]
         labels = labels[places]
-    answer, pattern = responses(marker, suspect, pixels, outputs, batch_size, labels, places)
+    answer = responses(marker, suspect, pixels, outputs, batch_size, labels, places)
     ours = (responses if places is not None else own_responses)(
         marker, ordinary, pixels, known, batch_size, labels, places
     )
-    answer, pattern = project_own(answer, ours[0]), project_own(pattern, ours[1])
-    declared = F.normalize(answer, dim=1)  # (C, d)
+    white = whitening(answer.scatter)
+    pattern = project_own(contrasted(answer.pattern) @ white, contrasted(ours.pattern) @ white)  # (C, m)
+    declared = F.normalize(project_own(contrasted(answer.response), contrasted(ours.response)), dim=1)  # (C, d)
     paper, r2 = None, None
     if suspect.head is not None:
         psi, weight = features(suspect, pixels, batch_size), suspect.head.weight.cpu().double()[outputs]
         paper, r2 = aligned_rows(phi, psi, weight, 0.0)
-        ridge, _ = aligned_rows(phi, psi, weight, penalty)
-        declared = declared + share * F.normalize(ridge if plain is None else project_own(ridge, plain), dim=1)
+        ridge = contrasted(aligned_rows(phi, psi, weight, penalty)[0])
+        ridge = ridge if plain is None else project_own(ridge, contrasted(plain))
+        declared = declared + share * F.normalize(ridge, dim=1)
     return Rows(declared=declared, pattern=pattern, paper=paper, r2=r2, classes=tuple(row for _, row in pairs))
 
 

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy import fft, stats
+from scipy import fft, linalg, stats
 from torch import nn
 
 from radiotag import RadiotagError, radioactive
@@ -31,6 +31,7 @@ from radiotag.radioactive import (
     Rows,
     aligned_rows,
     choose,
+    contrasted,
     cosine_log_sf,
     default_psnr,
     default_share,
@@ -63,6 +64,7 @@ from radiotag.radioactive import (
     suspect_rows,
     uniform_carriers,
     visibility_mask,
+    whitening,
 )
 
 LN10 = math.log(10)
@@ -482,6 +484,7 @@ def refused(path, data):
         load_key(path)
     assert str(path) in str(caught.value)
     assert caught.value.hint
+    return caught.value
 
 
 def test_damaged_key_is_refused(key_file):
@@ -518,7 +521,8 @@ def key_bytes(key, metadata, **tensors):
 def test_later_format_is_refused(key, tmp_path):
     path = tmp_path / "k"
     refused(path, key_bytes(key, {**key.metadata, "format": radioactive.FORMAT + 1}))
-    refused(path, key_bytes(key, {**key.metadata, "statistic": "divination"}))
+    error = refused(path, key_bytes(key, {**key.metadata, "statistic": "response+ridge+pattern"}))
+    assert "'response+ridge+pattern'" in str(error)  # what a key declared is not replaced by something else
     path.write_bytes(key_bytes(key, key.metadata))
     assert load_key(path).carriers.shape == (3, 4)  # the helper's other files differ in one thing each
 
@@ -1150,19 +1154,21 @@ def test_response_of_linear_networks_is_closed_form():
     a, w = gaussian(6, 48, seed=1), gaussian(4, 48, seed=2)
     marker, suspect = Toy(linear(a), gaussian(2, 6)), Toy(linear(w), torch.eye(4).double())
     pixels, outputs = images_in_unit_range(11), [2, 0]
-    x, expected, seen = pixels.flatten(1).numpy(), np.zeros((2, 6)), np.zeros((2, PATTERN_DIMENSION))
+    x, expected, seen = pixels.flatten(1).numpy(), np.zeros((2, 6)), np.zeros((2, 11, PATTERN_DIMENSION))
     bias = np.linspace(-1, 1, 4)
-    for image in x:
+    for number, image in enumerate(x):
         p = np.exp(w.numpy() @ image + bias)
         p /= p.sum()
         for row, c in enumerate(outputs):
             gradient = w.numpy()[c] - p @ w.numpy()
             expected[row] += unit(a.numpy() @ gradient) / len(x)
-            seen[row] += by_cosines(unit(gradient).reshape(3, 4, 4)) / len(x)
+            seen[row, number] = by_cosines(unit(gradient).reshape(3, 4, 4))
     for batch_size in (1, 4, 11, 64):
-        found, pattern = responses_of_all(marker, suspect, pixels, outputs, batch_size)
+        found, pattern, scatter = responses_of_all(marker, suspect, pixels, outputs, batch_size)
         assert found.dtype == torch.float64 and found.numpy() == pytest.approx(expected, rel=1e-8)
-        assert pattern.numpy() == pytest.approx(seen, rel=1e-8)
+        assert pattern.numpy() == pytest.approx(np.mean(seen, 1), rel=1e-8)
+        spread = sum(np.cov(one.T, bias=True) for one in seen) / 2  # as many images of either class
+        assert scatter.numpy() == pytest.approx(spread, rel=1e-8, abs=1e-15)
     for layer in (marker, suspect):
         assert all(p.grad is None for p in layer.parameters())
 
@@ -1209,7 +1215,7 @@ def test_response_is_the_finite_difference(body):
                 pushed = (marker.features(image + move) - marker.features(image - move))[0]
                 expected[c] += unit(pushed.numpy()) / 3
     before = torch.backends.mha.get_fastpath_enabled()
-    found, _ = responses_of_all(marker, suspect, pixels, [0, 1, 2], 2)
+    found = responses_of_all(marker, suspect, pixels, [0, 1, 2], 2).response
     assert torch.backends.mha.get_fastpath_enabled() is before is True
     assert found.numpy() == pytest.approx(expected, abs=1e-6)
 
@@ -1256,23 +1262,31 @@ def test_declared_rows_sum_two_unit_vectors(labelled, share):
     assert np.linalg.norm(added, axis=1) == pytest.approx(share, abs=1e-6)
     phi, psi = marker.features(pixels).double(), suspect.features(pixels).double()
     expected, _ = aligned_rows(phi, psi, weight[outputs].double(), 0.1 if labelled else 0.5)
+    expected = expected - expected.mean(0) / 3  # of three classes: less a third of what they share
     if labelled:  # less what a linear classifier of the same images answers; without labels the row is left whole
         expected = project_own(expected, ordinary_rows(phi, (labels[:, None] == torch.arange(3)).double()))
     assert added == pytest.approx(share * unit(expected.numpy()), abs=1e-5)
 
 
-@pytest.mark.parametrize("case", ["known", "labelled", "some labelled", "of one class", "bare"])
+@pytest.mark.parametrize("case", ["known", "one known", "labelled", "some labelled", "of one class", "bare"])
 def test_what_an_ordinary_network_answers_is_taken_off(case):
     marker, suspect = toys(seed=1), toys(seed=2)
     pixels, outputs = images_in_unit_range(50), [2, 0]
     labels = {"labelled": torch.arange(50) % 2, "some labelled": torch.arange(50) % 3 - 1}.get(case)
     labels = torch.zeros(50, dtype=torch.long) if case == "of one class" else labels
-    own = [1, 2] if case == "known" else None
+    own = {"known": [1, 2], "one known": [2]}.get(case)
     phi = features(marker, pixels, 7)
     ordinary, known, rows = ordinary_network(marker, phi, log_answers(suspect, pixels, 7), outputs, labels, own)
-    if case == "known":
-        assert ordinary is marker and known == (1, 2)
-        assert torch.equal(rows, marker.head.weight[[1, 2]].double())
+    if case == "known":  # φ as if it knew these two classes alone
+        assert known == (0, 1)
+        (first, second), answered = marker.head.weight[[1, 2]].double(), ordinary(pixels)
+        assert rows.numpy() == pytest.approx(torch.stack([first - second, second - first]).numpy() / 2)
+        expected = marker(pixels)[:, [1, 2]].log_softmax(1)
+        assert answered.log_softmax(1).numpy() == pytest.approx(expected.numpy(), rel=1e-6)
+        return
+    if case == "one known":
+        assert ordinary is marker and known == (2,)
+        assert torch.equal(rows, marker.head.weight[[2]].double())
         return
     if case in ("bare", "of one class"):  # one class gives nothing to tell apart
         assert rows is None
@@ -1282,8 +1296,8 @@ def test_what_an_ordinary_network_answers_is_taken_off(case):
     x, y = (v - v.mean(0) for v in (phi.numpy(), targets))
     penalty = math.sqrt(0.1 * np.trace(x.T @ x) / 6)  # oracle: ridge as least squares with six more equations
     wanted = np.linalg.lstsq(np.vstack([x, penalty * np.eye(6)]), np.vstack([y, np.zeros((6, 2))]), rcond=None)[0].T
-    assert ordinary.rows.numpy() == pytest.approx(wanted, rel=1e-6, abs=1e-12)
-    assert known == (0, 1) and (rows is None or torch.equal(rows, ordinary.rows))
+    assert ordinary.rows[:2].numpy() == pytest.approx(wanted, rel=1e-6, abs=1e-12)
+    assert known == (0, 1) and (rows is None or torch.equal(rows, ordinary.rows[:2]))
     scores = ordinary(pixels)
     assert scores.shape == (50, 3) and not scores[:, 2].any()
     assert scores[:, :2].double().numpy() == pytest.approx(phi.numpy() @ wanted.T, rel=1e-4, abs=1e-6)
@@ -1304,7 +1318,8 @@ def test_responses_have_nothing_of_the_ordinary_networks(labelled):
         chosen = likeliest(log_answers(suspect, pixels, 7), [2, 0], 600)
         places, labels = chosen.flatten(), torch.arange(2).repeat_interleave(chosen.shape[1])
     theirs = responses(marker, ordinary_network(*args)[0], pixels, [0, 1], 7, labels, places)
-    for mine, its in ((found.declared, theirs[0]), (found.pattern, theirs[1])):
+    white = whitening(responses(marker, suspect, pixels, [2, 0], 7, labels, places).scatter)
+    for mine, its in ((found.declared, theirs.response), (found.pattern, theirs.pattern @ white)):
         assert nn.functional.cosine_similarity(mine, its).abs().max() < 1e-5
         assert mine.norm(dim=1).min() > 1e-3
 
@@ -1396,7 +1411,7 @@ def test_without_labels_each_class_asks_the_images_that_the_suspect_takes_for_it
     chosen = likeliest(log_answers(suspect, pixels, 7), outputs, 9)
     assert [sorted(row) for row in chosen.tolist()] == [sorted(row.tolist()) for row in best]
     places, labels = chosen.flatten(), torch.tensor([0] * 9 + [1] * 9)
-    found, pattern = responses(marker, suspect, pixels, outputs, 4, labels, places)
+    found, pattern, _ = responses(marker, suspect, pixels, outputs, 4, labels, places)
     for position, output in enumerate(outputs):
         alone = responses_of_all(marker, suspect, pixels[best[position].copy()], [output], 50)
         assert found[position].numpy() == pytest.approx(alone[0][0].numpy(), rel=1e-5)
@@ -1413,7 +1428,7 @@ def toys(seed):
 def test_labelled_responses_average_each_class_over_its_own_images():
     marker, suspect, pixels = toys(seed=1), toys(seed=2), images_in_unit_range(7)
     labels = torch.tensor([1, 0, 1, 1, 0, 1, 1])
-    found, pattern = responses(marker, suspect, pixels, [2, 0], 3, labels)
+    found, pattern, _ = responses(marker, suspect, pixels, [2, 0], 3, labels)
     for position, output in enumerate((2, 0)):  # oracle: the unlabelled answer on the class's images alone
         expected = responses_of_all(marker, suspect, pixels[labels == position], [output], 2)
         torch.testing.assert_close(found[position], expected[0][0], rtol=1e-4, atol=1e-5)
@@ -1422,9 +1437,46 @@ def test_labelled_responses_average_each_class_over_its_own_images():
 
 def test_a_class_without_images_answers_nothing():
     marker, suspect = toys(seed=1), toys(seed=2)
-    for found in responses(marker, suspect, images_in_unit_range(2), [0, 1], 2, torch.tensor([0, 0])):
+    for found in responses(marker, suspect, images_in_unit_range(2), [0, 1], 2, torch.tensor([0, 0]))[:2]:
         assert found[0].any()
         assert not found[1].any()
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 10])
+def test_contrast_takes_off_what_the_classes_share(classes):
+    rows = gaussian(classes, 12, seed=1)
+    share = max(0, 1 - 2 / classes)
+    expected = rows.numpy() - share * rows.numpy().mean(0)
+    assert contrasted(rows).numpy() == pytest.approx(expected, abs=1e-12)
+    dead = torch.cat([torch.zeros(2, 12), rows])  # outputs that answer nothing go on doing so
+    found = contrasted(dead)
+    assert not found[:2].any() and found[2:].numpy() == pytest.approx(expected, abs=1e-12)
+    assert not contrasted(torch.zeros_like(rows)).any()
+
+
+def test_whitening_is_the_inverse_root_of_the_covariance_and_the_identity():
+    parts = gaussian(200, 9, seed=1).numpy() * np.geomspace(0.1, 10, 9) @ gaussian(9, 9, seed=2).numpy()
+    scatter = np.cov(parts.T)
+    wanted = linalg.inv(linalg.sqrtm(scatter / np.diag(scatter).mean() + np.eye(9)))
+    for scale in (1, 1e-8):
+        assert whitening(torch.from_numpy(scale * scatter)).numpy() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+    for nothing in (torch.zeros(9, 9), torch.full((9, 9), -1e-17)):  # one image a class; what rounding leaves
+        assert whitening(nothing.double()).numpy() == pytest.approx(np.eye(9), abs=1e-4)
+
+
+def test_the_patterns_row_is_contrasted_whitened_and_rid_of_the_ordinary():
+    marker, suspect, pixels, pairs = toys(seed=1), toys(seed=2), images_in_unit_range(60), [(2, 0), (0, 1), (1, 2)]
+    labels = torch.arange(60) % 3
+    found = suspect_rows(marker, suspect, pixels, pairs, 7, labels=labels, own=[1, 0, 2])
+    theirs = responses(marker, suspect, pixels, [2, 0, 1], 7, labels)
+    alone = Toy(marker.body, marker.head.weight[[1, 0, 2]])
+    alone.head.bias.data = marker.head.bias[[1, 0, 2]]
+    ours = responses(marker, alone, pixels, [0, 1, 2], 7, labels)
+    scatter = theirs.scatter.numpy()
+    white = linalg.inv(linalg.sqrtm(scatter / np.trace(scatter) * len(scatter) + np.eye(len(scatter)))).real
+    rows, off = ((part - part.mean(0) / 3) @ white for part in (theirs.pattern.numpy(), ours.pattern.numpy()))
+    expected = [a - b * (a @ b) / (b @ b) for a, b in zip(rows, off, strict=True)]
+    assert found.pattern.numpy() == pytest.approx(np.array(expected), rel=1e-4, abs=1e-7)
 
 
 def test_project_own_removes_each_rows_own_direction_only():
