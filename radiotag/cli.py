@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -728,6 +729,7 @@ def _finding_lines(finding: "Finding", alpha: float, count: int) -> list[str]:
 def main() -> None:
     """The entry point: usage errors, too, are told as `error:` and `hint:`, and in JSON where it was asked for."""
     arguments = sys.argv[1:]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a launcher or a system that stops us is told as Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without × and ≤ is no reason to fail

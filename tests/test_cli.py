@@ -1070,13 +1070,14 @@ def test_kill_9_of_a_process_of_its_own(world, tmp_path):
     assert tree(tmp_path / "k") == expected
 
 
-def test_interrupted_by_the_user(world, nursery, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])  # by the user; by a launcher whose other process died
+def test_interrupted(world, nursery, tmp_path, how):
     settings = ("--steps", 3)
     expected = undisturbed(world, tmp_path / "calm", *settings)
     command = ("mark", world.imgs, "--key", world.key, "-o", tmp_path / "cut" / "out", *settings, "--batch-size", 1)
     process = nursery.start(*command, "--json")
     wait_for_files(tmp_path / "cut" / "out", 3)
-    os.kill(process, signal.SIGINT)
+    os.kill(process, how)
     result = nursery.wait()
     assert result.code == 130
     assert "error: interrupted" in result.err
