@@ -1,6 +1,6 @@
 """radiotag: mark an image data set, and prove later that a model was trained on it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class RadiotagError(Exception):

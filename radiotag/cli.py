@@ -729,7 +729,7 @@ def _finding_lines(finding: "Finding", alpha: float, count: int) -> list[str]:
 def main() -> None:
     """The entry point: usage errors, too, are told as `error:` and `hint:`, and in JSON where it was asked for."""
     arguments = sys.argv[1:]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a launcher or a system that stops us is told as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends us as Ctrl-C does: a message, exit code 130
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without × and ≤ is no reason to fail

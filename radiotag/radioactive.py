@@ -10,7 +10,8 @@ is exact. The choice of w_c is only a matter of power, and each key declares it 
 
 Beyond the paper, each class has a second carrier v_c, uniform on the unit sphere of R^m: a faint pattern of low spatial
 frequencies that all marked images of the class share beside what moves each one's features. Networks learn what is
-shared far more readily; the same argument makes its test exact, with the suspect's mean input gradient as w_c.
+shared far more readily; the same argument makes its test exact, with the suspect's mean input gradient (less what other
+networks' have, too) as w_c.
 
 Vectors are float64 where a p-value depends on them; probabilities are natural logarithms unless named log10.
 """
@@ -48,7 +49,8 @@ FORMAT = 1  # of key files
 STATISTIC = "contrasted response+ridge+pattern"  # what new keys declare
 STATISTICS = {
     STATISTIC: "response and ridge alignment, unit vectors summed (the ridge's halved without labelled images), "
-    "and the whitened pattern, each less what the classes share; Stouffer over the classes of each, Fisher over the two"
+    "and the whitened pattern, each less what the classes share and what an ordinary network answers; "
+    "Stouffer over the classes of each, Fisher over the two"
 }
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
 ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
@@ -173,7 +175,7 @@ def save_key(path: Path, key: Key, *, exclusive: bool = True) -> None:
 
 
 def load_key(path: Path) -> Key:
-    """Read a key file. Raises RadiotagError if it is missing, readable by others, damaged or of a later format."""
+    """Read a key file. Raises RadiotagError if it is missing, readable by others, damaged or of another version."""
     try:
         mode = path.stat().st_mode
         if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
@@ -192,7 +194,7 @@ def load_key(path: Path) -> Key:
         raise RadiotagError(f"{path} is of a format that this version does not know", "pip install -U radiotag")
     if metadata.get("statistic") not in STATISTICS:
         declared = f"{path} declares the statistic {metadata.get('statistic')!r}, which this version does not compute"
-        raise RadiotagError(declared, "use the version of radiotag that made the key")
+        raise RadiotagError(declared, "use the version of radiotag that made the key (0.1 for response+ridge+pattern)")
     weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
     print_ = fingerprint(carriers, patterns, secret, weights, metadata)
     return Key(
@@ -619,9 +621,9 @@ def responses(
     """Which way φ, and the pattern, move when an image moves up the suspect's gradient for a class.
 
     r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x log softmax f(x)_c: (N, 3, H, W) in [0, 1] → (C, d) float64,
-    and the mean over x of g / ‖g‖ in the patterns' space: (C, m) float64. The mean is over the images of class c, by
-    labels (N,), positions in `outputs`. With places (N',) those images are taken, and the labels are theirs. It asks
-    for no alignment, no linear head and no features of the suspect.
+    and the mean over x of g / ‖g‖ in the patterns' space: (C, m) float64, with the covariance of its terms. The mean is
+    over the images of class c, by labels (N,), positions in `outputs`. With places (N',) those images are taken, and
+    the labels are theirs. It asks for no alignment, no linear head and no features of the suspect.
     """
     device = marker.get_buffer("mean").device
     total, seen = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64), []
@@ -634,6 +636,7 @@ def responses(
             wanted = scores.gather(1, column[classes].to(device)[:, None])
             (g,) = torch.autograd.grad(wanted.sum(), x)
             g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # an overflowing gradient has no direction to tell of
+            g = g / g.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)  # or its square might underflow
             g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
             pushed = torch.func.jvp(marker.features, (x.detach(),), (g,))[1]  # (B, d)
             seen.append(pattern_coefficients(g))  # (B, m)
@@ -654,7 +657,7 @@ def likeliest(answers: Tensor, outputs: Sequence[int], count: int) -> Tensor:
 
 
 def contrasted(rows: Tensor) -> Tensor:
-    """Rows (C, d) less 1 − 2/C of their mean: what the classes share tells nothing of any, and a softmax ignores it.
+    """Rows (C, d) minus (1 − 2/C) times their mean: what all classes have alike is mostly what any network answers.
 
     Of few classes less is taken, as much of their mean is each one's own mark. Rows of zeros stay, and do not count.
     """
@@ -695,14 +698,15 @@ class OnFeatures(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] → logits (B, K)."""
         seen = self.marker.features(pixels)  # (B, d)
-        return F.linear(seen, self.rows.to(seen), self.bias)
+        return F.linear(seen, self.rows.to(seen), None if self.bias is None else self.bias.to(seen))
 
 
 @lru_cache(maxsize=4)
+@torch.no_grad()
 def known_network(marker: Network, head: nn.Linear, own: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
-    """φ as a classifier of some of its classes alone, and its rows (C, d) of them; kept for the next suspect.
+    """φ as a classifier of the compared classes alone, and its rows (C, d) of them; kept for the next suspect.
 
-    A suspect of these classes has never been asked to tell them from φ's others.
+    What tells them from φ's other classes is mostly nothing that the suspect has learnt.
     """
     rows = head.weight[list(own)]
     rows = rows - rows.mean(0)  # which its softmax does not see
@@ -738,10 +742,10 @@ def ordinary_network(
 ) -> tuple[nn.Module, tuple[int, ...], Tensor | None]:
     """Who answers for a network that has never seen a mark, its outputs for the classes, and its rows (C, d).
 
-    The marking network itself, where it knows the classes (`own`), and of several as if it knew no others. Elsewhere a
-    linear classifier on its features phi (N, d), of labelled images (unless all are of one class) or of the suspect's
-    log-probabilities, answers (N, C'). The latter's rows are None: they are all that there is to a suspect whose
-    features are φ's.
+    The marking network itself, where it knows the classes (`own`), and if they are several as if it knew no others.
+    Elsewhere a linear classifier on its features phi (N, d), of labelled images (unless all are of one class) or of the
+    suspect's log-probabilities, answers (N, C'). The latter's rows are None: they are all that there is to a suspect
+    whose features are φ's.
     """
     every = tuple(range(len(outputs)))
     if own is not None and marker.head is not None:
@@ -782,8 +786,8 @@ def suspect_rows(
     pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs` or −1 for other classes, or none:
     then the images that the suspect itself takes for a class serve its response. All serve the alignment. `own`: the
     marking network's outputs for the same classes. `answers`: `log_answers` of the suspect, if they are known. What the
-    classes share is removed, then, class by class, what an ordinary network answers: see `ordinary_network`.
-    FloatingPointError where the suspect's outputs or features are not finite.
+    classes share is taken off (`contrasted`), the pattern whitened, and what an ordinary network answers removed, class
+    by class (`ordinary_network`). FloatingPointError where the suspect's outputs or features are not finite.
     """
     outputs, phi = [output for output, _ in pairs], own_features(marker, pixels, batch_size)  # (N, d)
     places, (penalty, share) = None, RIDGE_UNLABELLED if labels is None else RIDGE_LABELLED

@@ -1371,7 +1371,8 @@ def test_a_gradient_that_overflows_tells_nothing():
     assert bool(torch.isfinite(rows.declared).all()) and bool(torch.isfinite(rows.pattern).all())
 
 
-def test_what_does_not_depend_on_the_suspect_is_computed_once(monkeypatch):
+@pytest.mark.parametrize("own", [None, [2, 0]])
+def test_what_does_not_depend_on_the_suspect_is_computed_once(monkeypatch, own):
     marker, calls = toys(seed=1), []
     pixels, labels = images_in_unit_range(50), torch.arange(50) % 2
     inner = type(marker).features
@@ -1383,7 +1384,7 @@ def test_what_does_not_depend_on_the_suspect_is_computed_once(monkeypatch):
     monkeypatch.setattr(type(marker), "features", counted)
     counts = []
     for seed in (2, 3):
-        suspect_rows(marker, toys(seed=seed), pixels, [(0, 0), (1, 1)], 50, labels=labels)
+        suspect_rows(marker, toys(seed=seed), pixels, [(0, 0), (1, 1)], 50, labels=labels, own=own)
         counts.append(len(calls))
     assert counts == [4, 5]  # the second suspect costs one pass of φ, along its own gradient
 
@@ -1460,13 +1461,15 @@ def test_whitening_is_the_inverse_root_of_the_covariance_and_the_identity():
     wanted = linalg.inv(linalg.sqrtm(scatter / np.diag(scatter).mean() + np.eye(9)))
     for scale in (1, 1e-8):
         assert whitening(torch.from_numpy(scale * scatter)).numpy() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
-    for nothing in (torch.zeros(9, 9), torch.full((9, 9), -1e-17)):  # one image a class; what rounding leaves
-        assert whitening(nothing.double()).numpy() == pytest.approx(np.eye(9), abs=1e-4)
+    for nothing in (torch.zeros(9, 9), -1e-11 * torch.eye(9)):  # one image a class; what rounding may leave
+        assert whitening(nothing.double()).numpy() == pytest.approx(np.eye(9))
 
 
-def test_the_patterns_row_is_contrasted_whitened_and_rid_of_the_ordinary():
+def test_the_rows_are_contrasted_whitened_and_rid_of_the_ordinary():
     marker, suspect, pixels, pairs = toys(seed=1), toys(seed=2), images_in_unit_range(60), [(2, 0), (0, 1), (1, 2)]
-    labels = torch.arange(60) % 3
+    labels, weight = torch.arange(60) % 3, suspect.head.weight
+    suspect.head = None  # the response alone
+    suspect.forward = lambda x: suspect.features(x) @ weight.T
     found = suspect_rows(marker, suspect, pixels, pairs, 7, labels=labels, own=[1, 0, 2])
     theirs = responses(marker, suspect, pixels, [2, 0, 1], 7, labels)
     alone = Toy(marker.body, marker.head.weight[[1, 0, 2]])
@@ -1474,9 +1477,41 @@ def test_the_patterns_row_is_contrasted_whitened_and_rid_of_the_ordinary():
     ours = responses(marker, alone, pixels, [0, 1, 2], 7, labels)
     scatter = theirs.scatter.numpy()
     white = linalg.inv(linalg.sqrtm(scatter / np.trace(scatter) * len(scatter) + np.eye(len(scatter)))).real
-    rows, off = ((part - part.mean(0) / 3) @ white for part in (theirs.pattern.numpy(), ours.pattern.numpy()))
-    expected = [a - b * (a @ b) / (b @ b) for a, b in zip(rows, off, strict=True)]
-    assert found.pattern.numpy() == pytest.approx(np.array(expected), rel=1e-4, abs=1e-7)
+    for name, turned, mine in (("pattern", white, found.pattern), ("response", np.eye(6), found.declared)):
+        rows, off = (getattr(part, name).numpy() for part in (theirs, ours))
+        rows, off = ((part - part.mean(0) / 3) @ turned for part in (rows, off))
+        expected = unit(np.array([a - b * (a @ b) / (b @ b) for a, b in zip(rows, off, strict=True)]))
+        assert unit(mine.numpy()) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_the_ridge_row_and_the_ordinary_ones_are_contrasted_alike():
+    """Images of other classes keep the ordinary rows from adding up to zero."""
+    marker, suspect, pixels, pairs = toys(seed=1), toys(seed=2), images_in_unit_range(60), [(2, 0), (0, 1), (1, 2)]
+    labels = torch.arange(60) % 4 - 1
+    whole = suspect_rows(marker, suspect, pixels, pairs, 7, labels=labels)
+    weight, bias = suspect.head.weight, suspect.head.bias
+    suspect.head = None
+    suspect.forward = lambda x: suspect.features(x) @ weight.T + bias
+    added = whole.declared - suspect_rows(marker, suspect, pixels, pairs, 7, labels=labels).declared
+    phi, psi = (features(network, pixels, 60) for network in (marker, suspect))
+    ridge = aligned_rows(phi, psi, weight[[2, 0, 1]].double(), 0.1)[0].numpy()
+    plain = ordinary_rows(phi, (labels[:, None] == torch.arange(3)).double()).numpy()
+    assert np.linalg.norm(plain.mean(0)) > 0.05 * np.linalg.norm(plain)
+    ridge, plain = (rows - rows.mean(0) / 3 for rows in (ridge, plain))
+    expected = unit(np.array([a - b * (a @ b) / (b @ b) for a, b in zip(ridge, plain, strict=True)]))
+    assert added.numpy() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_gradient_too_small_to_square_counts_as_any_other():
+    marker = Toy(linear(gaussian(6, 48, seed=1).float()), gaussian(2, 6).float())
+    found = []
+    for scale in (1.0, 1e-24):  # a network whose logits are scaled has gradients as small; their squares are zero
+        suspect = Toy(linear(gaussian(6, 48, seed=2).float()), gaussian(3, 6, seed=3).float())
+        suspect.forward = lambda x, s=suspect, scale=scale: s.features(x) @ s.head.weight.T * scale
+        found.append(responses_of_all(marker, suspect, 1e-3 * images_in_unit_range(9).float(), [0, 1], 4))
+    for name in ("response", "pattern", "scatter"):
+        usual, tiny = (getattr(each, name).numpy() for each in found)
+        assert tiny == pytest.approx(usual, abs=1e-2), name  # the probabilities differ a little
 
 
 def test_project_own_removes_each_rows_own_direction_only():

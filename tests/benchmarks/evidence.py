@@ -140,8 +140,8 @@ def machine() -> dict:
 
 
 def verdict(answer: dict) -> dict:
-    """What `verify` said of its only suspect, with the command and the time."""
-    return {**answer["suspects"][0], "command": answer["command"], "seconds": answer["seconds"]}
+    """What `verify` said of its only suspect, with the command, the statistic and the time."""
+    return {**answer["suspects"][0], **{name: answer[name] for name in ("command", "statistic", "seconds")}}
 
 
 def verified(suspects: dict[str, str], log: Path, owner: str, tests: list[str]) -> dict:
