@@ -742,7 +742,8 @@ def ordinary_network(
 ) -> tuple[nn.Module, tuple[int, ...], Tensor | None]:
     """Who answers for a network that has never seen a mark, its outputs for the classes, and its rows (C, d).
 
-    The marking network itself, where it knows the classes (`own`), and if they are several as if it knew no others.
+    The marking network itself, where it knows the classes (`own`). If they are several, its rows are as if it knew no
+    others, and without labels its answers, too: of images of no class they mostly tell these classes from its others.
     Elsewhere a linear classifier on its features phi (N, d), of labelled images (unless all are of one class) or of the
     suspect's log-probabilities, answers (N, C'). The latter's rows are None: they are all that there is to a suspect
     whose features are φ's.
@@ -752,7 +753,7 @@ def ordinary_network(
         if len(own) == 1:
             return marker, tuple(own), marker.head.weight.cpu().double()[list(own)]
         network, rows = known_network(marker, marker.head, tuple(own))
-        return network, every, rows
+        return (network, every, rows) if labels is None else (marker, tuple(own), rows)
     if labels is not None and bool((labels != labels[0]).any()):
         network, rows = labelled_network(marker, phi, labels, len(outputs))
         return network, every, rows
