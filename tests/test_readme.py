@@ -1,4 +1,4 @@
-"""What the README says is what was measured, and its commands exist."""
+"""What the README and the measurements' text say is what was measured, and the README's commands exist."""
 
 import json
 import math
@@ -13,6 +13,8 @@ from radiotag.radioactive import STATISTIC
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = README + (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")  # the summary and all of it
+PROSE, ROWS = " ".join(TEXT.split()), TEXT.replace("*", "").splitlines()
 RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text(encoding="utf-8"))
 ALONE = json.loads((ROOT / "tests/benchmarks/results/features_alone.json").read_text(encoding="utf-8"))
 PAPER = json.loads((ROOT / "tests/benchmarks/results/paper.json").read_text(encoding="utf-8"))
@@ -39,7 +41,7 @@ def test_every_row_of_the_table_is_a_measurement(number):
     share = f"{100 * run['fraction']:.0f} %" + "".join(f" of {name}" for name in run.get("classes", ()))
     shown = next(
         [cell.strip(" *") for cell in line.strip("|").split("|")]
-        for line in README.splitlines()
+        for line in TEXT.splitlines()
         if line.startswith(f"| {share} | {run['train']['epochs']} | {seed} |")
     )
     paper, clean = run["suspect, real"]["paper_log10_p"], [run.get(f"clean, {test}") for test in TESTS]
@@ -54,35 +56,34 @@ def test_every_row_of_the_table_is_a_measurement(number):
 
 def test_the_other_figures_are_measurements_too():
     run = next(run for run in RESULTS["runs"] if run["fraction"] == 0.1 and "train clean" in run)
-    prose = " ".join(README.split())
-    assert f"Its accuracy is {100 * run['train clean']['accuracy']:.2f} %" in prose
-    assert f"p = {run['clean, bare']['calibration']['ks_p']:.2f}" in prose
+    assert f"Its accuracy is {100 * run['train clean']['accuracy']:.2f} %" in PROSE
+    assert f"p = {run['clean, bare']['calibration']['ks_p']:.2f}" in PROSE
     fresh = next(run for run in RESULTS["runs"] if (run["fraction"], run["seed"]) == (0.1, 3))
     assert fresh["mark"]["skipped"] == 0
-    assert f"Marking {fresh['mark']['marked']:,} images took {fresh['mark']['seconds']:.0f} s" in prose
-    assert f"training a suspect {fresh['train']['seconds']:,.0f} s" in prose
-    assert f"a black-box one {fresh['suspect, black-box']['seconds']:.0f} s" in prose
+    assert f"Marking {fresh['mark']['marked']:,} images took {fresh['mark']['seconds']:.0f} s" in PROSE
+    assert f"training a suspect {fresh['train']['seconds']:,.0f} s" in PROSE
+    assert f"a black-box one {fresh['suspect, black-box']['seconds']:.0f} s" in PROSE
     psnr = [run["psnr_median"] for run in RESULTS["runs"]]
-    assert f"PSNR median {min(psnr):.1f} to {max(psnr):.1f} dB" in prose
+    assert f"PSNR median {min(psnr):.1f} to {max(psnr):.1f} dB" in PROSE
     every = [run for run in RESULTS["runs"] if not run.get("classes")]
     tenth, few, fewer = ([run for run in every if run["fraction"] == q] for q in (0.1, 0.02, 0.01))
     cosines = [f"{each['suspect, real']['pattern_cosine']:.2f}" for each in (tenth[0], *few)]
-    assert "pattern is {} at 10 %, and {} at 2 % after six epochs, {} after sixteen".format(*cosines) in prose
+    assert "pattern is {} at 10 %, and {} at 2 % after six epochs, {} after sixteen".format(*cosines) in PROSE
     shares = [f"{each['suspect, bare']['log10_p'] / each['suspect, real']['log10_p']:.0%}" for each in tenth]
-    assert f"there is {', '.join(shares[:-1])} and {shares[-1]} of".replace("%", " %") in prose
+    assert f"there is {', '.join(shares[:-1])} and {shares[-1]} of".replace("%", " %") in PROSE
     middle = [minus(statistics.median(each[f"suspect, {test}"]["log10_p"] for each in fewer)) for test in TESTS]
     told = "medians {} without data, {} with it, {} black-box, {} with the originals".format(*middle)
-    assert told in prose
-    assert f"a verification {fresh['suspect, bare']['seconds']:.0f} s without data" in prose
-    assert f"and {fresh['suspect, real']['seconds']:.0f} s with it" in prose
+    assert told in PROSE
+    assert f"a verification {fresh['suspect, bare']['seconds']:.0f} s without data" in PROSE
+    assert f"and {fresh['suspect, real']['seconds']:.0f} s with it" in PROSE
     taught = next(run for run in RESULTS["runs"] if "train student" in run)
     gave = [minus(taught[f"student, {test}"]["log10_p"]) for test in TESTS]
-    assert "{} without data, {} with it, {} black-box, {} with the originals; its".format(*gave) in prose
-    assert f"originals; its accuracy is {100 * taught['train student']['accuracy']:.2f} %" in prose
+    assert "{} without data, {} with it, {} black-box, {} with the originals; its".format(*gave) in PROSE
+    assert f"originals; its accuracy is {100 * taught['train student']['accuracy']:.2f} %" in PROSE
     before = (minus(run["suspect, bare"]["log10_p"]) for run in BEFORE["runs"])
-    assert "Before, seed 2 had {}, and {} at 2 %".format(*before) in prose
+    assert "Before, seed 2 had {}, and {} at 2 %".format(*before) in PROSE
     bare, real = (ALONE["steps"][f"radioactive, {images}"]["log10_p"] for images in ("synthetic", "real"))
-    assert f"gave {minus(bare)} without data and {minus(real)} with it" in prose
+    assert f"gave {minus(bare)} without data and {minus(real)} with it" in PROSE
     size = demo.Size()
     assert RESULTS["demo"]["marked"] == size.images * size.fraction
     assert f"{RESULTS['demo']['marked']} of {size.images} marked" in README
@@ -101,24 +102,24 @@ def test_one_image_in_a_hundred_leaves_what_is_said():
         for runs in (owners, spread) for test in ("bare", "real")
     ]  # fmt: skip
     told = "medians {} without data and {} with it, where 500 images of all classes leave {} and {}."
-    assert told.format(*map(minus, middle)) in " ".join(README.split())
+    assert told.format(*map(minus, middle)) in PROSE
     *most, last = (minus(run["later, bare"]["log10_p"]) for run in owners)
-    assert f"{', '.join(most)} and {last} with those in the column" in " ".join(README.split())
+    assert f"{', '.join(most)} and {last} with those in the column" in PROSE
     assert len(owners) == 5 and max(middle[:2]) < -5  # "p below 1e-5"
     missed = [[run["owner"] for run in owners if run[f"suspect, {test}"]["log10_p"] > -4] for test in ("bare", "real")]
     assert list(map(len, missed)) == [1, 1] and missed[0] != missed[1]  # "One of the five …, and another"
     asked = [run["suspect, black-box"] for run in owners]
-    assert f"the median is {minus(statistics.median(found['log10_p'] for found in asked))}" in README
+    assert f"the median is {minus(statistics.median(found['log10_p'] for found in asked))}" in TEXT
     assert sum(found["log10_p"] > -2 for found in asked) == 1  # "one of the five is not found"
     assert sum(found["log10_p"] <= -4 for found in asked) == 2  # "two of the five reach 1e-4"
     earlier = [(run["owner"], found["images"], minus(found["log10_p"])) for run in owners
                for found in run.get("earlier, black-box", ())]  # fmt: skip
     assert earlier == [("1", 12, "−4.02"), ("1", 9, "−4.02"), ("2", 12, "−0.60")]
-    assert f"up to {max(found['seconds'] for found in asked):.0f} s)" in README
+    assert f"up to {max(found['seconds'] for found in asked):.0f} s)" in TEXT
     assert {found["decoys"] for found in asked} == {10_499}
-    assert f"the least there is: {minus(-math.log10(10_500))}" in README
+    assert f"the least there is: {minus(-math.log10(10_500))}" in TEXT
     (both,) = (found for found in asked if found["threads"] == 2)
-    assert f"it took {both['seconds']:.0f} s on two cores" in README and both["seconds"] < 300
+    assert f"it took {both['seconds']:.0f} s on two cores" in TEXT and both["seconds"] < 300
 
 
 def formula(found):
@@ -168,7 +169,7 @@ def test_the_recipes_for_marking_are_measurements():
     for run in MARKING["runs"]:
         alone = len(set(run["suspect"].split("+"))) == 1
         rows.setdefault((alone or run["suspect"], run["recipe"], run["psnr"]), []).append(run)
-    shown = [re.sub(r": ¾[^|]*(?= \|)|\*", "", line) for line in README.splitlines()]
+    shown = [re.sub(r": ¾[^|]*(?= \|)|\*", "", line) for line in TEXT.splitlines()]
     for (_, recipe, _), runs in rows.items():
         psnr, seconds = (statistics.median(run[name] for run in runs) for name in ("psnr_median", "seconds_per_image"))
         found = " / ".join(minus(run["real"]["log10_p"]) for run in runs)
@@ -185,16 +186,15 @@ def test_the_recipes_for_marking_are_measurements():
     for run in MARKING["runs"]:
         if run["recipe"] == "radiotag":
             ours[run["psnr"], run["seed"]].append(minus(run["real"]["log10_p"]))
-    prose = " ".join(README.split())
     same, keys = (ours[40, 5][1], ours[40, 6][1]), ours[34, 6]
     assert (
-        "the same marks left {} in one suspect and {} in another, and two keys {} and {}.".format(*same, *keys) in prose
+        "the same marks left {} in one suspect and {} in another, and two keys {} and {}.".format(*same, *keys) in PROSE
     )
     several = {run["seed"]: run["accuracy"] for run in MARKING["runs"] if "paper@37" in run["suspect"]}
     accuracy = " and ".join(f"{100 * value:.2f} %" for value in several.values())
-    assert f"(accuracy {accuracy})" in " ".join(README.split())
+    assert f"(accuracy {accuracy})" in PROSE
     second = next(run["second"] for run in MARKING["runs"] if run["recipe"] == "two networks")
-    assert f"knows {100 * second['accuracy']:.2f} % of the test images" in " ".join(README.split())
+    assert f"knows {100 * second['accuracy']:.2f} % of the test images" in PROSE
 
 
 SHARES = {
@@ -232,7 +232,7 @@ def cells_of(runs):
 @pytest.mark.parametrize("name", BY_SHARE, ids=" ".join)
 def test_every_row_by_share_is_measured(name):
     runs = BY_SHARE[name]
-    assert f"| {' | '.join((*name, str(len(runs)), *cells_of(runs)))} |" in README.replace("*", "").splitlines()
+    assert f"| {' | '.join((*name, str(len(runs)), *cells_of(runs)))} |" in ROWS
     wanted = (20_000 if "100 classes" in name[0] else 10_000, 16) if "head" not in name[0] else (0, 4)
     assert {(run["images"], run["epochs"]) for run in runs} == {wanted}
     assert len({run["experiment"] for run in runs}) == len(runs)
@@ -245,13 +245,13 @@ def test_what_a_mark_costs_is_measured():
         for name in ("scratch/10%", "scratch/clean")
     )
     told = f"it knows {marked} of the test images, and {clean} where none is marked; under the other key"
-    assert "{} (former statistic) {} and {}.".format(told, *others) in " ".join(README.split())
+    assert "{} (former statistic) {} and {}.".format(told, *others) in PROSE
 
 
 @pytest.mark.parametrize("name", OTHERS, ids=" ".join)
 def test_every_other_suspect_is_a_measurement(name):
     (run,) = OTHERS[name]
-    assert f"| {' | '.join((*name, *cells_of([run])))} |" in README.replace("*", "").splitlines()
+    assert f"| {' | '.join((*name, *cells_of([run])))} |" in ROWS
     images = 0 if name[0].startswith("digits") else 10_000  # all there are
     assert (run["share"], run["images"], run["epochs"], run["seed"]) == (0.1, images, 16, 2)
 
@@ -266,8 +266,8 @@ def test_what_survives_leaves_as_little_doubt_as_is_said():
     accuracy = "{:.2f} % of the test images instead of {:.2f} %"
     told = "leaves least: {}, and {} under another key by the former statistic, which is nothing"
     least = [run["real"]["log10_p"] for run in (average, other)]
-    assert told.format(*map(minus, least)) in " ".join(README.split()) and least[0] < -4 < least[1]
-    assert accuracy.format(100 * average["accuracy"], 100 * before["accuracy"]) in " ".join(README.split())
+    assert told.format(*map(minus, least)) in PROSE and least[0] < -4 < least[1]
+    assert accuracy.format(100 * average["accuracy"], 100 * before["accuracy"]) in PROSE
     assert max(left) < -5  # "p below 1e-5"
 
 
@@ -275,7 +275,7 @@ def test_what_other_architectures_leave_is_said():
     names = "resnet10, nothing else", "densenet121", "vgg11_bn", "mobilenet_v3_large"
     runs = [OTHERS[name, "present"][0] for name in names]
     said = "with real images a resnet10 has {}, a densenet121 {}, a vgg11_bn {}, and a mobilenet_v3_large {}"
-    assert said.format(*(minus(run["real"]["log10_p"]) for run in runs)) in " ".join(README.split())
+    assert said.format(*(minus(run["real"]["log10_p"]) for run in runs)) in PROSE
     assert min(run["bare"]["log10_p"] for run in runs[1:]) > -4
 
 
@@ -293,7 +293,7 @@ def row_compared(run):
 
 @pytest.mark.parametrize("run", [run for run in PAPER["runs"] if "before" in run], ids=lambda run: run["experiment"])
 def test_the_same_suspects_by_both_statistics(run):
-    assert f"| {' | '.join(row_compared(run))} |" in README.replace("**", "").splitlines()
+    assert f"| {' | '.join(row_compared(run))} |" in TEXT.replace("**", "").splitlines()
     for test in ("bare", "real"):
         before, after = (found[test] for found in (run["before"], run))
         assert (before["statistic"], after["statistic"]) == ("response+ridge+pattern", STATISTIC)
@@ -313,23 +313,22 @@ def test_every_suspect_that_was_looked_at_is_compared():
     assert marked - gained["real"] == {"head/1%"}
     tenth = [run for run in PAPER["runs"] if run["experiment"].startswith("scratch/10%") and "before" not in run]
     others = " and ".join(minus(run["real"]["log10_p"]) for run in tenth)
-    assert f"two others left {others} by the former statistic" in " ".join(README.split())
+    assert f"two others left {others} by the former statistic" in PROSE
 
 
 def test_what_another_data_set_did_not_show_is_said():
-    (run,), prose = OTHERS["digits, resnet10", "present"], " ".join(README.split())
+    (run,) = OTHERS["digits, resnet10", "present"]
     left = (minus(run[test]["log10_p"]) for test in ("bare", "real"))
-    assert "has {} without data and {} with it. Their black ground".format(*left) in prose
-    assert f"(PSNR {run['psnr']:.1f} dB, where 34 are allowed)" in prose
-    assert f"told apart ({100 * run['accuracy']:.2f} %)" in prose
+    assert "has {} without data and {} with it. Their black ground".format(*left) in PROSE
+    assert f"(PSNR {run['psnr']:.1f} dB, where 34 are allowed)" in PROSE
+    assert f"told apart ({100 * run['accuracy']:.2f} %)" in PROSE
 
 
 def test_what_another_architecture_did_not_show_is_said():
     found = [run for run in NETWORKS["runs"] if run["arch"] == "regnet_y_400mf"]
     assert (len(found), {run["images"] for run in found}) == (9, {10_000})
-    prose = " ".join(README.split())
-    assert f"it learnt {100 * found[0]['accuracy']:.2f} % of the test images" in prose
-    assert f"the lowest log10 p of the nine is {minus(min(run['real']['log10_p'] for run in found))}" in prose
+    assert f"it learnt {100 * found[0]['accuracy']:.2f} % of the test images" in PROSE
+    assert f"the lowest log10 p of the nine is {minus(min(run['real']['log10_p'] for run in found))}" in PROSE
 
 
 @pytest.mark.parametrize("name", NETWORKS["networks"])
@@ -349,32 +348,32 @@ def test_the_card_shows_what_each_candidate_left(name):
 
 
 def test_larger_images_are_measured():
-    runs, prose = MARKING["large"], " ".join(README.split())
+    runs = MARKING["large"]
     assert [(run["images"], run["side"], run["fraction"], run["psnr"]) for run in runs] == [(20_000, 224, 0.1, 40)] * 2
-    assert "log10 p with these: {} and {}".format(*(minus(run["real"]["log10_p"]) for run in runs)) in prose
-    assert "patterns {:.3f} and {:.3f})".format(*(run["real"]["pattern_cosine"] for run in runs)) in prose
-    assert f"knows {100 * runs[0]['accuracy']:.2f} % of the held-out images" in prose
-    assert f"median {statistics.mean(run['psnr_median'] for run in runs):.1f} dB" in prose
+    assert "log10 p with these: {} and {}".format(*(minus(run["real"]["log10_p"]) for run in runs)) in PROSE
+    assert "patterns {:.3f} and {:.3f})".format(*(run["real"]["pattern_cosine"] for run in runs)) in PROSE
+    assert f"knows {100 * runs[0]['accuracy']:.2f} % of the held-out images" in PROSE
+    assert f"median {statistics.mean(run['psnr_median'] for run in runs):.1f} dB" in PROSE
 
 
 def test_speed_and_scale_are_measurements():
-    prose, speed, scale = " ".join(README.split()), MARKING["speed"], MARKING["scale"]
+    speed, scale = MARKING["speed"], MARKING["scale"]
     for name, title in (("cifar", "of CIFAR-10, built-in network"), ("photos", "photographs, ResNet-18 of 224 pixels")):
         each = speed[name]
         cells = (
             f"{each['images']:,} {title}", f"{each['plain_seconds']:.0f} s, {each['plain_psnr']:.1f} dB",
             f"{each['seconds']:.0f} s, {each['psnr']:.1f} dB", f"{each['ratio']:.1f}",
         )  # fmt: skip
-        assert f"| {' | '.join(cells)} |" in README.splitlines()
+        assert f"| {' | '.join(cells)} |" in TEXT.splitlines()
     steps = (f"{MARKING['step'][name]['ratio']:.2f} times" for name in ("cifar", "photos"))
     assert (
         "takes {} as long as a bare pass forward and back to the input on the small images, {} on".format(*steps)
-        in prose
+        in PROSE
     )
     large, small = scale["200000"], scale["2000"]
-    assert f"is planned in {large['plan_seconds']:.0f} s" in prose
-    assert f"takes {large['mark_seconds']:.0f} s, to find them done {large['again_seconds']:.0f} s" in prose
-    assert f"{large['megabytes']:.0f} MB of memory at most, against {small['megabytes']:.0f} MB" in prose
+    assert f"is planned in {large['plan_seconds']:.0f} s" in PROSE
+    assert f"takes {large['mark_seconds']:.0f} s, to find them done {large['again_seconds']:.0f} s" in PROSE
+    assert f"{large['megabytes']:.0f} MB of memory at most, against {small['megabytes']:.0f} MB" in PROSE
 
 
 def test_the_three_lines_stand_as_promised():
