@@ -123,4 +123,5 @@ def as_json(result: Result) -> dict[str, Any]:
         name: {"model": finding.path, "accuracy": accuracy, **verification.as_json(finding)}
         for name, accuracy, finding in zip(("clean", "radioactive"), result.accuracy, result.findings, strict=True)
     }
-    return {**models, "key": str(result.key), "marked": result.marked, "fingerprint": result.fingerprint}
+    about = {"images": result.images, "marked": result.marked, "psnr_median": result.psnr}
+    return {**models, **about, "key": str(result.key), "fingerprint": result.fingerprint}

@@ -1294,12 +1294,14 @@ def test_the_demonstration_makes_everything(tmp_path, monkeypatch, no_cache):
 @pytest.mark.slow
 def test_the_demonstration_shows_the_mark(tmp_path):
     answer = call("train-demo", "-o", tmp_path / "demo", "--json").json
-    assert set(answer) == COMMON | {"clean", "radioactive", "key", "marked", "fingerprint"}
+    about = {"key", "fingerprint", "images", "marked", "psnr_median"}
+    assert set(answer) == COMMON | {"clean", "radioactive"} | about
     for name in ("clean", "radioactive"):
         assert set(answer[name]) == SUSPECT_AND_MODEL
         assert answer[name]["model"] == str(tmp_path / "demo" / f"{name}.pt")
         assert answer[name]["accuracy"] > 0.15
-    assert answer["marked"] == demo.Size().images * demo.Size().fraction
+    assert (answer["images"], answer["marked"]) == (1500, 750)
+    assert answer["psnr_median"] >= 34
     assert answer["clean"]["detected"] is False
     assert answer["radioactive"]["detected"] is True
     assert answer["radioactive"]["log10_p"] < -4

@@ -9,7 +9,7 @@ same images, and the one suspect is tested for each of them; with --classes K, t
 K for each owner; with --clean it trains, once a seed, the same network on the unmarked data and tests that with the
 key, and with 1,000 fresh keys; with --student it trains another network on the unmarked data and the suspect's outputs.
 Every step is a command line of radiotag, skipped if its result lies in the work folder, so an interrupted run goes on
-(trainings from their last epoch). `table` gathers all runs.
+(trainings from their last epoch). `table` gathers all runs, and keeps those of other work folders that the file holds.
 OMP_NUM_THREADS=1 lets two runs share two cores.
 """
 
@@ -156,10 +156,18 @@ def verified(suspects: dict[str, str], log: Path, owner: str, tests: list[str]) 
     return found
 
 
+def place(run: dict) -> tuple:
+    """What tells one run from another, in the order of the table."""
+    names = bool(run.get("classes")), -run["fraction"], run["train"]["epochs"], run["seed"], run.get("owner", "")
+    return (*names, tuple(run.get("classes") or ()))
+
+
 def table(a: argparse.Namespace) -> None:
-    runs = [json.loads(path.read_text()) for path in sorted(a.work.glob("q*/result*.json"))]
-    runs.sort(key=lambda run: (bool(run.get("classes")), -run["fraction"], run["train"]["epochs"], run["seed"],
-                               run.get("owner", "")))  # fmt: skip
+    runs = [json.loads(path.read_text()) for path in a.work.glob("q*/result*.json")]
+    before = json.loads(a.json.read_text()) if a.json and a.json.exists() else {"runs": []}
+    made = set(map(place, runs))
+    runs += [run for run in before["runs"] if place(run) not in made]  # of other work folders
+    runs.sort(key=place)
     heads = ("q", "epochs", "seed", "classes", "key", "PSNR", "accuracy", *TESTS, "paper", "clean")
     line = "{:>5}{:>7}{:>5} {:<11}{:>4}{:>6}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>30}"
     print(line.format(*heads))
@@ -174,8 +182,8 @@ def table(a: argparse.Namespace) -> None:
         )  # fmt: skip
         print(line.format(*cells))
     if a.json:
-        demo = {"demo": json.loads(a.demo.read_text())} if a.demo else {}
-        a.json.write_text(json.dumps({"runs": runs, **demo}, indent=1, sort_keys=True) + "\n")
+        demo = {"demo": json.loads(a.demo.read_text()) | machine()} if a.demo else {}
+        a.json.write_text(json.dumps({**before, "runs": runs, **demo}, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:
