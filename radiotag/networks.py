@@ -8,10 +8,10 @@ import importlib.util
 import inspect
 import json
 import math
+import mmap
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,7 +29,7 @@ from torchvision.models.vgg import VGG
 
 from radiotag import RadiotagError
 from radiotag.images import write_atomically
-from radiotag.programs import is_code, is_program, read_program
+from radiotag.programs import read_archive, refuse_arrays
 
 SMALL_IMAGE = 64  # pixels; up to here the stem is the small-image one
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback, stated when used
@@ -407,15 +407,16 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
 
 
 def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
-    program = head.startswith(b"PK") and _holds_program(path)
     content: Any
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = read_program(path) if program else torch.load(path, map_location="cpu", weights_only=True)
-    except RadiotagError:
+            content = read_archive(path) if head.startswith(b"PK") else _read_pickles(path)
+    except (RadiotagError, MemoryError):
         raise
     except Exception as error:  # weights_only raises many kinds; each means the same to a user
+        if "allocate memory" in str(error):  # the machine's limit, not the file's fault
+            raise
         reason = "holds a pickle that is more than weights" if "weights_only" in str(error) else "is not a whole file"
         raise RadiotagError(
             f"{path} {reason}; it was not run",
@@ -430,18 +431,11 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
     return clean_state(content, path), metadata if isinstance(metadata, dict) else {}
 
 
-def _holds_program(path: Path) -> bool:
-    """Whether a zip file is a TorchScript or torch.export archive; RadiotagError if it unpacks to more than itself."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            read = (entry for entry in archive.infolist() if not is_code(entry.filename))
-            size, stored = sum(entry.file_size for entry in read), path.stat().st_size
-    except Exception as error:  # a damaged directory raises many kinds
-        raise RadiotagError(f"{path} is truncated or damaged: {_first_line(error)}", "copy it again") from error
-    if size > stored:
-        raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", "save the weights again")
-    return is_program(names)
+def _read_pickles(path: Path) -> Any:
+    """A file of PyTorch before 1.6: pickles, and the weights behind them."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        refuse_arrays(whole)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def clean_state(content: Mapping[Any, Any], path: Path) -> State:

@@ -1,14 +1,17 @@
-"""The weights of TorchScript and torch.export archives, read without running, compiling or trusting anything else.
+"""The weights in PyTorch's zip files, read without running, compiling or trusting anything else in them.
 
-Both are zip files of a program and its tensors. The program is never looked at: a TorchScript archive is rewritten
-without its code into what `torch.save` would have written and read with `weights_only=True`, its modules as bare
-bundles of attributes; a torch.export archive lists its tensors in JSON. What comes out is the module's state dict.
+They are `torch.save`'s, or those of a program and its tensors (TorchScript, torch.export). A program is never looked
+at: what `torch.save` writes, or would have written of a TorchScript archive, is copied and read with
+`weights_only=True`, a program's modules as bare bundles of attributes; a torch.export archive lists its tensors in
+JSON, and what comes out is the module's state dict. All weights lie in a file as they are: one that would unpack to
+more than itself is refused. The copy is made as two readers may see two files in one.
 """
 
 import io
 import json
+import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,47 +29,64 @@ WEIGHTS = "_weights_config.json"  # torch.export's since PyTorch 2.8
 OLD_WEIGHTS = "serialized_state_dict.pt"  # and before
 
 
-def is_program(names: Iterable[str]) -> bool:
-    """Whether a zip file's entries are those of a TorchScript or torch.export archive."""
-    return any(is_code(n) or n.endswith(("constants.pkl", "archive_format", WEIGHTS, OLD_WEIGHTS)) for n in names)
+def read_archive(path: Path) -> Any:
+    """What `torch.save` put there, or the state dict of a program's module.
+
+    Raises whatever a damaged or hostile one leads to, and runs none of it.
+    """
+    return _content(path, path)
 
 
-def is_code(name: str) -> bool:
-    """Whether an entry is never read: TorchScript's code, all that is compressed in such archives."""
-    return "/code/" in name
+def refuse_arrays(pickled: Any) -> None:
+    """UnpicklingError for bytes, or a mapped file, that name `bytearray`: in `weights_only`, too, one can be any size.
+
+    No weights need it.
+    """
+    if pickled.find(b"bytearray") >= 0:
+        raise pickle.UnpicklingError("weights_only: bytearray")
 
 
-def read_program(path: Path) -> dict[str, Tensor]:
-    """The state dict of an archive's module. Raises whatever a damaged or hostile one leads to, and runs none of it."""
-    with zipfile.ZipFile(path) as archive:
-        return _state(archive)
+def _content(file: Path | io.BytesIO, path: Path) -> Any:
+    """Of a zip file, or of one that lies in that at `path`."""
+    try:
+        archive = zipfile.ZipFile(file)
+    except Exception as error:  # a damaged directory raises many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise RadiotagError(f"{path} is truncated or damaged: {reason}", "copy it again") from error
+    with archive:
+        read = [entry for entry in archive.infolist() if "/code/" not in entry.filename]  # TorchScript's, compressed
+        stored = path.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
+        packed = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in read)
+        if packed or sum(entry.file_size for entry in read) > stored:
+            message = f"{path} unpacks to more than itself, as no PyTorch file does"
+            raise RadiotagError(message, "save the weights again")
+        names = [entry.filename for entry in read]
+        for name in names:
+            if name.rpartition("/")[2] == OLD_WEIGHTS:
+                return _content(io.BytesIO(archive.read(name)), path)
+        configs = [name for name in names if name.endswith(WEIGHTS)]
+        if len(configs) > 1:
+            raise RadiotagError(f"{path} holds several models", "export each into a file of its own")
+        if configs:
+            return _exported(archive, names, configs[0], path)
+        program = any("/code/" in n or n.endswith(("constants.pkl", "archive_format")) for n in archive.namelist())
+        return _saved(archive, names, program)
 
 
-def _state(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    names = [name for name in archive.namelist() if not is_code(name)]
-    for name in names:
-        if name.rpartition("/")[2] == OLD_WEIGHTS:
-            state = torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True)
-            return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-    configs = [name for name in names if name.endswith(WEIGHTS)]
-    if len(configs) > 1:
-        raise RadiotagError(f"{archive.filename} holds several models", "export each into a file of its own")
-    return _exported(archive, names, configs[0]) if configs else _scripted(archive, names)
-
-
-def _exported(archive: zipfile.ZipFile, names: Sequence[str], config: str) -> dict[str, Tensor]:
-    folder, records, state, there = config.rpartition("/")[0], dict[str, bytearray](), {}, set(names)
+def _exported(archive: zipfile.ZipFile, names: Sequence[str], config: str, path: Path) -> dict[str, Tensor]:
+    folder, records, state, there = config.rpartition("/")[0], dict[str, Any](), {}, set(names)
     for name, entry in json.loads(archive.read(config))["config"].items():
-        path = f"{folder}/{entry['path_name']}"
-        if path not in there:
-            raise ValueError(f"it lacks {path}")
-        if path not in records:  # tensors may share one
-            records[path] = bytearray(archive.read(path))
-        if entry["use_pickle"]:
-            state[name] = torch.load(io.BytesIO(records[path]), map_location="cpu", weights_only=True)
-        elif records[path]:
+        place = f"{folder}/{entry['path_name']}"
+        if place not in there:
+            raise ValueError(f"it lacks {place}")
+        if place not in records:  # tensors may share one
+            data = archive.read(place)
+            records[place] = _content(io.BytesIO(data), path) if entry["use_pickle"] else bytearray(data)
+        if isinstance(records[place], Tensor):
+            state[name] = records[place]
+        elif records[place]:
             meta = entry["tensor_meta"]
-            flat = torch.frombuffer(records[path], dtype=DTYPES[meta["dtype"]])
+            flat = torch.frombuffer(records[place], dtype=DTYPES[meta["dtype"]])
             shape, strides = ([size["as_int"] for size in meta[which]] for which in ("sizes", "strides"))
             state[name] = flat.as_strided(shape, strides, meta["storage_offset"]["as_int"])  # checks its bounds
     return state
@@ -89,17 +109,20 @@ def _value(value: Any, *_: object) -> Any:
 HINTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
 
 
-def _scripted(archive: zipfile.ZipFile, names: Sequence[str]) -> dict[str, Tensor]:
+def _saved(archive: zipfile.ZipFile, names: Sequence[str], program: bool) -> Any:
     pickled = next(name for name in names if name.endswith("/data.pkl"))
+    refuse_arrays(archive.read(pickled))
     root, bare = pickled.removesuffix("data.pkl"), io.BytesIO()
     with zipfile.ZipFile(bare, "w") as copy:  # without constants.pkl and code, by which a program is known
         for name in names:
             inside = name.removeprefix(root)
             if inside in ("data.pkl", "version", "byteorder") or inside.startswith("data/"):
                 copy.writestr(name, archive.read(name))
+    bare.seek(0)
+    if not program:
+        return torch.load(bare, map_location="cpu", weights_only=True)
     known: list[Callable[..., Any] | tuple[Callable[..., Any], str]]
     known = [(_value, f"torch.jit._pickle.{hint}") for hint in HINTS]
-    bare.seek(0)
     for name in torch.serialization.get_unsafe_globals_in_checkpoint(bare):
         if name.startswith("__torch__."):  # a class of the program's own; no import is made of the name
             known.append((_Module, name))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import zipfile
 
 import pytest
@@ -200,3 +201,87 @@ def test_a_frozen_program_holds_no_weights_by_name(tmp_path):
     with pytest.raises(RadiotagError, match=r"m\.pt holds no weights") as error:
         load(tmp_path / "m.pt")
     assert "state_dict" in error.value.hint
+
+
+def zipped(entries, **how):
+    """A zip file's bytes."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", **how) as file:
+        for name, data in entries.items():
+            file.writestr(name, data)
+    return packed.getvalue()
+
+
+def weights(count=10**6):
+    """What torch.save writes of one tensor of zeros: records and bytes."""
+    saved = io.BytesIO()
+    torch.save({"w": torch.zeros(count)}, saved)
+    with zipfile.ZipFile(saved) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def claiming(data, size, claimed):
+    """The same zip file, whose records of `size` bytes say that they unpack to fewer."""
+    assert data.count(struct.pack("<I", size))
+    return data.replace(struct.pack("<I", size), struct.pack("<I", claimed))
+
+
+def two_directories(entries, directory):
+    """A zip file of which Python's reader and PyTorch's, by its absolute offset, see different directories."""
+    data = zipped(entries, compression=zipfile.ZIP_DEFLATED)
+    end = data.rfind(b"PK\5\6")
+    size, place = struct.unpack("<II", data[end + 12 : end + 20])
+    return data[:end] + directory(data[place : place + size]) + data[end:]
+
+
+SIZE = 4 * 10**6
+HIDING = {
+    "a lie": lambda: claiming(zipped(weights(), compression=zipfile.ZIP_DEFLATED), SIZE, 16),
+    "a lie, bzip2": lambda: claiming(zipped(weights(), compression=zipfile.ZIP_BZIP2), SIZE, 16),
+    "within": lambda: zipped({"serialized_state_dict.pt": zipped(weights(), compression=zipfile.ZIP_DEFLATED)}),
+    "within an entry": lambda: zipped(
+        {
+            "m/data/weights/a_weights_config.json": json.dumps(
+                {"config": {"w": {"path_name": "w", "use_pickle": True, "tensor_meta": None}}}
+            ),
+            "m/data/weights/w": zipped(weights(), compression=zipfile.ZIP_DEFLATED),
+        }
+    ),
+    "two directories": lambda: two_directories(weights(), lambda d: claiming(d, SIZE, 16)),
+}
+
+
+@pytest.mark.parametrize("how", HIDING)
+def test_nothing_packed_is_unpacked_wherever_it_hides(how, tmp_path):
+    path = tmp_path / "m.pt"
+    path.write_bytes(HIDING[how]())
+    assert path.stat().st_size < SIZE / 10
+    with pytest.raises(RadiotagError, match=r"m\.pt unpacks to more than itself"):
+        read_checkpoint(path)
+
+
+def test_an_entry_pickled_apart_is_read_once(tmp_path):
+    """A torch.export archive may pickle a tensor, and name it often."""
+    entry = {"path_name": "w", "use_pickle": True, "tensor_meta": None}
+    saved = io.BytesIO()
+    torch.save(torch.arange(3.0), saved)
+    config = json.dumps({"config": {f"w{i}": entry for i in range(3)}})
+    folder = "m/data/weights"
+    path = rewritten(tmp_path / "m.pt2", {f"{folder}/a_weights_config.json": config, f"{folder}/w": saved.getvalue()})
+    state, _ = read_checkpoint(path)
+    assert set(state) == {"w0", "w1", "w2"}
+    assert all(torch.equal(value, torch.arange(3.0)) for value in state.values())
+    assert len({value.data_ptr() for value in state.values()}) == 1
+
+
+class Large:
+    def __reduce__(self):
+        return bytearray, (10**8,)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_an_array_of_any_size_is_no_weight(new, tmp_path):
+    torch.save({"w": torch.zeros(3), "x": Large()}, tmp_path / "m.pt", _use_new_zipfile_serialization=new)
+    assert len(torch.load(tmp_path / "m.pt", weights_only=True)["x"]) == 10**8  # PyTorch lets it in
+    with pytest.raises(RadiotagError, match=r"m\.pt holds a pickle that is more than weights; it was not run"):
+        read_checkpoint(tmp_path / "m.pt")
