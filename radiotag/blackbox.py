@@ -116,19 +116,19 @@ def enough(classes: int, alpha: float) -> int:
 
 
 def make(pixels: Sequence[Tensor], rows: Sequence[int], labels: Sequence[str], decoys: int) -> Queries:
-    """Queries of images (3, H, W) uint8, their carrier rows and classes, with fresh random names."""
+    """Queries of images (3, H, W) uint8 (`shrunk`), their carrier rows and classes, with fresh random names."""
     names = tuple(tuple(secrets.token_hex(16) for _ in pixels) for _ in range(2 * (decoys + 1)))
-    return Queries(images=tuple(map(_shrunk, pixels)), rows=tuple(rows), labels=tuple(labels), names=names)
+    return Queries(images=tuple(pixels), rows=tuple(rows), labels=tuple(labels), names=names)
 
 
-def _shrunk(image: Tensor) -> Tensor:
+def shrunk(image: Tensor) -> Tensor:
+    """(3, H, W) float in [0, 255] → uint8, of at most LARGEST pixels on the longer side."""
     height, width = image.shape[1:]
-    share = LARGEST / max(height, width)
-    if share >= 1:
-        return image
-    size = (max(1, round(height * share)), max(1, round(width * share)))
-    small = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)[0]
-    return small.round().clamp(0, 255).to(torch.uint8)
+    share, image = LARGEST / max(height, width), image.round()
+    if share < 1:
+        size = (max(1, round(height * share)), max(1, round(width * share)))
+        image = F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+    return image.round().clamp(0, 255).to(torch.uint8)
 
 
 # ---------------------------------------------------------------- the file of queries

@@ -113,10 +113,10 @@ def mixed_precision(device: str) -> torch.autocast:
 
 
 @torch.no_grad()
-def find_head(network: Network) -> nn.Linear | None:
-    """The linear layer whose output is the network's output, found by running it; None if there is none.
+def find_head(network: Network) -> tuple[nn.Linear | None, int]:
+    """The linear layer whose output is the network's output (None if there is none), and how many outputs there are.
 
-    Raises RadiotagError where the network cannot run at its input size.
+    Found by running it. Raises RadiotagError where it cannot run at its input size, or gives no scores.
     """
     calls: list[tuple[nn.Linear, Tensor]] = []
     layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
@@ -130,9 +130,12 @@ def find_head(network: Network) -> nn.Linear | None:
     finally:
         for hook in hooks:
             hook.remove()
-    if not calls or not isinstance(logits, Tensor) or calls[-1][1].shape != logits.shape:
-        return None
-    return calls[-1][0] if torch.equal(calls[-1][1], logits) else None
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
+        gave = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        message = f"{network.spec.architecture} gives {gave} of two images, not a row of class scores each"
+        raise RadiotagError(message, "name a function whose network returns logits, (images, classes)")
+    own = calls and calls[-1][1].shape == logits.shape and torch.equal(calls[-1][1], logits)
+    return calls[-1][0] if own else None, logits.shape[1]
 
 
 def _first_line(error: BaseException) -> str:
@@ -218,9 +221,9 @@ def from_state(state: Mapping[str, Tensor], spec: Spec, *, builder: Callable[...
         message = f"the weights do not fit {spec.architecture}: {_first_line(error)}"
         raise RadiotagError(message, "name it with --arch") from error
     network = Network(module.to(memory_format=torch.channels_last), spec)
-    network.head = find_head(network)
-    if builder and network.head and network.head.out_features != spec.classes:
-        network.spec = replace(spec, classes=network.head.out_features, class_names=None)
+    network.head, outputs = find_head(network)
+    if builder and outputs != spec.classes:
+        network.spec = replace(spec, classes=outputs, class_names=None)
     return network
 
 

@@ -828,6 +828,11 @@ class Evidence:
     per_class: tuple[float, ...]  # natural-log p of each class
 
 
+def chosen_output(rows: Rows) -> bool:
+    """Whether all of several vectors face the same one carrier: which output the class became is not known."""
+    return len(rows.classes) > 1 and len(set(rows.classes)) == 1
+
+
 def evidence(rows: Rows, carriers: Tensor, patterns: Tensor | None = None) -> Evidence:
     """Test the vectors against carriers (C', d) and patterns (C', m): exact per-class p-values, combined. In key order.
 
@@ -843,7 +848,7 @@ def evidence(rows: Rows, carriers: Tensor, patterns: Tensor | None = None) -> Ev
         raise RadiotagError("the suspect's outputs do not depend on its input")
     per_class = [_together([part.log_p[c] for part in parts if part.alive[c]]) for c in range(len(places))]
     answered = np.array([value for value in per_class if value is not None])
-    one = len(places) > 1 and len(set(places)) == 1
+    one = chosen_output(rows)
     paper = None
     if rows.paper is not None:
         found = _class_log_p(rows.paper, carriers[places])

@@ -105,7 +105,7 @@ def histogram(found: Calibration) -> list[Text]:
         Text(f"{i / 10:.1f}-{(i + 1) / 10:.1f}  {'#' * round(50 * count / widest):<50}  {count}")
         for i, count in enumerate(found.histogram)
     ]
-    verdict = "uniform, as it must be" if found.ks_p >= 0.001 else "NOT uniform: do not trust this p-value"
+    verdict = "as it must be" if found.ks_p >= 0.001 else "NOT uniform: do not trust this p-value"
     return [
         Text("p        fresh keys"),
         *lines,

@@ -187,7 +187,7 @@ def train(
     network.to(device)
     if teacher:
         teacher.to(device)
-    network.head = find_head(network)
+    network.head, _ = find_head(network)
     if recipe.head_only and network.head is None:
         raise RadiotagError(f"{network.spec.architecture} does not end in a linear layer", "leave out --head-only")
     trained = network.head if recipe.head_only and network.head else network.module

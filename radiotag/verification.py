@@ -18,12 +18,13 @@ from torch import Tensor
 
 from radiotag import RadiotagError, blackbox
 from radiotag.images import decode, file_hash, scan
-from radiotag.manifest import Row, read_manifest
+from radiotag.manifest import Row, rank_journals, read_manifest
 from radiotag.networks import Network, load, resized
 from radiotag.radioactive import (
     ALIGNMENT_IMAGES,
     Key,
     Rows,
+    chosen_output,
     evidence,
     fresh_carriers,
     holm,
@@ -35,6 +36,7 @@ from radiotag.synthetic import dead_leaves, inverted
 
 LOG10 = math.log(10)
 SYNTHETIC_SEED = 20200702  # fixed: images chosen after seeing a suspect would be one more thing to choose
+LARGEST_INPUT = 640  # pixels that a suspect's own file may ask for: time and memory grow with their square
 POOR_R2 = 0.1
 ENOUGH = 5  # images a class that may contradict what a suspect's file says of its outputs
 VOIDS = (
@@ -60,7 +62,7 @@ class Calibration:
     """The same suspect under fresh keys: their p-values must be uniform, whatever the suspect."""
 
     n: int
-    ks_p: float  # Kolmogorov–Smirnov, against the uniform law
+    ks_p: float  # Kolmogorov–Smirnov, against the uniform law; of Bonferroni's p, against any below it
     rank: int  # of the true key among the n + 1, from 1: the smallest p-value
     histogram: tuple[int, ...]  # counts of p in ten equal bins
 
@@ -97,8 +99,12 @@ def synthetic_images(size: int) -> Tensor:
 
 
 def marked_rows(manifest: Path | None) -> list[Row]:
-    """What a manifest records of every marked image; nothing without one."""
-    rows = read_manifest(manifest)[1].values() if manifest else ()
+    """What a manifest, and what an interrupted run of several processes left beside it, records of marked images.
+
+    Nothing without one.
+    """
+    journals = (manifest, *rank_journals(manifest)) if manifest else ()
+    rows = (row for journal in journals for row in read_manifest(journal)[1].values())
     return [row for row in rows if row["status"] == "marked"]
 
 
@@ -108,9 +114,9 @@ def marked_hashes(rows: Iterable[Row]) -> frozenset[str]:
 
 
 def unmarked_images(
-    folder: Path, marked: frozenset[str], queries: frozenset[str] | None = None
+    folder: Path, marked: frozenset[str], fit: Callable[[Tensor], Tensor], queries: frozenset[str] | None = None
 ) -> tuple[list[Tensor], list[str]]:
-    """(3, H, W) float images in [0, 255] and class names: at most ALIGNMENT_IMAGES, evenly taken.
+    """What `fit` makes of (3, H, W) float images in [0, 255], and class names: at most ALIGNMENT_IMAGES, evenly taken.
 
     Or as many as black-box `queries` need, those of these paths first: a suspect remembers the images it was shown.
     Raises RadiotagError if one of them is marked (by `marked`, or by a manifest beside it or a folder above).
@@ -133,15 +139,16 @@ def unmarked_images(
                 f"{path} is marked: aligning on marked images would void the p-value",
                 "give --data a folder of unmarked images, or leave it out",
             )
-        images.append(torch.from_numpy(np.ascontiguousarray(decode(data, str(path)).rgb.transpose(2, 0, 1))))
+        image = torch.from_numpy(np.ascontiguousarray(decode(data, str(path)).rgb.transpose(2, 0, 1)))
+        images.append(fit(image))  # at once: two thousand photographs would not fit in memory
     return images, [item.label for item in chosen]
 
 
 @lru_cache(maxsize=4)  # for the next suspect
 def real_images(folder: Path, size: int, marked: frozenset[str]) -> tuple[Tensor, tuple[str, ...]]:
     """(N, 3, size, size) in [0, 1] and class names of unmarked images: see `unmarked_images`."""
-    images, labels = unmarked_images(folder, marked)
-    return torch.cat([resized(image[None] / 255, size) for image in images]).clamp_(0, 1), tuple(labels)
+    images, labels = unmarked_images(folder, marked, lambda image: resized(image[None] / 255, size))
+    return torch.cat(images).clamp_(0, 1), tuple(labels)
 
 
 def marked_classes(key: Key, manifest: Path) -> dict[str, int]:
@@ -298,9 +305,13 @@ def _naming(path: Path) -> Iterator[None]:
 
 def load_suspect(path: Path, options: Options) -> Network:
     """Read a suspect's file, hostile input, as weights alone."""
-    return load(
+    suspect = load(
         path, architecture=options.architecture, image_size=options.image_size, mean=options.mean, std=options.std
-    ).to(options.device)
+    )
+    size = suspect.spec.image_size
+    if size > max(LARGEST_INPUT, options.image_size or 0):
+        raise RadiotagError(f"{path} asks for images of {size} pixels", f"allow it, if that is so: --image-size {size}")
+    return suspect.to(options.device)
 
 
 @lru_cache(maxsize=4)  # the same tensor for the next suspect, so that what is computed of it is kept, too
@@ -311,7 +322,11 @@ def positions(found: tuple[str, ...], names: tuple[str, ...]) -> Tensor:
 
 
 def calibrate(rows: Rows, key: Key, log_p: float, count: int) -> Calibration:
-    """The suspect's p-values under `count` fresh keys, which follow from the secret key by a hash (SHAKE-256)."""
+    """The suspect's p-values under `count` fresh keys, which follow from the secret key by a hash (SHAKE-256).
+
+    They must be uniform. Where the best of many outputs counts, corrected for the choice, p is larger than it need be,
+    and small ones must not be too many.
+    """
     seed = key.secret + b"calibrate"
     fresh = []
     for number in range(count):
@@ -320,7 +335,7 @@ def calibrate(rows: Rows, key: Key, log_p: float, count: int) -> Calibration:
     p = np.exp(fresh)
     return Calibration(
         n=count,
-        ks_p=float(stats.kstest(p, "uniform").pvalue),
+        ks_p=float(stats.kstest(p, "uniform", alternative="greater" if chosen_output(rows) else "two-sided").pvalue),
         rank=1 + sum(value <= log_p for value in fresh),
         histogram=tuple(np.histogram(p, bins=10, range=(0, 1))[0].tolist()),
     )
@@ -393,7 +408,7 @@ def prepare_queries(
     """
     marked = marked_rows(manifest)
     sources = frozenset(row["path"] for row in marked)
-    images, found = unmarked_images(data.absolute(), marked_hashes(marked), sources)
+    images, found = unmarked_images(data.absolute(), marked_hashes(marked), blackbox.shrunk, sources)
     rows = class_rows(key, found, manifest)
     kept = [i for i, name in enumerate(found) if name in rows]
     if not kept:
@@ -401,7 +416,7 @@ def prepare_queries(
     decoys = decoys or blackbox.enough(len({found[i] for i in kept}), alpha)
     most = min(blackbox.IMAGES, blackbox.QUESTIONS // (2 * decoys + 2))
     kept = [kept[i] for i in blackbox.choose_images([found[i] for i in kept], most)]
-    pixels = [images[i].round().to(torch.uint8) for i in kept]
+    pixels = [images[i] for i in kept]
     positions = [rows[found[i]] for i in kept]
     path = blackbox.cache_path(key_path, key, pixels, positions, decoys)
     if path.exists():
@@ -511,7 +526,7 @@ def _warnings(suspect: Network, rows: Rows, options: Options) -> list[str]:
         found.append(f"poor alignment (R² {rows.r2:.2f}): a mark may be missed, an accusation is not made likelier")
     if suspect.head is None:
         found.append("no linear last layer: the response alone is used, and the paper's statistic cannot be")
-    if len(rows.classes) > 1 and len(set(rows.classes)) == 1:
+    if chosen_output(rows):
         found.append(f"one class was marked: the best of {len(rows.classes)} outputs counts, corrected for the choice")
     return found
 

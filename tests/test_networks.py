@@ -388,9 +388,9 @@ def test_find_head_takes_the_layer_that_makes_the_output():
             return self.last(self.first(x.mean((2, 3)))) * self.change
 
     network = Network(Two(1), SPEC)
-    assert find_head(network) is network.module.last
-    assert find_head(Network(Two(2), SPEC)) is None
-    assert find_head(Network(nn.Flatten(), SPEC)) is None
+    assert find_head(network) == (network.module.last, 3)
+    assert find_head(Network(Two(2), SPEC)) == (None, 3)
+    assert find_head(Network(nn.Flatten(), SPEC)) == (None, 3 * 32 * 32)
 
 
 # ---------------------------------------------------------------- small images
@@ -985,6 +985,18 @@ def half(): return Net(5).half()
 def raising(): raise ValueError("no such luck")
 def leaving(): raise SystemExit(0)
 def nothing(): return None
+def scored():
+    net = Net(5)
+    net.forward = lambda x: Net.forward(net, x).log_softmax(1)
+    return net
+def two():
+    net = Net(5)
+    net.forward = lambda x: (Net.forward(net, x), x)
+    return net
+def summed():
+    net = Net(5)
+    net.forward = lambda x: Net.forward(net, x).sum(1)
+    return net
 number = 5
 """
 
@@ -1025,6 +1037,22 @@ def test_a_network_from_the_users_own_file(function, published, tmp_path):
     same_network(network, forward)
     logits = network.features(pixels(32)) @ state["linear.weight"].T + state["linear.bias"]
     torch.testing.assert_close(logits, network(pixels(32)))
+
+
+def test_a_network_that_ends_otherwise_still_tells_its_outputs(published, tmp_path):
+    state, forward = own_net()
+    network = loads(saved(tmp_path, state), architecture=f"{published}:scored")
+    assert (network.spec.classes, network.head) == (5, None)
+    expected = forward(network.prepare(pixels(32))).log_softmax(1)
+    torch.testing.assert_close(network(pixels(32)), expected)
+
+
+@pytest.mark.parametrize(("function", "gives"), [("two", "tuple"), ("summed", r"\(2,\)")])
+def test_a_network_that_gives_no_scores_is_refused(function, gives, published, tmp_path):
+    path = saved(tmp_path, own_net()[0])
+    with pytest.raises(RadiotagError, match=rf"net\.py:{function} gives {gives} of two images") as error:
+        load(path, architecture=f"{published}:{function}")
+    assert "logits" in error.value.hint
 
 
 @pytest.mark.parametrize("function", ["with_argument", "Net"])

@@ -601,7 +601,7 @@ def network():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Network(build(SPEC), SPEC)
-    network.head = find_head(network)
+    network.head, _ = find_head(network)
     return network
 
 

@@ -228,6 +228,7 @@ def test_decoys_are_other_keys_that_nobody_can_draw_again(place):
 def test_queries_are_the_image_with_and_without_its_pattern(place):
     key = load_key(place / "k.safetensors")
     images = [torch.full((3, 20, 24), 128, dtype=torch.uint8), torch.full((3, 600, 300), 90, dtype=torch.uint8)]
+    images = [blackbox.shrunk(image.float()) for image in images]
     queries = blackbox.make(images, [2, 0], ["cat", "ant"], decoys=1)
     assert [len(queries.names), len({name for row in queries.names for name in row})] == [4, 8]
     assert queries.images[1].shape == (3, 256, 128)
@@ -491,6 +492,44 @@ def test_calibration_shows_a_uniform_law_and_the_true_keys_place(place, tmp_path
     text = page.read_text()
     for said in ("100 fresh keys", "null hypothesis", load_key(place / "k.safetensors").fingerprint, "no evidence"):
         assert said in text
+
+
+def test_calibration_where_the_best_of_many_outputs_counts_asks_for_no_more_than_it_must():
+    """Bonferroni's p is 1 for a third of all keys: no uniform law, and nothing to distrust."""
+    key = new_key(*marking_weights("builtin"), 1)
+    generator = torch.Generator().manual_seed(1)
+    draw = torch.randn(10, 512, generator=generator).double(), torch.randn(10, 51, generator=generator).double()
+    rows = radioactive.Rows(declared=draw[0], pattern=draw[1], paper=None, r2=None, classes=(0,) * 10)
+    found = verification.calibrate(rows, key, 0.0, 300)
+    assert found.histogram[-1] > 60 and found.ks_p > 0.001
+    guilty = replace(rows, pattern=draw[1] + 9 * key.patterns.double())  # fresh keys know nothing of this one
+    assert verification.calibrate(guilty, key, 0.0, 300).ks_p > 0.001
+
+
+def test_calibration_finds_too_many_small_p_values(monkeypatch):
+    """A test that takes p for smaller than it is, by half: with one output, and where the best of many counts."""
+    key = new_key(*marking_weights("builtin"), 1)
+    real = verification.evidence
+    monkeypatch.setattr(
+        verification, "evidence", lambda *given: replace(real(*given), log_p=real(*given).log_p + np.log(0.5))
+    )
+    for classes in ((0,), (0,) * 10):
+        draw = [torch.randn(len(classes), size, dtype=torch.float64) for size in (512, 51)]
+        rows = radioactive.Rows(declared=draw[0], pattern=draw[1], paper=None, r2=None, classes=classes)
+        assert verification.calibrate(rows, key, 0.0, 600).ks_p < 1e-6
+
+
+@pytest.mark.parametrize("option", [(), ("--image-size", "64")])
+def test_a_suspect_does_not_choose_how_much_memory_is_used(place, option):
+    """Its file may ask for images of any size; whoever believes it says so."""
+    model = suspect(place, "plain.pt", (0, 1, 2), NAMES)
+    network = load(model)
+    save_checkpoint(place / "vast.pt", network.module, replace(network.spec, image_size=2048))
+    if option:
+        verify(place, place / "vast.pt", more=["--data", place / "few", *option])
+    else:
+        error = bad("verify", place / "vast.pt", "--key", place / "k.safetensors").err
+        assert "vast.pt asks for images of 2048 pixels" in error and "--image-size 2048" in error
 
 
 def finding(**more):
