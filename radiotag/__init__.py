@@ -9,3 +9,14 @@ class RadiotagError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+def printable(text: str) -> str:
+    """File and class names come from strangers: none of their control characters is printed, no lone surrogate."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the machine's memory, or an accelerator's, did not suffice; PyTorch says so in several ways."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "allocate memory" in str(error)

@@ -174,7 +174,9 @@ def export(queries: Queries, key: Key, folder: Path) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RadiotagError(f"{folder} exists", "choose another folder for --export")
     folder.mkdir(parents=True, exist_ok=True)
-    for number, names in enumerate(queries.names):
+    rows = list(enumerate(queries.names))
+    secrets.SystemRandom().shuffle(rows)  # a folder may list its files as they came
+    for number, names in rows:
         for name, image in zip(names, shown(queries, key, number), strict=True):
             path = folder / f"{name}.png"
             write_atomically(path, png(image.permute(1, 2, 0).numpy()))
@@ -272,6 +274,9 @@ def _read_csv(path: Path) -> list[tuple[str, Any]]:
     if not lines or len(lines[0]) < 2:
         raise RadiotagError(f"{path} has no header", "begin it with: file,label or file and one column a class")
     header = lines[0]
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise RadiotagError(f"{path} has two columns {twice!r}", "name each class once")
     found: list[tuple[str, Any]] = []
     for number, line in enumerate(lines[1:], 2):
         if not line:
@@ -289,10 +294,16 @@ def _read_csv(path: Path) -> list[tuple[str, Any]]:
     return found
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError("a number of more than 300 digits")
+    return int(digits)
+
+
 def _read_json(path: Path) -> list[tuple[str, Any]]:
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_bytes(), parse_int=_whole)
+    except (OSError, ValueError, RecursionError) as error:
         raise RadiotagError(f"cannot read {path}: {error}", "give a CSV or JSON file") from error
     if not isinstance(data, dict):
         raise RadiotagError(f"{path} is not an object of file names", 'write {"FILE": ANSWER, ...}')
@@ -311,14 +322,14 @@ def _read_json(path: Path) -> list[tuple[str, Any]]:
 
 
 def _output_names(values: Iterable[Any], path: Path) -> tuple[str, ...]:
-    """The suspect's outputs in one order: as numbered, or sorted by name."""
+    """The suspect's outputs in one order, by number or by name; those that no answer tells of do not matter."""
     values = list(values)
     kinds = {isinstance(value, dict) for value in values}
     if len(kinds) > 1:
         raise RadiotagError(f"{path} mixes labels and numbers", "give one kind of answer")
     names = {name for value in values for name in (value if isinstance(value, dict) else [value])}
-    numbered = all(name.isdecimal() and name.isascii() and len(name) < 6 for name in names)
-    return tuple(map(str, range(max(map(int, names)) + 1))) if numbered else tuple(sorted(names))
+    numbered = all(name.isdecimal() and name.isascii() and len(name) < 9 for name in names)
+    return tuple(sorted(names, key=int) if numbered else sorted(names))
 
 
 def _probabilities(value: Any, names: Sequence[str], where: str) -> Tensor:

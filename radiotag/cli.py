@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from radiotag import RadiotagError, __version__
+from radiotag import RadiotagError, __version__, out_of_memory, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -93,11 +93,6 @@ class Report:
         self.give(error=message, hint=hint)
 
 
-def printable(text: str) -> str:
-    """File and class names come from strangers: no control character reaches the terminal, no lone surrogate stdout."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
-
-
 def _aside() -> bool:
     """Whether this is one of the launcher's processes and not the first, which speaks for all."""
     return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
@@ -131,8 +126,7 @@ def reporting(command: str, as_json: bool, quiet: bool) -> Iterator[Report]:
 
 def _unforeseen(error: Exception) -> tuple[str, str]:
     text = str(error).strip()
-    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text
-    if full:
+    if out_of_memory(error):
         return "out of memory", "use a smaller --batch-size"
     first = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
     return f"this should not happen: {first}", "run it again with RADIOTAG_DEBUG=1 and report what it prints"
@@ -595,7 +589,7 @@ def verify(
         from radiotag.radioactive import load_key
 
         if report_:
-            pages.check_format(report_)
+            pages.check(report_)
             if report_.exists() and not force:
                 raise RadiotagError(f"{report_} exists", "choose another name, or overwrite it with --force")
         secret = load_key(key)

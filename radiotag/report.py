@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from radiotag import RadiotagError, __version__
+from radiotag import RadiotagError, __version__, printable
 from radiotag.images import write_atomically
 from radiotag.radioactive import NULL, STATISTICS, Key
 from radiotag.verification import VOIDS, Calibration, Finding
@@ -22,10 +22,12 @@ BLACK_BOX = (
 )
 
 
-def check_format(path: Path) -> None:
-    """RadiotagError for a suffix that no page can be written in."""
+def check(path: Path) -> None:
+    """RadiotagError, before minutes are spent, for a suffix that no page has or a folder that is not there."""
     if path.suffix.lower() not in {".html", ".svg"}:
         raise RadiotagError(f"{path} is neither .html nor .svg", "name the report so")
+    if not path.parent.is_dir():
+        raise RadiotagError(f"{path} lies in no folder that exists", "make the folder, or name another --report")
 
 
 def write(path: Path, findings: Sequence[Finding], key: Key, alpha: float) -> None:
@@ -49,7 +51,11 @@ def page(findings: Sequence[Finding], key: Key, alpha: float) -> RenderableType:
     ]
     for finding in findings:
         if finding.calibration:
-            parts += [Text(), Text(f"{finding.path} under fresh keys", style="bold"), *histogram(finding.calibration)]
+            parts += [
+                Text(),
+                Text(f"{printable(finding.path)} under fresh keys", style="bold"),
+                *histogram(finding.calibration),
+            ]
     return Group(*parts)
 
 
@@ -60,7 +66,7 @@ def _results(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         table.add_row(
             *map(Text, (
-                finding.path, finding.architecture, finding.method, str(finding.classes_used),
+                printable(finding.path), finding.architecture, finding.method, str(finding.classes_used),
                 f"{finding.log10_p:.2f}", f"{finding.log10_p_corrected:.2f}", probability(finding.log10_p_corrected),
             )),
             Text("MARK DETECTED", style="bold") if finding.detected else Text("no evidence"),
@@ -94,7 +100,7 @@ def _facts(findings: Sequence[Finding], key: Key, alpha: float) -> Table:
     rows += [(f"SHA-256 of {finding.path}", finding.sha256) for finding in findings]
     rows += [(f"warning, {finding.path}", warning) for finding in findings for warning in finding.warnings]
     for name, value in rows:
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(printable(name)), Text(printable(value)))
     return table
 
 

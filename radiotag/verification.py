@@ -7,16 +7,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from scipy import optimize, stats
 from torch import Tensor
 
-from radiotag import RadiotagError, blackbox
+from radiotag import RadiotagError, blackbox, out_of_memory
 from radiotag.images import decode, file_hash, scan
 from radiotag.manifest import Row, rank_journals, read_manifest
 from radiotag.networks import Network, load, resized
@@ -35,6 +35,7 @@ from radiotag.radioactive import (
 from radiotag.synthetic import dead_leaves, inverted
 
 LOG10 = math.log(10)
+T = TypeVar("T")
 SYNTHETIC_SEED = 20200702  # fixed: images chosen after seeing a suspect would be one more thing to choose
 LARGEST_INPUT = 640  # pixels that a suspect's own file may ask for: time and memory grow with their square
 POOR_R2 = 0.1
@@ -255,7 +256,13 @@ def mean_answers(answers: Tensor, found: Sequence[str], names: Sequence[str]) ->
 
 
 def examine(
-    path: Path, key: Key, marker: Network, options: Options, data: Path | None, manifest: Path | None
+    path: Path,
+    key: Key,
+    marker: Network,
+    options: Options,
+    data: Path | None,
+    manifest: Path | None,
+    batch_size: int = 64,
 ) -> tuple[Network, Rows, bool]:
     """Load a suspect and compute its class vectors; True if outputs and classes had to be paired in order.
 
@@ -270,7 +277,7 @@ def examine(
     found: tuple[str, ...] = ()
     if data is not None:
         pixels, found = real_images(data.absolute(), size, marked_hashes(marked_rows(manifest)))
-    answers = log_answers(suspect, pixels, options.batch_size)  # (N, C')
+    answers = log_answers(suspect, pixels, batch_size)  # (N, C')
     rows = class_rows(key, [name for name in found if name], manifest, theirs)
     if rows:
         told = _named_outputs(suspect, key, list(rows))
@@ -290,17 +297,32 @@ def examine(
     known = marker.spec.class_names or ()
     own = [known.index(name) for name in names] if names and set(names) <= set(known) else None
     guessed = labels is None and manifest is None and _in_order(key, suspect)
-    vectors = suspect_rows(marker, suspect, pixels, pairs, options.batch_size, labels=labels, own=own, answers=answers)
+    vectors = suspect_rows(marker, suspect, pixels, pairs, batch_size, labels=labels, own=own, answers=answers)
     return suspect, vectors, guessed
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Say which file is not finite."""
+    """Say of which suspect an error is."""
     try:
         yield
     except FloatingPointError as error:
         raise RadiotagError(f"{path}: {error}", "check --image-size, --mean and --std") from error
+    except RadiotagError as error:
+        if os.fspath(path) in str(error):
+            raise
+        raise RadiotagError(f"{path}: {error}", error.hint) from error
+
+
+def _in_memory(call: Callable[[int], T], batch_size: int) -> T:
+    """What `call` gives with this batch size, or with half of it, and again, where memory does not suffice."""
+    while True:
+        try:
+            return call(batch_size)
+        except Exception as error:
+            if batch_size == 1 or not out_of_memory(error):
+                raise
+        batch_size //= 2  # the failed call's tensors are gone with its error
 
 
 def load_suspect(path: Path, options: Options) -> Network:
@@ -362,8 +384,9 @@ def verify(
     for path in paths:
         progress(path)
         with _naming(path):
-            suspect, rows, guessed = examine(path, key, marker, options, data, manifest)
-        found = evidence(rows, key.carriers, key.patterns)
+            asked = partial(examine, path, key, marker, options, data, manifest)
+            suspect, rows, guessed = _in_memory(asked, options.batch_size)
+            found = evidence(rows, key.carriers, key.patterns)
         warnings = _warnings(suspect, rows, options)
         if guessed and found.log_p > math.log(alpha):
             warnings.append(
@@ -443,7 +466,7 @@ def verify_black_box(
         progress(path)
         suspect = load_suspect(path, options)
         with _naming(path):
-            answers = blackbox.ask(suspect, queries, key, options.batch_size)
+            answers = _in_memory(partial(blackbox.ask, suspect, queries, key), options.batch_size)
         assumed = _assumed(suspect, options)
         findings.append(black_box_finding(path, suspect.spec.architecture, queries, answers, own, assumed, alpha))
     return corrected(findings, alpha)
@@ -452,7 +475,8 @@ def verify_black_box(
 def own_answers(queries: blackbox.Queries, key: Key, options: Options) -> tuple[Tensor, tuple[str, ...]]:
     """The marking network's answers to the queries, and the names of its classes."""
     marker = key.network(options.device)
-    return blackbox.ask(marker, queries, key, options.batch_size), marker.spec.class_names or ()
+    answers = _in_memory(partial(blackbox.ask, marker, queries, key), options.batch_size)
+    return answers, marker.spec.class_names or ()
 
 
 def verify_predictions(path: Path, key: Key, key_path: Path, options: Options, *, alpha: float = 1e-4) -> list[Finding]:

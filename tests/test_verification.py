@@ -414,6 +414,29 @@ def test_labels_alone_will_do_by_name_or_number(place, answers, tmp_path):
     assert -3 * np.log10(5) - 1e-9 <= found[0] <= 0
 
 
+def test_a_label_may_be_any_number(place, answers, tmp_path):
+    """A single large one, from the suspect's side, must not fill memory with outputs that nobody spoke of."""
+    best = {f: 10_000_000 * int(np.argmax(p)) for f, p in answers.items()}
+    (tmp_path / "n.json").write_text(json.dumps(best))
+    (tmp_path / "small.json").write_text(json.dumps({f: label // 10_000_000 for f, label in best.items()}))
+    found = [predictions(place, tmp_path / name).json["suspects"][0]["log10_p"] for name in ("n.json", "small.json")]
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_an_export_is_written_in_no_order_that_tells(place, tmp_path, monkeypatch):
+    queries = blackbox.load(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
+    rows = {name: number for number, names in enumerate(queries.names) for name in names}
+    orders, key = set(), load_key(place / "k.safetensors")
+    for attempt in range(4):
+        written = []
+        monkeypatch.setattr(blackbox, "write_atomically", lambda path, data, kept=written: kept.append(path))
+        monkeypatch.setattr(blackbox.os, "utime", lambda *_: None)
+        blackbox.export(queries, key, tmp_path / f"{attempt}")
+        orders.add(tuple(dict.fromkeys(rows[path.stem] for path in written)))
+        assert len(written) == len(rows)
+    assert len(orders) > 1 and tuple(range(len(queries.names))) not in orders  # fails once in 10! of tries
+
+
 def test_partial_and_foreign_answers_are_counted(place, answers, tmp_path):
     some = list(answers.items())[:220]
     rows = [[f"sub/{f}", *p] for f, p in some] + [["other.png", 1, 0, 0], [some[0][0], *some[0][1]]]
@@ -439,6 +462,9 @@ def test_partial_and_foreign_answers_are_counted(place, answers, tmp_path):
         ('{"FIRST": []}', "numbers"),
         ('{"FIRST": [0.5, 0.5], "SECOND": 1}', "mixes"),
         ('{"FIRST": [0.5, 0.5], "SECOND": [1]}', "needs 2 numbers"),
+        ('{"FIRST": [1' + "0" * 400 + "]}", "more than 300 digits"),
+        ('{"FIRST": ' + "[" * 100_000, "cannot read"),
+        ("file,a,a\nFIRST,1,0", "two columns 'a'"),
         ("{", "cannot read"),
     ],
 )
@@ -519,6 +545,25 @@ def test_calibration_finds_too_many_small_p_values(monkeypatch):
         assert verification.calibrate(rows, key, 0.0, 600).ks_p < 1e-6
 
 
+def test_batches_are_halved_until_memory_suffices(place, monkeypatch):
+    model, sizes, real = suspect(place, "plain.pt", (0, 1, 2), NAMES), [], verification.suspect_rows
+
+    def small(*given, **more):
+        sizes.append(given[4])
+        if given[4] > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given, **more)
+
+    key = load_key(place / "k.safetensors")
+    (whole,) = verification.verify([model], key, Options(), data=place / "few")
+    monkeypatch.setattr(verification, "suspect_rows", small)
+    (found,) = verification.verify([model], key, Options(batch_size=50), data=place / "few")
+    assert sizes == [50, 25, 12] and found.log10_p == pytest.approx(whole.log10_p, abs=1e-4)
+    with pytest.raises(torch.OutOfMemoryError):
+        monkeypatch.setattr(verification, "suspect_rows", lambda *_, **__: small(*[None] * 4, 13))
+        verification.verify([model], key, Options(batch_size=1), data=place / "few")
+
+
 @pytest.mark.parametrize("option", [(), ("--image-size", "64")])
 def test_a_suspect_does_not_choose_how_much_memory_is_used(place, option):
     """Its file may ask for images of any size; whoever believes it says so."""
@@ -555,7 +600,7 @@ def test_a_report_is_a_whole_page_that_no_name_can_break(place, tmp_path, suffix
 def test_reports_are_not_written_over_others_nor_in_other_formats(place, tmp_path):
     model = suspect(place, "plain.pt", (0, 1, 2), NAMES)
     (tmp_path / "page.svg").write_text("mine")
-    for name in ("page.svg", "page.pdf"):
+    for name in ("page.svg", "page.pdf", "nowhere/page.html"):
         assert name in bad("verify", model, "--key", place / "k.safetensors", "--report", tmp_path / name).err
     assert (tmp_path / "page.svg").read_text() == "mine"
 
