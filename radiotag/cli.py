@@ -95,7 +95,7 @@ class Report:
 
 def _aside() -> bool:
     """Whether this is one of the launcher's processes and not the first, which speaks for all."""
-    return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
+    return os.environ.get("RANK", "0") != "0" and {"WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
 @contextmanager
@@ -209,6 +209,8 @@ def keygen(
     Publish or time-stamp the fingerprint (the .pub file) before the data: it proves that the key came first.
     """
     with reporting("keygen", json_, quiet) as report:
+        if not output.name:
+            raise RadiotagError(f"{output} is a folder", "name a file with -o")
         public = output.with_suffix(".pub")
         if public == output:
             raise RadiotagError(f"{output} is the public half's name", "name the key otherwise, k.safetensors for one")
@@ -258,7 +260,11 @@ def mark(
     epsilon: Annotated[float, typer.Option(min=0.1, max=255.0, help="largest change of a pixel, of 255")] = 10.0,
     min_psnr: Annotated[
         float | None,
-        typer.Option(min=10.0, max=80.0, help="dB that each marked image keeps  [default: 34 (64 px) to 40 (224 px)]"),
+        typer.Option(
+            min=10.0,
+            max=80.0,
+            help="dB that each marked image keeps (of lossy formats: beside what they cost)  [default: 34 (64 px) to 40 (224 px)]",
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="gradient steps an image")] = 20,
     format_: Annotated[
@@ -291,11 +297,13 @@ def mark(
 
         secret = load_key(key)
         settings = Marking(epsilon=epsilon, min_psnr=min_psnr, steps=steps)
-        where = output or _marked_name(source.resolve())
+        where = output or _marked_name(source if source.name not in {"", ".."} else source.resolve())
+        if key.resolve().is_relative_to(source.resolve()):
+            raise RadiotagError(f"{key} lies in {source}, and would be copied with it", "keep the key elsewhere")
         plan = folder.plan(source, where, secret, settings, fraction=fraction, format=format_, seed=seed)
         _check_preview(plan, preview, force)
         if dry_run:
-            report.say(*_plan_lines(plan, key))
+            report.say(*_plan_lines(plan))
             report.give(**_mark_json(plan, Summary(images=len(plan.items)), dry_run=True))
             return
         report.mute = False
@@ -331,7 +339,7 @@ def _check_preview(plan: Any, preview: Path | None, force: bool) -> None:
     if any(place.is_relative_to(folder.resolve()) for folder in (plan.source, plan.output)):
         raise RadiotagError(f"{preview} lies in the data", "put the preview elsewhere")
     if preview.exists() and not force:
-        raise RadiotagError(f"{preview} exists", "choose another name for --preview, or overwrite it with --force")
+        raise RadiotagError(f"{preview} exists", "choose another name for --preview, or remove it")
 
 
 def _marked_name(source: Path) -> Path:
@@ -346,7 +354,7 @@ def _running(summary: "Summary", report: Report) -> str:
     return f"{rate:.1f}/s" + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
 
 
-def _plan_lines(plan: Any, key: Path) -> list[str]:
+def _plan_lines(plan: Any) -> list[str]:
     sizes: dict[str, list[int]] = {}
     for item in plan.items:
         counts = sizes.setdefault(item.label, [0, 0])
@@ -356,7 +364,7 @@ def _plan_lines(plan: Any, key: Path) -> list[str]:
     return [
         f"would mark {len(plan.chosen)} of {len(plan.items)} images into {plan.output}",
         *(f"  {line}" for line in lines),
-        f"next         radiotag mark {shlex.quote(str(plan.source))} --key {shlex.quote(str(key))}",
+        f"next         {shlex.join(['radiotag', *(word for word in sys.argv[1:] if word != '--dry-run')])}",
     ]
 
 

@@ -79,7 +79,12 @@ def run(
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier demonstration. RadiotagError if the folder holds anything else, which would be a user's own."""
+    """Remove an earlier demonstration. RadiotagError if the folder holds anything else, which would be a user's own.
+
+    A demonstration begins with its images: without them, a key there is none of its own.
+    """
+    if (folder / "k.safetensors").exists() and not (folder / "images").is_dir():
+        raise RadiotagError(f"{folder} holds k.safetensors, which no demonstration made", "choose another -o")
     for place, known in ((folder, MADE), (folder / "images", set(CLASSES))):
         other = sorted({path.name for path in place.iterdir()} - known) if place.is_dir() else []
         if other:

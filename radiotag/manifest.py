@@ -4,10 +4,12 @@ JSON lines: the first says how the folder is marked, each further one is written
 last line of a path counts. Several processes write a journal each (NAME.rank1, …), which the first one takes in.
 """
 
+import hashlib
 import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -159,17 +161,27 @@ def put_in_order(path: Path, header: Row, wanted: Iterable[str], skipped: int) -
     return summary
 
 
-def lock(file: IO[Any], output: Path) -> None:
-    """Hold the manifest for this process; a second run into the same folder is refused."""
+@contextmanager
+def locked(path: Path, output: Path) -> Iterator[None]:
+    """Hold a manifest for this process, by a file beside it; a second run into the same output is refused."""
     try:
         import fcntl
     except ImportError:  # not POSIX: no lock, files still appear whole
+        yield
         return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RadiotagError(
-            f"another radiotag is marking into {output}", "wait for it, or choose another -o"
-        ) from error
-    except OSError:  # a file system without locks
-        return
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()  # a name may have all the 255 bytes that it can have
+    place = path.with_name(f".{digest[:16]}.lock")
+    with place.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat())
+        except BlockingIOError:
+            held = False
+        except OSError:  # a file system without locks
+            held = True
+        if not held:  # or whoever held it has ended, and removed it, just now
+            raise RadiotagError(f"another radiotag is marking into {output}", "wait for it, or choose another -o")
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)

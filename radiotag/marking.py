@@ -12,7 +12,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -23,9 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributed
 
-from radiotag import RadiotagError, manifest, shards
+from radiotag import RadiotagError, manifest, out_of_memory, shards
 from radiotag.images import (
     Item,
     Picture,
@@ -46,6 +47,7 @@ from radiotag.networks import Network, resized
 from radiotag.radioactive import Key, Marking, choose, default_psnr, image_random, mark_images, patterned
 
 LOSSLESS = {"PNG", "BMP", "TIFF"}
+GREY = {"1", "L", "LA", "I;16"}
 TOGETHER = 2**24  # pixels optimised at once, at most: some 2 GiB; many photographs are slower together than apart
 PART = re.compile(r"\.[0-9a-f]{16}\.part")  # what a file is called while it is written
 BEST_PSNR = 100.0  # dB recorded of an image that came out unchanged: JSON has no infinity
@@ -92,6 +94,9 @@ def plan(
     inside = output.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(output.resolve())
     if inside:
         raise RadiotagError(f"{output} and {source} lie in each other", "choose another folder with -o")
+    for path in others:
+        if _is_secret(source / path):
+            raise RadiotagError(f"{source / path} is secret, and would be copied", "keep keys and manifests elsewhere")
     by_class: dict[str, list[str]] = {}
     for item in items:
         by_class.setdefault(item.label, []).append(item.path.as_posix())
@@ -109,6 +114,18 @@ def plan(
         names=tuple(names), rows=carrier_rows(key, names), chosen=chosen, others=tuple(map(Path, others)),
         header=header, archive=archive, work=work,
     )  # fmt: skip
+
+
+def _is_secret(path: Path) -> bool:
+    """Whether a file is a key, an index of black-box questions or a manifest, which must not go with the data."""
+    if path.suffix != ".safetensors":
+        return path.name.endswith(".manifest.jsonl")
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = (file.metadata() or {}).get("radiotag", "")
+    except (SafetensorError, OSError):
+        return False
+    return '"statistic"' in said or '"fingerprint"' in said
 
 
 def carrier_rows(key: Key, names: Sequence[str]) -> dict[str, int]:
@@ -157,8 +174,8 @@ class Team:
 
 
 def processes() -> int:
-    """How many processes `torchrun`, or a cluster, says that there are, of which this is one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    """How many processes PyTorch's launcher, or a cluster in its words, says that there are, of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if {"RANK", "MASTER_ADDR"} <= os.environ.keys() else 1
 
 
 @contextmanager
@@ -195,7 +212,8 @@ def run(
     """
     with (
         team() as together,
-        _journal(plan, path := manifest.rank_journal(plan.manifest, together.rank), together, force) as journal,
+        ExitStack() as held,
+        _journal(plan, path := manifest.rank_journal(plan.manifest, together.rank), together, force, held) as journal,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         mine = plan.items[together.rank :: together.size]
@@ -231,11 +249,16 @@ def _append(journal: IO[bytes], row: Row, path: Path) -> None:
         raise RadiotagError(f"cannot write {path}: {error.strerror}", hint) from error
 
 
-def _journal(plan: Plan, path: Path, together: Team, force: bool) -> IO[bytes]:
-    """Begin or go on: the first process prepares the folder and says so to the others, each then has its own file."""
+def _journal(plan: Plan, path: Path, together: Team, force: bool, held: ExitStack) -> IO[bytes]:
+    """Begin or go on: the first process prepares the folder and says so to the others, each then has its own file.
+
+    The first one's lock is `held` until all is done, shards are put together, too.
+    """
     journal, problem = None, None
     if together.rank == 0:
         try:
+            plan.manifest.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(manifest.locked(plan.manifest, plan.output))
             journal = _begin(plan, force)
         except RadiotagError as error:
             problem = error
@@ -250,26 +273,20 @@ def _journal(plan: Plan, path: Path, together: Team, force: bool) -> IO[bytes]:
 
 
 def _begin(plan: Plan, force: bool) -> IO[bytes]:
-    """Open and lock the manifest, new or with what earlier runs did. Refuses what it cannot go on from."""
+    """Open the manifest, new or with what earlier runs did. Refuses what it cannot go on from."""
     there = plan.manifest.exists()
     if not there and plan.output.exists() and not force and (not plan.output.is_dir() or any(plan.output.iterdir())):
         raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
-    if there:
-        with plan.manifest.open("rb") as earlier:
-            manifest.lock(earlier, plan.output)  # force is no licence to mark beside another run
-            if force:
-                _remove_stale(plan)
-            else:
-                _check_settings(plan, manifest.read_header(plan.manifest))
-    else:
-        plan.manifest.parent.mkdir(parents=True, exist_ok=True)
+    if there and force:
+        _remove_stale(plan)
+    elif there:
+        _check_settings(plan, manifest.read_header(plan.manifest))
     if force or not there:
         for other in manifest.rank_journals(plan.manifest):
             other.unlink()
         write_atomically(plan.manifest, manifest.line(plan.header), mode=0o600)  # it tells marked from unmarked
     journal = plan.manifest.open("r+b")
     try:
-        manifest.lock(journal, plan.output)
         manifest.mend(journal)
         manifest.take_in(plan.manifest, journal)
         _sweep(plan)
@@ -479,7 +496,10 @@ def _finish_archive(plan: Plan, summary: Summary) -> None:
         if path not in outputs:
             return None
         staged = plan.work / outputs[path]
-        return staged.read_bytes() if released is None or staged.is_file() else _released_bytes(plan, released, path)
+        data = staged.read_bytes() if released is None or staged.is_file() else _released_bytes(plan, released, path)
+        if not data:
+            raise RadiotagError(f"{staged} is gone", "run the same command again")
+        return data
 
     for shard in plan.archive.shards:
         target = plan.output / shard if plan.source.is_dir() else plan.output
@@ -541,7 +561,7 @@ def _mark_batch(
     marking: Marking,
     pool: ThreadPoolExecutor,
 ) -> Iterator[Row]:
-    """Mark decoded images together, or by halves where memory does not suffice, and write their files."""
+    """Mark decoded images together and write their files; by halves where memory does not suffice or one fails."""
     format = str(plan.header["format"])
     pictures = [picture for _, _, picture in ready]
     rows = [plan.rows[item.label] for item, _, _ in ready]
@@ -551,9 +571,12 @@ def _mark_batch(
     draws = [image_random(key, item.path.as_posix(), int(plan.header["seed"])) for item, _, _ in ready]
     try:
         marked = mark_pictures(network, pictures, carriers, patterns, draws, marking, format, pool)
-    except torch.OutOfMemoryError:
-        if len(ready) == 1:
+    except Exception as error:
+        if not isinstance(error, RadiotagError) and (len(ready) == 1 or not out_of_memory(error)):
             raise
+        if len(ready) == 1:
+            yield _row(plan, ready[0][0], "failed", error=str(error))
+            return
         for half in (ready[: len(ready) // 2], ready[len(ready) // 2 :]):
             yield from _mark_batch(plan, half, key, network, marking, pool)
         return
@@ -599,7 +622,8 @@ def mark_pictures(
 
     lossy = not all(_lossless(picture, format) for picture in pictures)
     images = [_tensor(picture.rgb) for picture in pictures]
-    marked = mark_images(network, images, carriers, draws, marking, read_back if lossy else None, patterns)
+    grey = [picture.mode in GREY for picture in pictures]
+    marked = mark_images(network, images, carriers, draws, marking, read_back if lossy else None, patterns, grey)
     return list(pool.map(finish, pictures, marked))
 
 
@@ -608,14 +632,19 @@ def _lossless(picture: Picture, format: str) -> bool:
 
 
 def _finish(picture: Picture, marked: Pixels, marking: Marking, format: str) -> tuple[bytes, Pixels]:
-    """Encode; where rounding or the encoder cost more than the PSNR allows, shrink the mark until it holds."""
+    """Encode; where rounding or the encoder cost more than the PSNR allows, shrink the mark until it holds.
+
+    Where encoding the unmarked image costs more, the mark holds it beside that: there is no better file of this format.
+    """
     height, width, _ = picture.rgb.shape
     wanted = default_psnr(height, width) if marking.min_psnr is None else marking.min_psnr
-    scale = 1.0
+    scale, before = 1.0, picture.rgb
+    if not _lossless(picture, format) and psnr(before, unmarked := roundtrip(picture, before, format)) < wanted:
+        before = unmarked
     for _ in range(8):
         data = encode(picture, picture.rgb + scale * (marked - picture.rgb), format)
         seen = decode(data, picture.name).rgb
-        short = wanted - psnr(picture.rgb, seen)
+        short = wanted - psnr(before, seen)
         if short <= 0:
             break
         scale *= 10 ** (-(short + 0.01) / 20)

@@ -358,18 +358,19 @@ def mark_images(
     marking: Marking,
     read_back: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
     patterns: Tensor | None = None,
+    grey: Sequence[bool] | None = None,
 ) -> list[Tensor]:
     """Mark images of any sizes together: each (3, H, W) in [0, 255] → (3, H, W) float, within ε and the PSNR.
 
     carriers is (B, d), patterns (B, m), rows of zeros for none, draws one generator an image. `read_back(images)` is
     what a reader of the written files would see; the loss is taken there and its gradient passed straight through. What
-    it is given changes afterwards.
+    it is given changes afterwards. `grey` images, whose files hold no colour, change alike in all three.
     """
     device = carriers.device
     clean = [x.to(device) for x in images]
     rows = [None] * len(clean) if patterns is None else [row if row.any() else None for row in patterns]
-    masks = [visibility_mask(x) for x in clean]
-    starts = [_start(x, row, mask, marking) for x, row, mask in zip(clean, rows, masks, strict=True)]
+    masks, grey = [visibility_mask(x) for x in clean], grey or [False] * len(clean)
+    starts = [_start(*each, marking) for each in zip(clean, rows, masks, grey, strict=True)]
     moved = [(x + base).clamp_(0, 255) for x, (base, _) in zip(clean, starts, strict=True)]
     masks = [mask.square_() for mask in masks]  # the gradient in δ/mask, as a step in δ
     for step in range(marking.steps):
@@ -382,6 +383,7 @@ def mark_images(
             top, left, height, width, _ = crops[i]
             seen = slice(top, top + height), slice(left, left + width)
             g = gradients[i].mul_(masks[i][:, *seen])
+            g = g.mean(0, keepdim=True).expand_as(g) if grey[i] else g
             own[:, *seen].sub_(g, alpha=size * radius / max(float(g.norm()), 1e-20))
             project(own, radius, marking.epsilon).add_(base).clamp_(-marking.epsilon, marking.epsilon)
             own.add_(clean[i]).clamp_(0, 255)
@@ -401,12 +403,13 @@ def _gradients(
     return list(torch.autograd.grad(marking_loss(features, carriers).sum(), leaves))
 
 
-def _start(image: Tensor, pattern: Tensor | None, mask: Tensor, marking: Marking) -> tuple[Tensor, float]:
+def _start(image: Tensor, pattern: Tensor | None, mask: Tensor, grey: bool, marking: Marking) -> tuple[Tensor, float]:
     """The class's pattern as it lies in one image (zeros if none), and the L2 radius left for the image's own mark."""
     radius = l2_radius(image, marking) * min(1.0, 2 * float(mask.square().mean().sqrt()))  # less where much is flat
     if pattern is None:
         return torch.zeros_like(image), radius
     far = pattern_images(pattern[None], *image.shape[1:])[0].float().to(image.device) * mask * 1e9  # to the surface
+    far = far.mean(0, keepdim=True).repeat(3, 1, 1) if grey else far
     share = default_share(*image.shape[1:]) if marking.pattern_share is None else marking.pattern_share
     return project(far, radius * math.sqrt(share), marking.epsilon), radius * math.sqrt(1 - share)
 

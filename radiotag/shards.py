@@ -4,6 +4,7 @@ A shard is marked by copying its bytes, with the marked members put in their pla
 padding stays as it was.
 """
 
+import errno
 import os
 import tarfile
 from collections.abc import Callable
@@ -186,7 +187,13 @@ def assemble(archive: Archive, shard: str, target: Path, marked: Callable[[str],
     staged = work / f".{shard}"
     try:
         fill_atomically(staged, fill, None)
-        staged.replace(target)
+        try:
+            staged.replace(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            fill_atomically(target, fill, None)  # the output lies on another file system than its neighbours
+            staged.unlink()
     except RadiotagError as error:
         raise RadiotagError(str(error).replace(str(staged), str(target)), error.hint) from error
 

@@ -5,7 +5,6 @@ already (`Nursery`), so that a case costs milliseconds; a few start `python -m r
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -33,8 +32,20 @@ from PIL.JpegImagePlugin import get_sampling
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from radiotag import __version__, cli, demo, marking, radioactive, synthetic, training, verification
-from radiotag.manifest import read_manifest
+from radiotag import (
+    RadiotagError,
+    __version__,
+    cli,
+    demo,
+    images,
+    marking,
+    networks,
+    radioactive,
+    synthetic,
+    training,
+    verification,
+)
+from radiotag.manifest import locked, read_manifest
 from radiotag.networks import Network, load, save_checkpoint
 from radiotag.radioactive import load_key
 
@@ -396,6 +407,13 @@ def test_a_cluster_s_rank_silences_nothing_but_mark(tmp_path, monkeypatch):
     assert "no.pt" in bad("verify", tmp_path / "no.pt", "--key", tmp_path / "k.safetensors").err
 
 
+def test_a_rank_of_something_else_than_pytorch_s_launcher_does_not_wait(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert mark(world, tmp_path / "out", "--json").json["marked"] == 12
+
+
 def test_keygen_takes_the_defaults_and_ends_with_the_next_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = good("keygen")
@@ -625,6 +643,8 @@ def test_dry_run_writes_nothing(world, tmp_path):
         tmp_path / "sheet.png",
     )  # fmt: skip
     assert "would mark 6 of 12 images" in result.out
+    following = result.out.splitlines()[-1]
+    assert "--fraction 0.5" in following and str(tmp_path / "out") in following and "--dry-run" not in following
     assert "ant: 2 of 4 images" in result.out
     assert list(tmp_path.iterdir()) == []
     answer = mark(world, tmp_path / "out", "--dry-run", "--json").json
@@ -647,7 +667,7 @@ def test_the_preview_takes_no_picture_s_place(world, tmp_path):
     for place in (source / "ant" / "00000.png", source / "new.png", tmp_path / "out" / "new.png"):
         assert "lies in the data" in mark(world, tmp_path / "out", "--preview", place, source=source).err
     sheet.write_text("mine")
-    assert "--force" in mark(world, tmp_path / "out", "--preview", sheet, source=source).err
+    assert "or remove it" in mark(world, tmp_path / "out", "--preview", sheet, source=source).err
     assert tree(source) == before
     assert sheet.read_text() == "mine"
     assert not (tmp_path / "out").exists()
@@ -966,15 +986,42 @@ def test_what_the_source_no_longer_has_is_named(world, tmp_path):
 
 
 def test_a_second_run_at_the_same_time_is_refused(world, marked_once):
-    manifest = marked_once.with_name("out.manifest.jsonl")
     before = tree(marked_once.parent)
-    with manifest.open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with locked(marked_once.with_name("out.manifest.jsonl"), marked_once):
         for more in ([], ["--force"]):
             result = mark(world, marked_once, *more)
             assert result.code == 1
             assert "another radiotag" in result.err
     assert tree(marked_once.parent) == before
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_of_runs_that_begin_together_one_goes_on(world, marked_once, tmp_path, begun):
+    """Whether the output is new or not: a cluster may start the same command on all of its nodes."""
+    expected = tree(marked_once)
+    if begun:
+        mark(world, tmp_path / "out", "--strict", source=broken_source(world, tmp_path / "imgs"))
+    command = [
+        sys.executable,
+        "-m",
+        "radiotag",
+        "mark",
+        world.imgs,
+        "-o",
+        tmp_path / "out",
+        "-k",
+        world.key,
+        "--steps",
+        2,
+    ]
+    runs = [subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [run.communicate()[1] for run in runs]
+    codes = sorted(run.returncode for run in runs)
+    assert codes[0] == 0, said
+    assert all(code == 0 or "another radiotag is marking into" in text for run, text in zip(runs, said, strict=True)
+               for code in [run.returncode])  # fmt: skip
+    assert tree(tmp_path / "out") == expected
+    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith((".lock", ".part"))]
 
 
 def test_a_torn_manifest_line_is_passed_over_twice(world, tmp_path):
@@ -1116,6 +1163,88 @@ def test_out_of_memory_halves_the_batch_and_changes_no_byte(world, tmp_path, mon
     assert mark(world, tmp_path / "cramped" / "out").code == 0
     assert max(sizes) > 3 >= min(sizes)
     assert tree(tmp_path / "cramped") == tree(tmp_path / "roomy")
+
+
+def test_an_image_that_cannot_be_written_marked_costs_that_image_alone(world, tmp_path, monkeypatch):
+    """Of what is only found while its batch is optimised, too."""
+    assert mark(world, tmp_path / "whole" / "out").code == 0
+    real = marking.mark_pictures
+
+    def failing(network, pictures, *rest):
+        if any(picture.name.endswith("ant/00003.png") for picture in pictures):
+            raise RadiotagError("ant/00003.png cannot be written")
+        return real(network, pictures, *rest)
+
+    monkeypatch.setattr(marking, "mark_pictures", failing)
+    result = mark(world, tmp_path / "out", "--json")
+    assert (result.code, result.json["marked"], len(result.json["failed"])) == (1, 11, 1)
+    assert result.json["failed"][0]["path"] == "ant/00003.png"
+    monkeypatch.undo()
+    assert mark(world, tmp_path / "out").code == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole" / "out")
+
+
+def test_what_is_secret_is_not_copied_with_the_data(world, tmp_path):
+    for name in ("k.safetensors", "k.txt"):
+        source = shutil.copytree(world.imgs, tmp_path / name / "imgs")
+        key = shutil.copy2(world.key, source / name)
+        error = mark(world, tmp_path / "out", source=source, key=key).err
+        assert f"{key} lies in {source}" in error and "hint: " in error
+    found = {"other.safetensors": world.key.read_bytes(), "old-marked.manifest.jsonl": b"{}"}
+    for name, data in found.items():
+        source = shutil.copytree(world.imgs, tmp_path / f"with {name}" / "imgs")
+        (source / "ant" / name).write_bytes(data)
+        assert f"{source / 'ant' / name} is secret" in mark(world, tmp_path / "out", source=source).err
+    source = shutil.copytree(world.imgs, tmp_path / "weights" / "imgs")
+    shutil.copy2(networks.BUILTIN, source / "weights.safetensors")  # a model is no secret
+    assert mark(world, tmp_path / "out", source=source).code == 0
+    assert (tmp_path / "out" / "weights.safetensors").exists()
+
+
+def test_a_link_to_a_folder_is_marked_beside_the_link(world, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "imgs").symlink_to(world.imgs)
+    settings = ("--key", world.key, "--steps", 1, "--json")
+    assert good("mark", tmp_path / "elsewhere" / "imgs", *settings).json["output"] == str(
+        tmp_path / "elsewhere" / "imgs-marked"
+    )
+    assert not world.imgs.with_name("imgs-marked").exists()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_a_grey_image_is_marked_as_strongly_as_it_may_be(world, tmp_path, mode):
+    """Its file holds no colour, in which two thirds of a mark would be lost."""
+    for path in sorted(world.imgs.rglob("*.png")):
+        grey = Image.open(path).convert("L")
+        if mode == "I;16":
+            grey = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+        place = tmp_path / "imgs" / path.relative_to(world.imgs)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        grey.convert(mode).save(place) if mode == "LA" else grey.save(place)
+    result = call("mark", tmp_path / "imgs", "--key", world.key, "--json")
+    assert result.code == 0, result.err
+    answer = result.json
+    assert 34 <= answer["psnr_min"] <= answer["psnr_median"] < 34.5
+    for path in (tmp_path / "imgs").rglob("*.png"):
+        with (
+            Image.open(path) as before,
+            Image.open(tmp_path / "imgs-marked" / path.relative_to(tmp_path / "imgs")) as f,
+        ):
+            assert f.mode == before.mode
+
+
+def test_a_mark_is_not_given_up_where_the_format_alone_costs_more_than_is_allowed(world, tmp_path):
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    (tmp_path / "imgs" / "ant").mkdir(parents=True)
+    Image.fromarray(noise).save(tmp_path / "imgs" / "ant" / "a.jpg", quality=60)
+    answer = call("mark", tmp_path / "imgs", "--key", world.key, "--min-psnr", 45, "--json").json
+    path = "ant/a.jpg"
+    source, marked = tmp_path / "imgs" / path, tmp_path / "imgs-marked" / path
+    unmarked = images.roundtrip(picture := images.decode(source.read_bytes(), path), picture.rgb, "keep")
+    alone = 10 * np.log10(255**2 / np.mean((unmarked - pixels(source)) ** 2))
+    between = 10 * np.log10(255**2 / np.mean((unmarked - pixels(marked)) ** 2))
+    assert alone < 45 <= between < 60  # marked, and within what was asked for beside what the format does
+    assert answer["psnr_min"] == pytest.approx(measured_psnr(source, marked), abs=1e-3)  # told as it is
 
 
 def test_the_seed_changes_the_marks(world, tmp_path):
@@ -1312,6 +1441,13 @@ def test_the_demonstration_by_force_spares_what_is_not_its_own(tmp_path):
     (tmp_path / "images" / "holiday" / "me.jpg").write_text("me")
     assert "holiday" in bad("train-demo", "-o", tmp_path, "--force").err
     assert tree(tmp_path).keys() == {"images/holiday/me.jpg"}
+
+
+def test_the_demonstration_by_force_spares_a_key_of_the_user_s(tmp_path):
+    good("keygen", "-o", tmp_path / "k.safetensors", "--classes", 2)
+    before = tree(tmp_path)
+    assert "k.safetensors" in bad("train-demo", "-o", tmp_path, "--force").err
+    assert tree(tmp_path) == before
 
 
 # ---------------------------------------------------------------- verify

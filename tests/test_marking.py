@@ -5,6 +5,7 @@ is forked from a process that has imported torch already (`Forks`); a few start 
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -490,6 +491,31 @@ def test_a_shard_of_which_nothing_is_marked_is_made_again_too(world, tmp_path):
         (tmp_path / "out" / name).unlink()
         good(world.shards, world.key, tmp_path / "out", "--fraction", 0)
         assert (tmp_path / "out" / name).read_bytes() == (world.shards / name).read_bytes()
+
+
+def test_shards_go_to_another_file_system_too(world, marked, tmp_path, monkeypatch):
+    """The output may be a mount point, to which nothing can be moved from beside it."""
+    real = Path.replace
+
+    def replace(path, target):
+        if path.parent != Path(target).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    good(world.shards, world.key, tmp_path / "m" / "out", "--fraction", 0.5)
+    assert tree(tmp_path / "m" / "out") == tree(marked[0] / "out")
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["out", "out.manifest.jsonl"]
+
+
+def test_no_shard_is_put_together_of_images_that_are_gone(world, tmp_path, monkeypatch):
+    """Rather an error than members of no bytes."""
+    (tmp_path / "none").touch()
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"" if ".out.staged" in path.parts else real(path))
+    assert "is gone" in one_error(mark(world.shards, world.key, tmp_path / "out", "--fraction", 0.5))
+    monkeypatch.undo()
+    good(world.shards, world.key, tmp_path / "out", "--fraction", 0.5)
 
 
 def test_a_single_shard_becomes_a_single_shard_beside_it(world, tmp_path):
