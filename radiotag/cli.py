@@ -263,7 +263,7 @@ def mark(
         typer.Option(
             min=10.0,
             max=80.0,
-            help="dB that each marked image keeps (of lossy formats: beside what they cost)  [default: 34 (64 px) to 40 (224 px)]",
+            help="dB that each mark keeps, beside what a lossy format costs  [default: 34 (64 px) to 40 (224 px)]",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="gradient steps an image")] = 20,
