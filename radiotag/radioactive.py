@@ -706,11 +706,13 @@ class OnFeatures(nn.Module):
 
 @lru_cache(maxsize=4)
 @torch.no_grad()
-def known_network(marker: Network, head: nn.Linear, own: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+def known_network(marker: Network, own: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
     """φ as a classifier of the compared classes alone, and its rows (C, d) of them; kept for the next suspect.
 
     What tells them from φ's other classes is mostly nothing that the suspect has learnt.
     """
+    head = marker.head
+    assert head is not None
     rows = head.weight[list(own)]
     rows = rows - rows.mean(0)  # which its softmax does not see
     bias = None if head.bias is None else head.bias[list(own)]
@@ -755,7 +757,7 @@ def ordinary_network(
     if own is not None and marker.head is not None:
         if len(own) == 1:
             return marker, tuple(own), marker.head.weight.cpu().double()[list(own)]
-        network, rows = known_network(marker, marker.head, tuple(own))
+        network, rows = known_network(marker, tuple(own))
         return (network, every, rows) if labels is None else (marker, tuple(own), rows)
     if labels is not None and bool((labels != labels[0]).any()):
         network, rows = labelled_network(marker, phi, labels, len(outputs))
