@@ -18,5 +18,6 @@ def printable(text: str) -> str:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether the machine's memory, or an accelerator's, did not suffice; PyTorch says so in several ways."""
+    text = str(error).lower()
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "allocate memory" in str(error)
+    return named or any(said in text for said in ("out of memory", "allocate memory", "alloc_failed"))

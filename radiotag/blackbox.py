@@ -322,13 +322,15 @@ def _read_json(path: Path) -> list[tuple[str, Any]]:
 
 
 def _output_names(values: Iterable[Any], path: Path) -> tuple[str, ...]:
-    """The suspect's outputs in one order, by number or by name; those that no answer tells of do not matter."""
+    """The suspect's outputs in one order: as numbered, up to a thousand, or those that some answer names."""
     values = list(values)
     kinds = {isinstance(value, dict) for value in values}
     if len(kinds) > 1:
         raise RadiotagError(f"{path} mixes labels and numbers", "give one kind of answer")
     names = {name for value in values for name in (value if isinstance(value, dict) else [value])}
     numbered = all(name.isdecimal() and name.isascii() and len(name) < 9 for name in names)
+    if numbered and max(map(int, names)) < 1000:
+        return tuple(map(str, range(max(map(int, names)) + 1)))
     return tuple(sorted(names, key=int) if numbered else sorted(names))
 
 

@@ -175,7 +175,7 @@ def locked(path: Path, output: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat())
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):
             held = False
         except OSError:  # a file system without locks
             held = True

@@ -6,6 +6,7 @@ number of processes, gives the same bytes.
 """
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -118,9 +119,12 @@ def plan(
 
 def _is_secret(path: Path) -> bool:
     """Whether a file is a key, an index of black-box questions or a manifest, which must not go with the data."""
-    if path.suffix != ".safetensors":
-        return path.name.endswith(".manifest.jsonl")
     try:
+        if path.suffix == ".jsonl":
+            with path.open("rb") as lines:
+                return b'"radiotag"' in (first := lines.readline(4096)) and b'"fingerprint"' in first
+        if path.suffix != ".safetensors":
+            return False
         with safe_open(path, framework="pt") as file:
             said = (file.metadata() or {}).get("radiotag", "")
     except (SafetensorError, OSError):
@@ -574,9 +578,11 @@ def _mark_batch(
     except Exception as error:
         if not isinstance(error, RadiotagError) and (len(ready) == 1 or not out_of_memory(error)):
             raise
-        if len(ready) == 1:
-            yield _row(plan, ready[0][0], "failed", error=str(error))
-            return
+        marked, problem = [], str(error)  # the error itself would keep the failed batch's tensors
+    if not marked and len(ready) == 1:
+        yield _row(plan, ready[0][0], "failed", error=problem)
+        return
+    if not marked:
         for half in (ready[: len(ready) // 2], ready[len(ready) // 2 :]):
             yield from _mark_batch(plan, half, key, network, marking, pool)
         return
@@ -634,21 +640,26 @@ def _lossless(picture: Picture, format: str) -> bool:
 def _finish(picture: Picture, marked: Pixels, marking: Marking, format: str) -> tuple[bytes, Pixels]:
     """Encode; where rounding or the encoder cost more than the PSNR allows, shrink the mark until it holds.
 
-    Where encoding the unmarked image costs more, the mark holds it beside that: there is no better file of this format.
+    Where encoding alone takes more than half of the squared error that it allows, the other half is the mark's all the
+    same: the format has no better file.
     """
     height, width, _ = picture.rgb.shape
     wanted = default_psnr(height, width) if marking.min_psnr is None else marking.min_psnr
-    scale, before = 1.0, picture.rgb
-    if not _lossless(picture, format) and psnr(before, unmarked := roundtrip(picture, before, format)) < wanted:
-        before = unmarked
+    alone = 0.0 if _lossless(picture, format) else _error(picture.rgb, roundtrip(picture, picture.rgb, format))
+    allowed, scale = max(10 ** (-wanted / 10), alone + 10 ** (-wanted / 10) / 2), 1.0
     for _ in range(8):
         data = encode(picture, picture.rgb + scale * (marked - picture.rgb), format)
         seen = decode(data, picture.name).rgb
-        short = wanted - psnr(before, seen)
-        if short <= 0:
+        made = _error(picture.rgb, seen)
+        if made <= allowed:
             break
-        scale *= 10 ** (-(short + 0.01) / 20)
+        scale *= 10 ** (-0.01 / 20) * math.sqrt((allowed - alone) / (made - alone))
     return data, seen
+
+
+def _error(a: Pixels, b: Pixels) -> float:
+    """Mean squared difference, of pixels in [0, 1]."""
+    return 10 ** (-psnr(a, b) / 10)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from torchvision.models.vgg import VGG
 
 from radiotag import RadiotagError
 from radiotag.images import write_atomically
-from radiotag.programs import read_archive, refuse_arrays
+from radiotag.programs import AGAIN, read_archive, refuse_arrays
 
 SMALL_IMAGE = 64  # pixels; up to here the stem is the small-image one
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback, stated when used
@@ -426,12 +426,22 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
             "save the bare weights: torch.save(model.state_dict(), FILE), or a safetensors file",
         ) from error
     metadata = content.get("radiotag", {}) if isinstance(content, dict) else {}
+    if isinstance(content, dict):
+        _refuse_growth(content, path)
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
         raise RadiotagError(f"{path} holds no state dict", "save model.state_dict()")
     return clean_state(content, path), metadata if isinstance(metadata, dict) else {}
+
+
+def _refuse_growth(content: Mapping[Any, Any], path: Path) -> None:
+    """RadiotagError where tensors are larger than their file: `weights_only` makes some of any size for the asking."""
+    every = [*content.values(), *(v for part in content.values() if isinstance(part, dict) for v in part.values())]
+    sizes = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in every if _is_usable(v)}
+    if sum(sizes.values()) > path.stat().st_size:
+        raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", AGAIN)
 
 
 def _read_pickles(path: Path) -> Any:
@@ -523,8 +533,12 @@ def load(
     image_size: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    largest: int | None = None,
 ) -> Network:
-    """Read a checkpoint into a runnable network; options override what the file says or what is recognised."""
+    """Read a checkpoint into a runnable network; options override what the file says or what is recognised.
+
+    RadiotagError where the file asks for images of more than `largest` pixels: it is never run at that size.
+    """
     state, metadata = read_checkpoint(path)
     said = spec_from(metadata)
     builder = builder_from(architecture) if architecture and ":" in architecture else None
@@ -537,6 +551,9 @@ def load(
         else:
             spec = said
         spec = replace(spec, image_size=image_size or spec.image_size, mean=mean or spec.mean, std=std or spec.std)
+        if largest and spec.image_size > max(largest, image_size or 0):
+            hint = f"allow it, if that is so: --image-size {spec.image_size}"
+            raise RadiotagError(f"it asks for images of {spec.image_size} pixels", hint)
         network = from_state(state, spec, builder=builder)
     except RadiotagError as error:
         raise RadiotagError(f"{path}: {error}", error.hint) from error

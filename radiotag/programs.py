@@ -27,6 +27,7 @@ DTYPES = {
 }  # fmt: skip
 WEIGHTS = "_weights_config.json"  # torch.export's since PyTorch 2.8
 OLD_WEIGHTS = "serialized_state_dict.pt"  # and before
+AGAIN = "save the weights again"
 
 
 def read_archive(path: Path) -> Any:
@@ -46,42 +47,48 @@ def refuse_arrays(pickled: Any) -> None:
         raise pickle.UnpicklingError("weights_only: bytearray")
 
 
-def _content(file: Path | io.BytesIO, path: Path) -> Any:
-    """Of a zip file, or of one that lies in that at `path`."""
+def _content(file: Path | io.BytesIO, path: Path, nested: bool = False) -> Any:
+    """Of the zip file at `path`, or of what `torch.save` wrote and a program's archive holds, `nested`."""
     try:
         archive = zipfile.ZipFile(file)
     except Exception as error:  # a damaged directory raises many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise RadiotagError(f"{path} is truncated or damaged: {reason}", "copy it again") from error
     with archive:
-        read = [entry for entry in archive.infolist() if "/code/" not in entry.filename]  # TorchScript's, compressed
-        stored = path.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
-        packed = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in read)
-        if packed or sum(entry.file_size for entry in read) > stored:
-            message = f"{path} unpacks to more than itself, as no PyTorch file does"
-            raise RadiotagError(message, "save the weights again")
-        names = [entry.filename for entry in read]
-        for name in names:
-            if name.rpartition("/")[2] == OLD_WEIGHTS:
-                return _content(io.BytesIO(archive.read(name)), path)
-        configs = [name for name in names if name.endswith(WEIGHTS)]
-        if len(configs) > 1:
-            raise RadiotagError(f"{path} holds several models", "export each into a file of its own")
-        if configs:
-            return _exported(archive, names, configs[0], path)
-        program = any("/code/" in n or n.endswith(("constants.pkl", "archive_format")) for n in archive.namelist())
-        return _saved(archive, names, program)
+        every, size = archive.namelist(), path.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
+        if len(set(every)) < len(every) or sum(entry.compress_size for entry in archive.infolist()) > size:
+            raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", AGAIN)
+        names = [name for name in every if "/code/" not in name]
+        if not nested:
+            for name in names:
+                if name.rpartition("/")[2] == OLD_WEIGHTS:
+                    return _content(io.BytesIO(_bytes(archive, name, path)), path, nested=True)
+            configs = [name for name in names if name.endswith(WEIGHTS)]
+            if len(configs) > 1:
+                raise RadiotagError(f"{path} holds several models", "export each into a file of its own")
+            if configs:
+                return _exported(archive, names, configs[0], path)
+        program = any("/code/" in name or name.endswith(("constants.pkl", "archive_format")) for name in every)
+        return _saved(archive, names, path, program and not nested)
+
+
+def _bytes(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+    """An entry that lies there as it is; only what is never read, a program's code and notes, is compressed."""
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", AGAIN)
+    return archive.read(name)
 
 
 def _exported(archive: zipfile.ZipFile, names: Sequence[str], config: str, path: Path) -> dict[str, Tensor]:
     folder, records, state, there = config.rpartition("/")[0], dict[str, Any](), {}, set(names)
-    for name, entry in json.loads(archive.read(config))["config"].items():
+    for name, entry in json.loads(_bytes(archive, config, path))["config"].items():
         place = f"{folder}/{entry['path_name']}"
         if place not in there:
             raise ValueError(f"it lacks {place}")
         if place not in records:  # tensors may share one
-            data = archive.read(place)
-            records[place] = _content(io.BytesIO(data), path) if entry["use_pickle"] else bytearray(data)
+            data = _bytes(archive, place, path)
+            records[place] = _content(io.BytesIO(data), path, nested=True) if entry["use_pickle"] else bytearray(data)
         if isinstance(records[place], Tensor):
             state[name] = records[place]
         elif records[place]:
@@ -109,15 +116,15 @@ def _value(value: Any, *_: object) -> Any:
 HINTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
 
 
-def _saved(archive: zipfile.ZipFile, names: Sequence[str], program: bool) -> Any:
+def _saved(archive: zipfile.ZipFile, names: Sequence[str], path: Path, program: bool) -> Any:
     pickled = next(name for name in names if name.endswith("/data.pkl"))
-    refuse_arrays(archive.read(pickled))
+    refuse_arrays(_bytes(archive, pickled, path))
     root, bare = pickled.removesuffix("data.pkl"), io.BytesIO()
     with zipfile.ZipFile(bare, "w") as copy:  # without constants.pkl and code, by which a program is known
         for name in names:
             inside = name.removeprefix(root)
             if inside in ("data.pkl", "version", "byteorder") or inside.startswith("data/"):
-                copy.writestr(name, archive.read(name))
+                copy.writestr(name, _bytes(archive, name, path))
     bare.seek(0)
     if not program:
         return torch.load(bare, map_location="cpu", weights_only=True)

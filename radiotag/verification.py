@@ -18,7 +18,7 @@ from torch import Tensor
 
 from radiotag import RadiotagError, blackbox, out_of_memory
 from radiotag.images import decode, file_hash, scan
-from radiotag.manifest import Row, rank_journals, read_manifest
+from radiotag.manifest import Row, rank_journals, read_header, read_manifest
 from radiotag.networks import Network, load, resized
 from radiotag.radioactive import (
     ALIGNMENT_IMAGES,
@@ -104,9 +104,11 @@ def marked_rows(manifest: Path | None) -> list[Row]:
 
     Nothing without one.
     """
-    journals = (manifest, *rank_journals(manifest)) if manifest else ()
-    rows = (row for journal in journals for row in read_manifest(journal)[1].values())
-    return [row for row in rows if row["status"] == "marked"]
+    return [row for row in _recorded(manifest) if row["status"] == "marked"] if manifest else []
+
+
+def _recorded(manifest: Path) -> list[Row]:
+    return [row for journal in (manifest, *rank_journals(manifest)) for row in read_manifest(journal)[1].values()]
 
 
 def marked_hashes(rows: Iterable[Row]) -> frozenset[str]:
@@ -154,13 +156,13 @@ def real_images(folder: Path, size: int, marked: frozenset[str]) -> tuple[Tensor
 
 def marked_classes(key: Key, manifest: Path) -> dict[str, int]:
     """Class → carrier row of what a manifest records as marked. RadiotagError if another key marked it."""
-    header, rows = read_manifest(manifest)
+    header = read_header(manifest)
     if header.get("fingerprint") != key.fingerprint:
         raise RadiotagError(
             f"{manifest} was made with key {header.get('fingerprint')}, this is {key.fingerprint}",
             "give the key that marked the folder",
         )
-    return {row["class"]: int(row["row"]) for row in rows.values() if row["status"] == "marked"}
+    return {row["class"]: int(row["row"]) for row in marked_rows(manifest)}
 
 
 def pair_classes(key: Key, suspect: Network, manifest: Path | None) -> list[tuple[int, int]]:
@@ -174,7 +176,7 @@ def pair_classes(key: Key, suspect: Network, manifest: Path | None) -> list[tupl
     if (marked is not None and set(marked) == {""}) or (len(key.carriers) == 1 and not (ours and theirs)):
         pairs = [(output, 0) for output in range(outputs)]
     elif marked is not None and manifest:
-        rows = {row["class"]: int(row["row"]) for row in read_manifest(manifest)[1].values()}
+        rows = {row["class"]: int(row["row"]) for row in _recorded(manifest)}
         numbered = all(name == str(row) for name, row in rows.items())  # a shard's classes, of which some may be absent
         names = rows if numbered and not theirs else {name: i for i, name in enumerate(theirs or sorted(rows))}
         pairs = [(names[name], row) for name, row in sorted(marked.items()) if names.get(name, outputs) < outputs]
@@ -302,14 +304,14 @@ def examine(
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Say of which suspect an error is."""
+def _naming(path: Path, *others: Path | None) -> Iterator[None]:
+    """Say of which suspect an error is, unless it is of one of the other files."""
     try:
         yield
     except FloatingPointError as error:
         raise RadiotagError(f"{path}: {error}", "check --image-size, --mean and --std") from error
     except RadiotagError as error:
-        if os.fspath(path) in str(error):
+        if any(os.fspath(place) in str(error) for place in (path, *others) if place):
             raise
         raise RadiotagError(f"{path}: {error}", error.hint) from error
 
@@ -327,13 +329,10 @@ def _in_memory(call: Callable[[int], T], batch_size: int) -> T:
 
 def load_suspect(path: Path, options: Options) -> Network:
     """Read a suspect's file, hostile input, as weights alone."""
-    suspect = load(
-        path, architecture=options.architecture, image_size=options.image_size, mean=options.mean, std=options.std
-    )
-    size = suspect.spec.image_size
-    if size > max(LARGEST_INPUT, options.image_size or 0):
-        raise RadiotagError(f"{path} asks for images of {size} pixels", f"allow it, if that is so: --image-size {size}")
-    return suspect.to(options.device)
+    return load(
+        path, architecture=options.architecture, image_size=options.image_size, mean=options.mean, std=options.std,
+        largest=LARGEST_INPUT,
+    ).to(options.device)  # fmt: skip
 
 
 @lru_cache(maxsize=4)  # the same tensor for the next suspect, so that what is computed of it is kept, too
@@ -383,7 +382,7 @@ def verify(
     results = []
     for path in paths:
         progress(path)
-        with _naming(path):
+        with _naming(path, data, manifest):
             asked = partial(examine, path, key, marker, options, data, manifest)
             suspect, rows, guessed = _in_memory(asked, options.batch_size)
             found = evidence(rows, key.carriers, key.patterns)

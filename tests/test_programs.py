@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import warnings
 import zipfile
 
 import pytest
@@ -113,8 +114,10 @@ def test_what_is_not_counted_is_not_read_either(kind, tmp_path):
         parts[name] = parts[name].replace(b'"weight_0"', b'"code/weight_0"')
     with pytest.raises(RadiotagError, match=r"m\.pt is not a whole file"):
         load(rewritten(tmp_path / "m.pt", parts))
-    with zipfile.ZipFile(tmp_path / "m.pt", "a", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("m/data/large", bytes(10**8))
+    read = f"{folder}/other" if kind == "scripted" else next(n for n in parts if n.endswith("_weights_config.json"))
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as file:
+        for name, data in {**parts, read: bytes(10**7)}.items():
+            file.writestr(name, data, zipfile.ZIP_DEFLATED if name == read else zipfile.ZIP_STORED)
     with pytest.raises(RadiotagError, match="unpacks to more than itself"):
         load(tmp_path / "m.pt")
 
@@ -234,6 +237,35 @@ def two_directories(entries, directory):
     return data[:end] + directory(data[place : place + size]) + data[end:]
 
 
+def often(entries, times):
+    """An entry's name given to empty ones before it: the last one counts, each time."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, data in entries.items():
+            small = data[:10] if name.endswith("data/0") else data
+            for _ in range(times if name.endswith("data/0") else 0):
+                file.writestr(name, b"")
+            file.writestr(name, small)
+    return packed.getvalue()
+
+
+class Call:
+    """Unpickles as a call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+def pickled_call(*call, new=True):
+    packed = io.BytesIO()
+    torch.save({"w": Call(*call)}, packed, _use_new_zipfile_serialization=new)
+    return packed.getvalue()
+
+
 SIZE = 4 * 10**6
 HIDING = {
     "a lie": lambda: claiming(zipped(weights(), compression=zipfile.ZIP_DEFLATED), SIZE, 16),
@@ -247,6 +279,9 @@ HIDING = {
             "m/data/weights/w": zipped(weights(), compression=zipfile.ZIP_DEFLATED),
         }
     ),
+    "one name often": lambda: often(weights(), 20),
+    "a tensor of any size": lambda: pickled_call(torch.FloatTensor, 10**7),
+    "a tensor of any size, before 1.6": lambda: pickled_call(torch.FloatTensor, 10**7, new=False),
     "two directories": lambda: two_directories(weights(), lambda d: claiming(d, SIZE, 16)),
 }
 
@@ -258,6 +293,23 @@ def test_nothing_packed_is_unpacked_wherever_it_hides(how, tmp_path):
     assert path.stat().st_size < SIZE / 10
     with pytest.raises(RadiotagError, match=r"m\.pt unpacks to more than itself"):
         read_checkpoint(path)
+
+
+def test_archives_are_not_nested_deeper_than_they_come(tmp_path):
+    data = zipped(weights(10))
+    for _ in range(3):
+        data = zipped({"serialized_state_dict.pt": data})
+    (tmp_path / "m.pt2").write_bytes(data)
+    with pytest.raises(RadiotagError, match=r"m\.pt2 is not a whole file"):
+        read_checkpoint(tmp_path / "m.pt2")
+
+
+def test_what_is_never_read_may_be_packed(tmp_path):
+    """As the notes for a debugger are, in TorchScript for phones."""
+    path = archived(Tied().eval(), tmp_path / "m.pt", "scripted")
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("m/callstack_debug_map.pkl", bytes(10**6))
+    same(read_checkpoint(path)[0], Tied().state_dict() | torch.jit.load(path).state_dict())
 
 
 def test_an_entry_pickled_apart_is_read_once(tmp_path):
@@ -274,14 +326,11 @@ def test_an_entry_pickled_apart_is_read_once(tmp_path):
     assert len({value.data_ptr() for value in state.values()}) == 1
 
 
-class Large:
-    def __reduce__(self):
-        return bytearray, (10**8,)
-
-
 @pytest.mark.parametrize("new", [True, False])
 def test_an_array_of_any_size_is_no_weight(new, tmp_path):
-    torch.save({"w": torch.zeros(3), "x": Large()}, tmp_path / "m.pt", _use_new_zipfile_serialization=new)
+    torch.save(
+        {"w": torch.zeros(3), "x": Call(bytearray, 10**8)}, tmp_path / "m.pt", _use_new_zipfile_serialization=new
+    )
     assert len(torch.load(tmp_path / "m.pt", weights_only=True)["x"]) == 10**8  # PyTorch lets it in
     with pytest.raises(RadiotagError, match=r"m\.pt holds a pickle that is more than weights; it was not run"):
         read_checkpoint(tmp_path / "m.pt")

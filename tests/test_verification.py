@@ -15,7 +15,7 @@ import torch
 from test_cli import bad, call, good
 from torch import nn
 
-from radiotag import RadiotagError, blackbox, radioactive, report, synthetic, verification
+from radiotag import RadiotagError, blackbox, networks, out_of_memory, radioactive, report, synthetic, verification
 from radiotag.images import decode
 from radiotag.manifest import read_manifest
 from radiotag.networks import load, marking_weights, save_checkpoint
@@ -545,6 +545,42 @@ def test_calibration_finds_too_many_small_p_values(monkeypatch):
         assert verification.calibrate(rows, key, 0.0, 600).ks_p < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (MemoryError(), True), (torch.OutOfMemoryError("any"), True), (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), True), (RuntimeError("shape mismatch"), False),
+    ],
+)  # fmt: skip
+def test_what_says_that_memory_does_not_suffice(error, full):
+    assert out_of_memory(error) is full
+
+
+def test_errors_of_the_images_do_not_blame_the_suspect(place):
+    model = suspect(place, "plain.pt", (0, 1, 2), NAMES)
+    error = bad("verify", model, "--key", place / "k.safetensors", "--data", place / "nowhere").err
+    assert f"{place / 'nowhere'}" in error and "plain.pt" not in error.split("\nerror: ")[-1]
+
+
+def test_an_interrupted_run_of_several_processes_tells_of_its_images_too(place, tmp_path):
+    good("mark", place / "few", "-o", tmp_path / "out", "--key", place / "k.safetensors", "--steps", 1)
+    manifest = tmp_path / "out.manifest.jsonl"
+    header, *rows = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join([header, *rows[:5]]))
+    (tmp_path / "out.manifest.jsonl.rank1").write_text("".join([header, *rows[5:]]))
+    key = load_key(place / "k.safetensors")
+    assert verification.marked_classes(key, manifest) == {"ant": 0, "bee": 1, "cat": 2}
+    assert len(verification.marked_hashes(verification.marked_rows(manifest))) == len(rows)
+    only = tmp_path / "only" / "cat"
+    shutil.copytree(tmp_path / "out" / "cat", only)
+    shutil.copy2(manifest, tmp_path / "only.manifest.jsonl")
+    shutil.copy2(tmp_path / "out.manifest.jsonl.rank1", tmp_path / "only.manifest.jsonl.rank1")
+    with pytest.raises(RadiotagError, match="is marked"):
+        verification.real_images(tmp_path / "only", 32, frozenset())
+
+
 def test_batches_are_halved_until_memory_suffices(place, monkeypatch):
     model, sizes, real = suspect(place, "plain.pt", (0, 1, 2), NAMES), [], verification.suspect_rows
 
@@ -565,16 +601,19 @@ def test_batches_are_halved_until_memory_suffices(place, monkeypatch):
 
 
 @pytest.mark.parametrize("option", [(), ("--image-size", "64")])
-def test_a_suspect_does_not_choose_how_much_memory_is_used(place, option):
+def test_a_suspect_does_not_choose_how_much_memory_is_used(place, option, monkeypatch):
     """Its file may ask for images of any size; whoever believes it says so."""
     model = suspect(place, "plain.pt", (0, 1, 2), NAMES)
     network = load(model)
     save_checkpoint(place / "vast.pt", network.module, replace(network.spec, image_size=2048))
+    real, sizes = networks.find_head, []
+    monkeypatch.setattr(networks, "find_head", lambda n: sizes.append(n.spec.image_size) or real(n))
     if option:
         verify(place, place / "vast.pt", more=["--data", place / "few", *option])
     else:
         error = bad("verify", place / "vast.pt", "--key", place / "k.safetensors").err
-        assert "vast.pt asks for images of 2048 pixels" in error and "--image-size 2048" in error
+        assert "vast.pt: it asks for images of 2048 pixels" in error and "--image-size 2048" in error
+    assert 2048 not in sizes and (not option or 64 in sizes)
 
 
 def finding(**more):
