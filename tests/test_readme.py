@@ -328,8 +328,12 @@ def test_every_suspect_that_was_looked_at_is_compared():
     assert f"two others left {others} by the former statistic" in PROSE
 
 
-def test_what_another_data_set_did_not_show_is_said():
-    (run,) = OTHERS["digits, resnet10", "present"]
+def test_what_data_unknown_to_the_network_left_is_said():
+    (run,), (unknown,) = (
+        OTHERS[name, "present"] for name in ("digits, resnet10", NAMED["other data/tiny-imagenet-100"])
+    )
+    left = (minus(unknown[test]["log10_p"]) for test in ("real", "bare"))
+    assert "alone, left {} with real images and {} without (a resnet10; one run)".format(*left) in PROSE
     left = (minus(run[test]["log10_p"]) for test in ("bare", "real"))
     assert "has {} without data and {} with it. Their black ground".format(*left) in PROSE
     assert f"(PSNR {run['psnr']:.1f} dB, where 34 are allowed)" in PROSE
