@@ -89,7 +89,7 @@ def test_the_other_figures_are_measurements_too():
     assert f"gave {minus(bare)} without data and {minus(real)} with it" in PROSE
     size = demo.Size()
     assert RESULTS["demo"]["marked"] == size.images * size.fraction
-    assert f"{RESULTS['demo']['marked']} of {size.images} marked" in README
+    assert f"{RESULTS['demo']['marked']} of {size.images} marked ({RESULTS['demo']['psnr_median']:.1f} dB)" in README
     for name in ("clean", "radioactive"):
         line = next(line for line in README.splitlines() if line.startswith(f"{name}.pt"))
         assert f"{RESULTS['demo'][name]['log10_p']:.2f}" in line
