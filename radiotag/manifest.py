@@ -174,7 +174,7 @@ def locked(path: Path, output: Path) -> Iterator[None]:
     with place.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat())
+            held = os.path.samestat(os.fstat(file.fileno()), place.stat())
         except (BlockingIOError, FileNotFoundError):
             held = False
         except OSError:  # a file system without locks

@@ -579,10 +579,10 @@ def _mark_batch(
         if not isinstance(error, RadiotagError) and (len(ready) == 1 or not out_of_memory(error)):
             raise
         marked, problem = [], str(error)  # the error itself would keep the failed batch's tensors
-    if not marked and len(ready) == 1:
-        yield _row(plan, ready[0][0], "failed", error=problem)
-        return
     if not marked:
+        if len(ready) == 1:
+            yield _row(plan, ready[0][0], "failed", error=problem)
+            return
         for half in (ready[: len(ready) // 2], ready[len(ready) // 2 :]):
             yield from _mark_batch(plan, half, key, network, marking, pool)
         return

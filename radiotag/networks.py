@@ -27,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import VGG
 
-from radiotag import RadiotagError
+from radiotag import RadiotagError, out_of_memory
 from radiotag.images import write_atomically
-from radiotag.programs import AGAIN, read_archive, refuse_arrays
+from radiotag.programs import grown, read_archive, refuse_arrays
 
 SMALL_IMAGE = 64  # pixels; up to here the stem is the small-image one
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback, stated when used
@@ -415,10 +415,10 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = read_archive(path) if head.startswith(b"PK") else _read_pickles(path)
-    except (RadiotagError, MemoryError):
+    except RadiotagError:
         raise
     except Exception as error:  # weights_only raises many kinds; each means the same to a user
-        if "allocate memory" in str(error):  # the machine's limit, not the file's fault
+        if out_of_memory(error):  # the machine's limit, not the file's fault
             raise
         reason = "holds a pickle that is more than weights" if "weights_only" in str(error) else "is not a whole file"
         raise RadiotagError(
@@ -441,7 +441,7 @@ def _refuse_growth(content: Mapping[Any, Any], path: Path) -> None:
     every = [*content.values(), *(v for part in content.values() if isinstance(part, dict) for v in part.values())]
     sizes = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in every if _is_usable(v)}
     if sum(sizes.values()) > path.stat().st_size:
-        raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", AGAIN)
+        raise grown(path)
 
 
 def _read_pickles(path: Path) -> Any:

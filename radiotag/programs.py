@@ -27,7 +27,6 @@ DTYPES = {
 }  # fmt: skip
 WEIGHTS = "_weights_config.json"  # torch.export's since PyTorch 2.8
 OLD_WEIGHTS = "serialized_state_dict.pt"  # and before
-AGAIN = "save the weights again"
 
 
 def read_archive(path: Path) -> Any:
@@ -36,6 +35,11 @@ def read_archive(path: Path) -> Any:
     Raises whatever a damaged or hostile one leads to, and runs none of it.
     """
     return _content(path, path)
+
+
+def grown(path: Path) -> RadiotagError:
+    """The error of a file whose content would take more memory than the file has bytes."""
+    return RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", "save the weights again")
 
 
 def refuse_arrays(pickled: Any) -> None:
@@ -57,7 +61,7 @@ def _content(file: Path | io.BytesIO, path: Path, nested: bool = False) -> Any:
     with archive:
         every, size = archive.namelist(), path.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
         if len(set(every)) < len(every) or sum(entry.compress_size for entry in archive.infolist()) > size:
-            raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", AGAIN)
+            raise grown(path)
         names = [name for name in every if "/code/" not in name]
         if not nested:
             for name in names:
@@ -76,7 +80,7 @@ def _bytes(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
     """An entry that lies there as it is; only what is never read, a program's code and notes, is compressed."""
     entry = archive.getinfo(name)
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-        raise RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", AGAIN)
+        raise grown(path)
     return archive.read(name)
 
 

@@ -264,15 +264,15 @@ def examine(
     options: Options,
     data: Path | None,
     manifest: Path | None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> tuple[Network, Rows, bool]:
     """Load a suspect and compute its class vectors; True if outputs and classes had to be paired in order.
 
-    The carriers play no part in it.
+    The carriers play no part in it. `batch_size`: of this try, where memory did not suffice for the options'.
 
     Raises RadiotagError, and FloatingPointError where the suspect's outputs or features are not finite.
     """
-    suspect = load_suspect(path, options)
+    suspect, batch_size = load_suspect(path, options), batch_size or options.batch_size
     size = max(suspect.spec.image_size, marker.spec.image_size)
     theirs = suspect.spec.class_names
     pixels = synthetic_images(size)
