@@ -196,7 +196,9 @@ def keygen(
     network: Annotated[
         str, typer.Option(metavar="builtin|NAME|FILE", help="marking network: built in, torchvision's, or a checkpoint")
     ] = "builtin",
-    classes: Annotated[int, typer.Option(min=1, max=1_000_000, help="number of carriers")] = 1000,
+    classes: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="number of carriers  [default: 1000]")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="take class names from this folder's sub-folders instead")
     ] = None,
@@ -209,6 +211,8 @@ def keygen(
     Publish or time-stamp the fingerprint (the .pub file) before the data: it proves that the key came first.
     """
     with reporting("keygen", json_, quiet) as report:
+        if data and classes:
+            raise typer.BadParameter("--classes and --data both say how many carriers: give one of them")
         if not output.name:
             raise RadiotagError(f"{output} is a folder", "name a file with -o")
         public = output.with_suffix(".pub")
@@ -226,7 +230,7 @@ def keygen(
         if data and not names:
             raise RadiotagError(f"{data} has no class sub-folders", "leave out --data, or give a folder of folders")
         weights, described, dimension = marking_weights(network)
-        key = new_key(weights, described, dimension, names or classes)
+        key = new_key(weights, described, dimension, names or classes or 1000)
         shown = f"{described['architecture']}, {described['image_size']} px"
         save_key(output, key, exclusive=not force)
         write_atomically(public, public_half(key).encode(), mode=0o644)
@@ -447,7 +451,7 @@ def train_demo(
     ] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint at -o")] = False,
     force: ForceOption = False,
-    seed: Annotated[int, typer.Option(min=0, help="of weights, order and crops")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of weights, order and crops")] = 0,
     device: DeviceOption = "auto",
     batch_size: Annotated[int, typer.Option(min=2, max=65536, help="images a step")] = 128,
     json_: JsonOption = False,
@@ -461,6 +465,8 @@ def train_demo(
         target = output or Path("model.pt")
         if target.exists() and not (force or resume):
             raise RadiotagError(f"{target} exists", "go on with --resume, overwrite with --force, or choose another -o")
+        if not target.absolute().parent.is_dir():  # known now, and not after the first epoch
+            raise RadiotagError(f"cannot write {target}: there is no folder {target.parent}", "make it, or change -o")
         if head_only and init is None:
             raise RadiotagError("--head-only needs a trained network", "give one with --init FILE")
         if stem not in {"auto", "small", "stock"}:

@@ -357,11 +357,11 @@ class Item:
 
 
 def scan(source: Path) -> tuple[list[Item], list[str], list[PurePosixPath]]:
-    """Return the images by path, the sorted class names ([""] for a flat folder), and the other files to copy.
+    """Return the images by path, the sorted class names ([""] for a flat folder), and what else to copy.
 
-    A class is a first-level folder that holds images at any depth. Hidden files, and files in hidden folders, count as
-    other files; names that end in .part are left out. RadiotagError for a missing, empty or ambiguous folder, a link
-    out of it, a broken link, and a link to a folder.
+    A class is a first-level folder that holds images at any depth. What else there is are other and hidden files, files
+    in hidden folders, and empty folders; names that end in .part are left out. RadiotagError for a missing, empty or
+    ambiguous folder, a link out of it, a broken link, and a link to a folder.
     """
     if not source.is_dir():
         raise RadiotagError(f"{source}: " + ("not a folder" if source.exists() else "no such folder"), "check the path")
@@ -389,7 +389,8 @@ def _walk(source: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
     while pending:
         folder = pending.pop()
         with os.scandir(source / folder) as entries:
-            for entry in entries:
+            found = list(entries)
+            for entry in found:
                 path = folder / entry.name
                 if entry.is_symlink():
                     _check_link(Path(entry.path), root)
@@ -397,6 +398,8 @@ def _walk(source: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
                     pending.append(path)
                 elif entry.is_file() and not entry.name.endswith(".part"):
                     (images if _is_image(path) else others).append(path)
+        if not found:
+            others.append(folder)
     return sorted(images, key=lambda path: path.parts), sorted(others, key=lambda path: path.parts)
 
 

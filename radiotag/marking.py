@@ -294,6 +294,7 @@ def _begin(plan: Plan, force: bool) -> IO[bytes]:
         manifest.mend(journal)
         manifest.take_in(plan.manifest, journal)
         _sweep(plan)
+        _check_images(plan)
     except BaseException:
         journal.close()
         raise
@@ -325,6 +326,22 @@ def _sweep(plan: Plan) -> None:
                 f"{stale} was made by an earlier run, and would not be made by this one",
                 "remove it, choose another -o, or start over with --force",
             )
+
+
+def _check_images(plan: Plan) -> None:
+    """Refuse to put other images in the place of an earlier run's; one that is still the same shows that all belong."""
+    items, other = {item.path.as_posix(): item for item in plan.items}, False
+    for _, row in manifest.read_lines(plan.manifest):
+        if "sha256_in" in row and row["path"] in items:
+            digest = _source_hash(plan, items[row["path"]])
+            if digest == row["sha256_in"]:
+                return
+            other = other or digest is not None
+    if other:
+        raise RadiotagError(
+            f"{plan.output} was made of other images than are in {plan.source}",
+            "choose another -o, or start over with --force",
+        )
 
 
 def _stale(plan: Plan) -> Iterator[tuple[Path, str]]:
@@ -483,7 +500,9 @@ def _copied(plan: Plan, item: Item) -> Row:
 def _copy_others(plan: Plan) -> None:
     for relative in plan.others:
         source, target = plan.source / relative, plan.output / relative
-        if _file_hash(source) != _file_hash(target) or not target.exists():
+        if source.is_dir():  # an empty one
+            target.mkdir(parents=True, exist_ok=True)
+        elif _file_hash(source) != _file_hash(target) or not target.exists():
             copy_atomically(source, _target(plan.output, relative.as_posix()))
             _same_time(source, target)
 

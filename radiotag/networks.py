@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,12 @@ from torchvision.models.vgg import VGG
 
 from radiotag import RadiotagError, out_of_memory
 from radiotag.images import write_atomically
-from radiotag.programs import grown, read_archive, refuse_arrays
+from radiotag.programs import check_pickles, grown, read_archive
 
 SMALL_IMAGE = 64  # pixels; up to here the stem is the small-image one
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback, stated when used
 BUILTIN = Path(__file__).with_name("builtin.safetensors")
+LEGACY_PICKLES = 5  # magic number, protocol, system, content, storages: what torch.save wrote before 1.6
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra heads, which serve training alone
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # as in torchvision's own weight files
 State = dict[str, Tensor]
@@ -447,7 +448,7 @@ def _refuse_growth(content: Mapping[Any, Any], path: Path) -> None:
 def _read_pickles(path: Path) -> Any:
     """A file of PyTorch before 1.6: pickles, and the weights behind them."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        refuse_arrays(whole)
+        check_pickles(cast(IO[bytes], whole), LEGACY_PICKLES)  # mapped, it gives no more than there is
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -10,10 +10,11 @@ more than itself is refused. The copy is made as two readers may see two files i
 import io
 import json
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ DTYPES = {
 }  # fmt: skip
 WEIGHTS = "_weights_config.json"  # torch.export's since PyTorch 2.8
 OLD_WEIGHTS = "serialized_state_dict.pt"  # and before
+FILLED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}  # what they fill was there before
+WORK = 2**27  # objects looked at in putting a pickle's objects together: seconds
 
 
 def read_archive(path: Path) -> Any:
@@ -42,13 +45,40 @@ def grown(path: Path) -> RadiotagError:
     return RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", "save the weights again")
 
 
-def refuse_arrays(pickled: Any) -> None:
-    """UnpicklingError for bytes, or a mapped file, that name `bytearray`: in `weights_only`, too, one can be any size.
+def check_pickles(file: IO[bytes], count: int = 1) -> None:
+    """UnpicklingError for what `weights_only` lets pass and no weights need; ValueError and others for what is broken.
 
-    No weights need it.
+    That is `bytearray`, which can be of any size, and tuples that hold others twice, which hold others twice, and so
+    on: they take a few bytes each, and for ever to be hashed, with no Ctrl-C.
     """
-    if pickled.find(b"bytearray") >= 0:
-        raise pickle.UnpicklingError("weights_only: bytearray")
+    for _ in range(count):
+        start = file.tell()
+        if file.read(1):
+            file.seek(start)
+            _check_pickle(file)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Follow a pickle's stack with the sizes that objects would have if they shared nothing."""
+    stack, marks, memo, work = list[list[int]](), list[int](), dict[object, list[int]](), 0
+    for code, argument, _ in pickletools.genops(file):
+        if code.name == "MARK":
+            marks.append(len(stack))
+        elif code.name in {"PUT", "BINPUT", "LONG_BINPUT"}:
+            memo[argument] = stack[-1]
+        elif code.name in {"GET", "BINGET", "LONG_BINGET"}:
+            stack.append(memo[argument])
+        else:
+            kinds = [kind.name for kind in code.stack_before]
+            first = marks.pop() - kinds.index("mark") if "mark" in kinds else len(stack) - len(kinds)
+            taken, stack = stack[first:], stack[:first]
+            filled = taken.pop(0) if code.name in FILLED else [1]
+            size = sum(part for (part,) in taken)
+            filled[0] += size
+            work += size + 1
+            stack += [filled] * len(code.stack_after)
+        if work > WORK or (code.name == "GLOBAL" and "bytearray" in str(argument)):
+            raise pickle.UnpicklingError("weights_only: an array, or tuples in tuples, of any size")
 
 
 def _content(file: Path | io.BytesIO, path: Path, nested: bool = False) -> Any:
@@ -122,7 +152,7 @@ HINTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollis
 
 def _saved(archive: zipfile.ZipFile, names: Sequence[str], path: Path, program: bool) -> Any:
     pickled = next(name for name in names if name.endswith("/data.pkl"))
-    refuse_arrays(_bytes(archive, pickled, path))
+    check_pickles(io.BytesIO(_bytes(archive, pickled, path)))
     root, bare = pickled.removesuffix("data.pkl"), io.BytesIO()
     with zipfile.ZipFile(bare, "w") as copy:  # without constants.pkl and code, by which a program is known
         for name in names:

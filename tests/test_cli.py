@@ -360,6 +360,7 @@ def test_every_option_is_explained_and_two_examples_are_given(command):
     [
         ["keygen", "--classes", "0"],
         ["keygen", "--no-such-option"],
+        ["keygen", "--classes", "3", "--data", "imgs"],
         ["mark", "imgs"],
         ["mark", "imgs", "--key", "k", "--fraction", "1.5"],
         ["train-demo", "imgs", "--epochs", "many"],
@@ -749,7 +750,9 @@ def test_other_files_are_copied(world, tmp_path):
     (source / ".hidden").write_text("h")
     (source / "ant" / "sub").mkdir()
     (source / "ant" / "sub" / "readme").write_text("r")
+    (source / "later" / "on").mkdir(parents=True)
     assert mark(world, tmp_path / "out", source=source).code == 0
+    assert (tmp_path / "out" / "later" / "on").is_dir()
     for name in ("labels.csv", ".hidden", "ant/sub/readme"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
         assert (tmp_path / "out" / name).stat().st_mtime_ns == (source / name).stat().st_mtime_ns
@@ -956,6 +959,23 @@ def test_what_changed_is_done_again_and_nothing_else(world, tmp_path):
     (output / "cat" / "00002.png").write_text("tampered with")
     assert mark(world, output, "--json", source=source).json["skipped"] == 10
     assert tree(output) == after
+
+
+@pytest.mark.parametrize("fraction", [1, 0.5])
+def test_other_images_of_the_same_names_do_not_take_an_outputs_place(world, tmp_path, fraction):
+    """Else a data set that reuses a folder would cost the owner the manifest of the one before."""
+    source, output = shutil.copytree(world.imgs, tmp_path / "imgs"), tmp_path / "out"
+    mark(world, output, "--fraction", fraction, source=source)
+    before, recorded = tree(output), digest(tmp_path / "out.manifest.jsonl")
+    for path in source.rglob("*.png"):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    result = mark(world, output, "--fraction", fraction, source=source)
+    assert result.code == 1
+    assert f"error: {output} was made of other images than are in {source}" in result.err
+    assert (tree(output), digest(tmp_path / "out.manifest.jsonl")) == (before, recorded)
+    assert mark(world, output, "--fraction", fraction, "--force", source=source).code == 0
+    assert tree(output).keys() == before.keys()
+    assert not set(tree(output).values()) & set(before.values())
 
 
 def test_a_grown_folder_ends_as_if_it_had_been_whole_at_once(world, tmp_path):
@@ -1379,6 +1399,9 @@ def test_train_demo_refuses(world, tmp_path, more, said):
 
 def test_train_demo_on_what_is_no_data(world, tmp_path):
     assert "no such folder" in bad("train-demo", tmp_path / "none", "-o", tmp_path / "m.pt").err
+    result = bad("train-demo", world.imgs, "-o", tmp_path / "none" / "m.pt")
+    assert f"there is no folder {tmp_path / 'none'}" in result.err
+    assert "reading" not in result.err
     shutil.copytree(world.clean, tmp_path / "val")
     shutil.move(tmp_path / "val" / "cat", tmp_path / "val" / "dog")
     assert "'dog'" in train(world, tmp_path / "m.pt", "--val", tmp_path / "val").err

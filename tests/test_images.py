@@ -616,11 +616,13 @@ def test_scan_classes_nested_files_and_others(tmp_path):
         tmp_path, "dog/2.JPG", "dog/1.png", "cat/deep/er/3.webp", "cat/notes.txt", "labels.csv", "docs/readme.md",
         "cat/.thumb.png", ".cache/4.png", "dog/5.png.part", "Zoo/6.tif", "cat/png", "cat/.png",
     )  # fmt: skip
+    (root / "dog" / "none" / "yet").mkdir(parents=True)
     assert listed(root) == (
         [("Zoo/6.tif", "Zoo", 0), ("cat/deep/er/3.webp", "cat", 1), ("dog/1.png", "dog", 2), ("dog/2.JPG", "dog", 2)],
         ["Zoo", "cat", "dog"],
-        [".cache/4.png", "cat/.png", "cat/.thumb.png", "cat/notes.txt", "cat/png", "docs/readme.md", "labels.csv"],
-    )
+        [".cache/4.png", "cat/.png", "cat/.thumb.png", "cat/notes.txt", "cat/png", "docs/readme.md", "dog/none/yet",
+         "labels.csv"],
+    )  # fmt: skip
 
 
 def test_scan_orders_classes_as_torchvision(tmp_path):

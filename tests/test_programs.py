@@ -7,6 +7,7 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -334,3 +335,46 @@ def test_an_array_of_any_size_is_no_weight(new, tmp_path):
     assert len(torch.load(tmp_path / "m.pt", weights_only=True)["x"]) == 10**8  # PyTorch lets it in
     with pytest.raises(RadiotagError, match=r"m\.pt holds a pickle that is more than weights; it was not run"):
         read_checkpoint(tmp_path / "m.pt")
+
+
+def doubled(times):
+    """A tuple of two that are one, and so on: each level takes a few bytes, and hashing the last one 2^times steps."""
+    nested = ("x",)
+    for _ in range(times):
+        nested = (nested, nested)
+    return nested
+
+
+def wide(times):
+    nested = ("x",)
+    for _ in range(times):
+        nested = (nested,) * 1000
+    return nested
+
+
+MANY = [(doubled(12), 1)] * 10
+BOMBS = {
+    "deep": lambda: Call(OrderedDict, [(doubled(60), 1)]),
+    "wide": lambda: Call(OrderedDict, [(wide(3), 1)]),
+    "many": lambda: Call(OrderedDict, [(doubled(20), n) for n in range(200)]),
+    "a list, named before it is filled, in many": lambda: [Call(OrderedDict, MANY) for _ in range(2000)],
+}
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_tuples_that_would_take_for_ever_to_hash_are_refused(bomb, new, tmp_path):
+    torch.save({"w": torch.zeros(3), "x": BOMBS[bomb]()}, tmp_path / "m.pt", _use_new_zipfile_serialization=new)
+    assert (tmp_path / "m.pt").stat().st_size < 200_000
+    with pytest.raises(RadiotagError, match=r"m\.pt holds a pickle that is more than weights; it was not run"):
+        read_checkpoint(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_what_training_leaves_beside_the_weights_is_read(new, tmp_path):
+    betas, history = (0.9, 0.999), [float(n) for n in range(300_000)]
+    groups = [{"betas": betas, "params": [n]} for n in range(2000)]
+    saved = {"model": {"w": torch.ones(3)}, "optimiser": {"param_groups": groups}, "losses": history}
+    torch.save(saved, tmp_path / "m.pt", _use_new_zipfile_serialization=new)
+    state, _ = read_checkpoint(tmp_path / "m.pt")
+    assert torch.equal(state["w"], torch.ones(3))
