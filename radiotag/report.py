@@ -13,7 +13,7 @@ from rich.text import Text
 from radiotag import RadiotagError, __version__, printable
 from radiotag.images import write_atomically
 from radiotag.radioactive import NULL, STATISTICS, Key
-from radiotag.verification import VOIDS, Calibration, Finding
+from radiotag.verification import TAIL, VOIDS, Calibration, Finding
 
 WIDTH = 118  # characters
 BLACK_BOX = (
@@ -111,10 +111,13 @@ def histogram(found: Calibration) -> list[Text]:
         Text(f"{i / 10:.1f}-{(i + 1) / 10:.1f}  {'#' * round(50 * count / widest):<50}  {count}")
         for i, count in enumerate(found.histogram)
     ]
-    verdict = "as it must be" if found.ks_p >= 0.001 else "NOT uniform: do not trust this p-value"
+    uniform = min(found.ks_p, found.tail_p) >= 0.001
+    verdict = "as it must be" if uniform else "NOT uniform: do not trust this p-value"
+    tail = (f"p ≤ {level:g}: {count} ({level * found.n:g})" for level, count in zip(TAIL, found.tail, strict=True))
     return [
         Text("p        fresh keys"),
         *lines,
+        Text(f"found (and expected): {', '.join(tail)}; as many or more by luck: p = {found.tail_p:.3f}"),
         Text(f"{found.n} fresh keys: Kolmogorov-Smirnov p = {found.ks_p:.3f} ({verdict})"),
         Text(f"the true key has rank {found.rank} of {found.n + 1} (1: the smallest p)"),
     ]

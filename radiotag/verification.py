@@ -39,6 +39,7 @@ T = TypeVar("T")
 SYNTHETIC_SEED = 20200702  # fixed: images chosen after seeing a suspect would be one more thing to choose
 LARGEST_INPUT = 640  # pixels that a suspect's own file may ask for: time and memory grow with their square
 POOR_R2 = 0.1
+TAIL = (0.1, 0.01, 0.001, 0.0001)  # p-values of fresh keys are counted up to each
 ENOUGH = 5  # images a class that may contradict what a suspect's file says of its outputs
 VOIDS = (
     "the p-value holds only if the key was made before the suspect (publish its fingerprint before the data),",
@@ -66,6 +67,8 @@ class Calibration:
     ks_p: float  # Kolmogorov–Smirnov, against the uniform law; of Bonferroni's p, against any below it
     rank: int  # of the true key among the n + 1, from 1: the smallest p-value
     histogram: tuple[int, ...]  # counts of p in ten equal bins
+    tail: tuple[int, ...]  # how many p are at most each of TAIL
+    tail_p: float  # of so many or more there, the least of the binomial p-values, corrected (Bonferroni)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,8 +348,9 @@ def positions(found: tuple[str, ...], names: tuple[str, ...]) -> Tensor:
 def calibrate(rows: Rows, key: Key, log_p: float, count: int) -> Calibration:
     """The suspect's p-values under `count` fresh keys, which follow from the secret key by a hash (SHAKE-256).
 
-    They must be uniform. Where the best of many outputs counts, corrected for the choice, p is larger than it need be,
-    and small ones must not be too many.
+    They must be uniform. Kolmogorov and Smirnov's test hardly sees the few smallest, by which suspects are accused:
+    these are counted. Where the best of many outputs counts, corrected for the choice, p is larger than it need be, and
+    small ones must not be too many.
     """
     seed = key.secret + b"calibrate"
     fresh = []
@@ -354,11 +358,14 @@ def calibrate(rows: Rows, key: Key, log_p: float, count: int) -> Calibration:
         carriers, patterns = fresh_carriers(key, hashlib.shake_256(seed + number.to_bytes(8, "big")).digest)
         fresh.append(evidence(rows, carriers, patterns).log_p)
     p = np.exp(fresh)
+    tail = [int((p <= level).sum()) for level in TAIL]
     return Calibration(
         n=count,
         ks_p=float(stats.kstest(p, "uniform", alternative="greater" if chosen_output(rows) else "two-sided").pvalue),
         rank=1 + sum(value <= log_p for value in fresh),
         histogram=tuple(np.histogram(p, bins=10, range=(0, 1))[0].tolist()),
+        tail=tuple(tail),
+        tail_p=min(1.0, len(TAIL) * float(stats.binom.sf(np.array(tail) - 1, count, TAIL).min())),
     )
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from test_cli import bad, call, good
 from torch import nn
 
@@ -20,7 +21,8 @@ from radiotag.images import decode
 from radiotag.manifest import read_manifest
 from radiotag.networks import load, marking_weights, save_checkpoint
 from radiotag.radioactive import load_key, new_key, save_key
-from radiotag.verification import Finding, Options, match_outputs, pair_classes
+from radiotag.report import histogram
+from radiotag.verification import TAIL, Finding, Options, match_outputs, pair_classes
 
 NAMES = ("ant", "bee", "cat")
 
@@ -509,7 +511,8 @@ def test_calibration_shows_a_uniform_law_and_the_true_keys_place(place, tmp_path
     found = answer["calibration"]
     assert found == answer["suspects"][0]["calibration"]
     assert found["n"] == 100 and sum(found["histogram"]) == 100
-    assert found["ks_p"] > 1e-4
+    assert min(found["ks_p"], found["tail_p"]) > 1e-4
+    assert found["tail"][0] == found["histogram"][0] and found["tail"] == sorted(found["tail"], reverse=True)
     assert 1 <= found["rank"] <= 101
     p = 10 ** answer["suspects"][0]["log10_p"]
     assert abs(found["rank"] / 101 - p) < 0.25
@@ -543,6 +546,25 @@ def test_calibration_finds_too_many_small_p_values(monkeypatch):
         draw = [torch.randn(len(classes), size, dtype=torch.float64) for size in (512, 51)]
         rows = radioactive.Rows(declared=draw[0], pattern=draw[1], paper=None, r2=None, classes=classes)
         assert verification.calibrate(rows, key, 0.0, 600).ks_p < 1e-6
+
+
+@pytest.mark.parametrize("many", [0, 4])
+def test_calibration_counts_the_smallest_p_values(monkeypatch, many):
+    """A test that is right but for one key in 500, which it finds certain: Kolmogorov and Smirnov see none of that."""
+    key = new_key(*marking_weights("builtin"), 1)
+    p = (np.random.default_rng(5).permutation(2000) + 0.5) / 2000
+    p[:many] = 1e-5
+    answers = iter(p)
+    monkeypatch.setattr(verification, "evidence", lambda *_: SimpleNamespace(log_p=float(np.log(next(answers)))))
+    rows = radioactive.Rows(declared=torch.ones(1, 512), pattern=None, paper=None, r2=None, classes=(0,))
+    found = verification.calibrate(rows, key, 0.0, 2000)
+    assert found.ks_p > 0.99
+    assert found.tail == tuple((p <= level).sum() for level in (0.1, 0.01, 0.001, 0.0001))
+    exact = [binomtest(count, 2000, level, "greater").pvalue for count, level in zip(found.tail, TAIL, strict=True)]
+    assert found.tail_p == pytest.approx(min(1, 4 * min(exact)))
+    said = " ".join(line.plain for line in histogram(found))
+    assert ("NOT uniform" in said) == (many > 0)
+    assert f"p ≤ 0.01: {found.tail[1]} (20)" in said
 
 
 @pytest.mark.parametrize(
