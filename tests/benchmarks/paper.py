@@ -51,6 +51,7 @@ class Experiment:
     data: str = "cifar10"
     images: int = 10_000  # of all classes together; 0: all there are
     share: float = 0.1  # 0: none is marked
+    format: str = "png"  # of the marked files; "keep": CIFAR-10's JPEG files stay what they are
     network: str = "builtin"  # the marking network, or a checkpoint in the work folder
     arch: str = "resnet10"
     size: int = 0  # of the suspect's input in pixels; 0: the images' own
@@ -166,6 +167,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "other data/tiny-imagenet-100": Experiment(network="tiny.pt"),
     "other data/cifar10": Experiment(**TINY, network="narrow.pt"),
     **{f"another set/{arch}": Experiment(**DIGITS, arch=arch) for arch in ("resnet10", "vgg11_bn")},
+    "survives/JPEG files stay JPEG": Experiment(format="keep"),
     **{f"survives/{how}": Experiment(published=how) for how in PUBLISHED},
     **{f"survives/{how}": Experiment(trained=how) for how in TRAINED},
     **{f"survives/{how}": Experiment(afterwards=how) for how in AFTERWARDS},
@@ -222,8 +224,8 @@ def marked(work: Path, e: Experiment, log: Path) -> tuple[str, str, float | None
     source = subset(work, e.data, e.images)
     if not e.share:
         return key, source, None
-    name = f"marked/{e.data}-n{e.images}-q{e.share:g}-{network}-seed{e.seed}"
-    command = f"mark {source} -o {name} --key {key} --format png --fraction {e.share:g}"
+    name = f"marked/{e.data}-n{e.images}-q{e.share:g}-{network}-seed{e.seed}" + ("-keep" if e.format == "keep" else "")
+    command = f"mark {source} -o {name} --key {key} --format {e.format} --fraction {e.share:g}"
     shared(work, name, lambda _: step(log, "mark", command))
     rows = read_manifest(work / f"{name}.manifest.jsonl")[1].values()
     return key, name, statistics.median(row["psnr"] for row in rows if "psnr" in row)
