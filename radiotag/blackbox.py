@@ -240,8 +240,8 @@ def _difference(right: Tensor) -> Tensor:
 def read_answers(path: Path, queries: Queries) -> tuple[Tensor, list[str]]:
     """A file of predictions: ((2(K + 1), N, C') probabilities with NaN for what is missing, warnings).
 
-    CSV: a header with `file` first, then either `label` or one column a class (probabilities or logits). JSON: an
-    object of file → label, list of numbers, or object of class → number. RadiotagError names the row that is wrong.
+    CSV: a header with `file` first, then either `label` or one column a class (see `_probabilities`). JSON: an object
+    of file → label, list of numbers, or object of class → number. RadiotagError names the row that is wrong.
     """
     rows = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
     known = {name: (k, i) for k, names in enumerate(queries.names) for i, name in enumerate(names)}
@@ -259,10 +259,11 @@ def read_answers(path: Path, queries: Queries) -> tuple[Tensor, list[str]]:
     if len(given) < len(known):
         warnings.append(f"{len(known) - len(given)} of {len(known)} exported images have no answer")
     names = _output_names(given.values(), path)
+    place = {name: i for i, name in enumerate(names)}
     answers = torch.full((len(queries.names), len(queries.rows), len(names)), float("nan"), dtype=torch.float64)
     for name, value in given.items():
-        answers[known[name]] = _probabilities(value, names, f"{path}: {name}")
-    return answers, warnings
+        answers[known[name]] = _numbers(value, place, f"{path}: {name}")
+    return _probabilities(answers), warnings
 
 
 def _read_csv(path: Path) -> list[tuple[str, Any]]:
@@ -334,13 +335,23 @@ def _output_names(values: Iterable[Any], path: Path) -> tuple[str, ...]:
     return tuple(sorted(names, key=int) if numbered else sorted(names))
 
 
-def _probabilities(value: Any, names: Sequence[str], where: str) -> Tensor:
-    """(C',) probabilities of a label, of probabilities, or of logits (numbers that do not sum to one)."""
-    place = {name: i for i, name in enumerate(names)}
+def _numbers(value: Any, place: dict[str, int], where: str) -> Tensor:
+    """(C',) numbers as given; of a label, one and zeros."""
     if isinstance(value, str):
-        return F.one_hot(torch.tensor(place[value]), len(names)).double()
-    numbers = torch.tensor([float(value.get(name, float("nan"))) for name in names], dtype=torch.float64)
-    if len(value) != len(names) or not bool(numbers.isfinite().all()):
-        raise RadiotagError(f"{where} needs {len(names)} numbers, all finite", "answer for every class, or for none")
-    proper = bool((numbers >= 0).all()) and abs(float(numbers.sum()) - 1) < 0.02
-    return numbers if proper else numbers.softmax(0)
+        return F.one_hot(torch.tensor(place[value]), len(place)).double()
+    numbers = torch.tensor([float(value.get(name, float("nan"))) for name in place], dtype=torch.float64)
+    if len(value) != len(place) or not bool(numbers.isfinite().all()):
+        raise RadiotagError(f"{where} needs {len(place)} numbers, all finite", "answer for every class, or for none")
+    return numbers
+
+
+def _probabilities(answers: Tensor) -> Tensor:
+    """(…, C') probabilities of what a whole file holds: numbers from 0 to 1, per cent, or else logits.
+
+    For all answers alike: one by one, an answer that was rounded to a sum of 0.97 would pass for logits.
+    """
+    given = answers[~answers.isnan().any(-1)]  # (n, C')
+    per_cent = bool(((given.sum(1) - 100).abs() < 5).all())
+    if bool((given >= 0).all()) and (per_cent or bool((given <= 1).all())):
+        return answers / answers.sum(-1, keepdim=True).clamp(min=1e-300)  # an answer may be all zeros
+    return answers.softmax(-1)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 DETECTED, ERROR, NO_EVIDENCE, INTERRUPTED = 0, 1, 3, 130  # exit codes; 2 is a usage error
 SCHEMA = 1
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # folders of folders of classes
+MENDED = "mend or remove them, and run the same command again: what is done is kept"
 AGAIN = {
     "mark": "run the same command again: what is done is kept",
     "train-demo": "with DATA, go on from the last whole epoch with --resume",
@@ -83,14 +85,17 @@ class Report:
             base = {"schema": SCHEMA, "command": self.command, "version": __version__}
             print(json.dumps({**base, **values, "seconds": seconds}))
 
-    def fail(self, message: str, hint: str) -> None:
-        """An error: stderr always, and the JSON object."""
-        if self.mute:
-            return
+    def problem(self, message: str, hint: str) -> None:
+        """Something that went wrong, and the way out: stderr always."""
         print(printable(f"error: {message}"), file=sys.stderr)
         if hint:
             print(printable(f"hint: {hint}"), file=sys.stderr)
-        self.give(error=message, hint=hint)
+
+    def fail(self, message: str, hint: str) -> None:
+        """What ends a command: the error, and the JSON object."""
+        if not self.mute:
+            self.problem(message, hint)
+            self.give(error=message, hint=hint)
 
 
 def _aside() -> bool:
@@ -144,8 +149,10 @@ def choose_device(name: str) -> str:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
-    if not there.get(name, False):
-        raise RadiotagError(f"the device '{name}' is not available", f"use one of: auto, {', '.join(there)}")
+    if name not in there:
+        raise typer.BadParameter(f"--device is one of auto, {', '.join(there)}, not {name}")
+    if not there[name]:
+        raise RadiotagError(f"the device '{name}' is not available", "use --device auto")
     return name
 
 
@@ -261,7 +268,9 @@ def mark(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="the marked folder  [default: SRC-marked]")
     ] = None,
     fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="share of each class to mark")] = 1.0,
-    epsilon: Annotated[float, typer.Option(min=0.1, max=255.0, help="largest change of a pixel, of 255")] = 10.0,
+    epsilon: Annotated[
+        float, typer.Option(min=0.1, max=255.0, help="largest change of a pixel, of 255 (before encoding)")
+    ] = 10.0,
     min_psnr: Annotated[
         float | None,
         typer.Option(
@@ -293,7 +302,7 @@ def mark(
     """
     with reporting("mark", json_, quiet) as report:
         if format_ not in {"keep", "png"}:
-            raise RadiotagError(f"--format {format_} is unknown", "use keep or png")
+            raise typer.BadParameter(f"--format is keep or png, not {format_}")
         report.note("planning …")
         from radiotag import marking as folder
         from radiotag.manifest import Summary
@@ -306,9 +315,13 @@ def mark(
             raise RadiotagError(f"{key} lies in {source}, and would be copied with it", "keep the key elsewhere")
         plan = folder.plan(source, where, secret, settings, fraction=fraction, format=format_, seed=seed)
         _check_preview(plan, preview, force)
+        if plan.rows.keys() <= SPLITS and len(plan.rows) > 1:
+            report.note(f"the classes are {', '.join(plan.rows)}: give one of these folders if they hold the classes")
         if dry_run:
+            folder.check(plan, force)
             report.say(*_plan_lines(plan))
-            report.give(**_mark_json(plan, Summary(images=len(plan.items)), dry_run=True))
+            planned = {"dry_run": True, "would_mark": len(plan.chosen)}
+            report.give(**_mark_json(plan, Summary(images=len(plan.items)), **planned))
             return
         report.mute = False
         if (count := folder.processes()) > 1:  # a cluster may set RANK and WORLD_SIZE for other ends
@@ -328,9 +341,10 @@ def mark(
         if preview:
             folder.preview(plan, summary, preview)
         for row in summary.failed:
-            print(printable(f"error: {row['error']}"), file=sys.stderr)
+            report.problem(row["error"], row.get("hint", ""))
         report.say(*_mark_lines(plan, summary, key))
-        report.give(**_mark_json(plan, summary))
+        problem = {"error": f"{len(summary.failed)} images failed, and are missing", "hint": MENDED}
+        report.give(**_mark_json(plan, summary, **(problem if summary.failed else {})))
         if summary.failed:
             raise typer.Exit(ERROR)
 
@@ -342,6 +356,8 @@ def _check_preview(plan: Any, preview: Path | None, force: bool) -> None:
     place = preview.resolve()
     if any(place.is_relative_to(folder.resolve()) for folder in (plan.source, plan.output)):
         raise RadiotagError(f"{preview} lies in the data", "put the preview elsewhere")
+    if preview.suffix.lower() != ".png" or not place.parent.is_dir():
+        raise RadiotagError(f"cannot write {preview}", "name a .png file in a folder that exists")
     if preview.exists() and not force:
         raise RadiotagError(f"{preview} exists", "choose another name for --preview, or remove it")
 
@@ -368,8 +384,16 @@ def _plan_lines(plan: Any) -> list[str]:
     return [
         f"would mark {len(plan.chosen)} of {len(plan.items)} images into {plan.output}",
         *(f"  {line}" for line in lines),
+        *_unmarked_lines(plan),
         f"next         {shlex.join(['radiotag', *(word for word in sys.argv[1:] if word != '--dry-run')])}",
     ]
+
+
+def _unmarked_lines(plan: Any) -> list[str]:
+    from radiotag.marking import unmarked_formats
+
+    counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(unmarked_formats(plan).items()))
+    return [f"warning      copied unmarked, though they look like images: {counts}"] if counts else []
 
 
 def _statistics(summary: "Summary") -> dict[str, Any]:
@@ -389,11 +413,13 @@ def _statistics(summary: "Summary") -> dict[str, Any]:
 
 
 def _mark_json(plan: Any, summary: "Summary", **more: Any) -> dict[str, Any]:
-    failed = [{"path": row["path"], "error": row["error"]} for row in summary.failed]
+    from radiotag.marking import unmarked_formats
+
+    failed = [{name: row.get(name, "") for name in ("path", "error", "hint")} for row in summary.failed]
     return {
         "fingerprint": plan.header["fingerprint"], "output": str(plan.output), "manifest": str(plan.manifest),
         "images": len(plan.items), "marked": summary.marked, "copied": summary.copied, "skipped": summary.skipped,
-        "failed": failed,
+        "failed": failed, "formats_unmarked": dict(unmarked_formats(plan)), "further_pictures_dropped": summary.dropped,
         **_statistics(summary), **more,
     }  # fmt: skip
 
@@ -415,7 +441,13 @@ def _mark_lines(plan: Any, summary: "Summary", key: Path) -> list[str]:
             f"strength     largest change {numbers['linf_max']:.0f} of 255, "
             f"feature gain {numbers['feature_gain_mean']:.3f} as read back",
         ]
-    later = f"radiotag verify model.pt --key {shlex.quote(str(key))}"
+    lines += _unmarked_lines(plan)
+    if summary.dropped:
+        lines.append(f"warning      {summary.dropped} marked files lack further pictures (gain map, depth, preview)")
+    if failed:
+        return [*lines, f"next         {failed} images are MISSING from {plan.output.name}: {MENDED}"]
+    flat = f" --marked {shlex.quote(str(plan.manifest))}" if plan.names == ("",) else ""
+    later = f"radiotag verify model.pt --key {shlex.quote(str(key))}{flat}"
     return [*lines, f"next         release {plan.output.name}; later: {later}"]
 
 
@@ -470,7 +502,7 @@ def train_demo(
         if head_only and init is None:
             raise RadiotagError("--head-only needs a trained network", "give one with --init FILE")
         if stem not in {"auto", "small", "stock"}:
-            raise RadiotagError(f"--stem {stem} is unknown", "use auto, small or stock")
+            raise typer.BadParameter(f"--stem is auto, small or stock, not {stem}")
         from radiotag import networks, training
 
         report.note("reading images …")
@@ -550,7 +582,10 @@ def verify(
     arch: Annotated[
         str | None, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="the suspect's network, if not recognised")
     ] = None,
-    image_size: SizeOption = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, max=2048, help="its input in pixels  [default: the file's, else its architecture's]"),
+    ] = None,
     mean: Annotated[
         str | None, typer.Option(metavar="R,G,B", help="the suspect's normalisation, of pixels in 0..1")
     ] = None,

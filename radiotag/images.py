@@ -7,12 +7,14 @@ import hashlib
 import io
 import math
 import os
+import re
 import secrets
 import shutil
 import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
@@ -20,12 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 from scipy import ndimage
 
 from radiotag import RadiotagError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp"})
+OTHER_SUFFIXES = frozenset(  # of images that are only copied
+    {".gif", ".apng", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".psd", ".dng"}
+)
+PART = re.compile(r"\.[0-9a-f]{16}\.part")  # what a file is called while it is written
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B"})
 PNG_MODES = {"1": "L", "P": "RGB", "CMYK": "RGB"}  # what `--format png` writes instead: these would cost the mark
@@ -46,6 +53,9 @@ TURN_BACK = {  # Pillow turns a TIFF upright as it reads it, and nothing else: t
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+SCAN, HUFFMAN, ADOBE = 0xDA, 0xC4, 0xEE  # markers of a JPEG's segments
+FURTHER_PICTURES = b"MPF\0"  # how the list of them begins, whose places in the file hold no longer
+METADATA = ("exif", "icc_profile", "xmp", "dpi")  # in Pillow's words
 WEBP_QUALITY = 90  # a lossy WebP does not tell its quality; the usual 75-80 would wash out part of the mark
 SMALL, LARGE = 128, 320  # pixels on the long side of a picture in the contact sheet
 LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
@@ -64,9 +74,10 @@ class Picture:
     depth: int  # bits per sample to write: 1, 2, 4, 8 or 16
     plane: NDArray[np.uint8] | None  # (H, W), kept aside: alpha, or the black ink of CMYK
     options: dict[str, Any] = field(repr=False)  # Pillow's options that write the own format as it was
-    chunks: bytes = field(repr=False)  # a PNG's own metadata chunks, copied as they are
+    chunks: bytes = field(repr=False)  # a PNG's metadata chunks, or a JPEG's segments, copied as they are
     orientation: int  # of a TIFF, which Pillow has turned upright; 1 for the other formats, which it leaves as stored
     obstacle: str  # why the own format cannot be written again; "" when it can
+    dropped: int = 0  # further pictures of a telephone's JPEG, such as a gain map or a depth: left out
 
 
 def decode(data: bytes, name: str) -> Picture:
@@ -99,7 +110,7 @@ def _load(data: bytes, name: str) -> Image.Image:
         raise RadiotagError(f"{name}: not an image, or a broken one", hint) from error
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise _bomb(name)
-    if getattr(image, "n_frames", 1) > 1:
+    if getattr(image, "n_frames", 1) > 1 and not isinstance(image, JpegImageFile):
         raise RadiotagError(f"{name}: it holds several frames or pages", "keep one frame a file")
     if isinstance(image, TiffImageFile):
         image.info["orientation"] = image.tag_v2.get(274, 1)  # load() removes the tag
@@ -119,10 +130,12 @@ def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
     mode = "I;16" if depth == 16 else image.mode
     if plane is not None and mode in ("1", "L", "RGB"):  # one colour meant "transparent": marked pixels would leave it
         mode, depth = ("RGBA" if mode == "RGB" else "LA"), 8
-    chunks = _png_chunks(data) if image.format == "PNG" else b""
+    format = "JPEG" if isinstance(image, JpegImageFile) else str(image.format)  # Pillow has MPO for several pictures
+    chunks = _png_chunks(data) if format == "PNG" else _jpeg_metadata(data) if format == "JPEG" else b""
     return Picture(
-        name=name, rgb=rgb, format=str(image.format), mode=mode, depth=depth, plane=plane, options=options,
+        name=name, rgb=rgb, format=format, mode=mode, depth=depth, plane=plane, options=options,
         chunks=chunks, orientation=image.info.get("orientation", 1), obstacle=obstacle,
+        dropped=getattr(image, "n_frames", 1) - 1,
     )  # fmt: skip
 
 
@@ -164,9 +177,9 @@ def _pixels(image: Image.Image) -> tuple[NDArray[np.float32], NDArray[np.uint8] 
 
 def _own_options(image: Image.Image, data: bytes) -> tuple[dict[str, Any], str]:
     """Return Pillow's save options for the image's own format, and what stands in the way of using them."""
-    kept = {key: image.info[key] for key in ("exif", "icc_profile", "xmp") if image.info.get(key)}
+    kept = {key: image.info[key] for key in METADATA if image.info.get(key)}
     if isinstance(image, JpegImageFile):
-        return kept | _jpeg_options(image), _jpeg_obstacle(image)
+        return kept | _jpeg_options(image, data), _jpeg_obstacle(image)
     if isinstance(image, TiffImageFile):
         return _tiff_options(image)
     if image.format == "WEBP":
@@ -181,23 +194,72 @@ def _own_options(image: Image.Image, data: bytes) -> tuple[dict[str, Any], str]:
     return kept, ""
 
 
-def _jpeg_options(image: JpegImageFile) -> dict[str, Any]:
+def _jpeg_options(image: JpegImageFile, data: bytes) -> dict[str, Any]:
     numbers = [layer[3] for layer in image.layer]  # which table each component uses
-    rgb = image.mode == "RGB" and [layer[0] for layer in image.layer] == list(b"RGB")
+    rgb = image.mode == "RGB" and [layer[0] for layer in image.layer] == list(b"RGB") and "jfif" not in image.info
     if len(set(numbers)) == 1 or (image.mode == "CMYK" and image.info.get("adobe_transform") == 2):
         numbers = numbers[:1]  # YCCK is written as CMYK, whose inks must not get the coarse table of the chroma
     elif numbers[1:2] == numbers[2:] and not rgb:
         numbers = numbers[:2]
-    extra = [b"\xff\xed" + struct.pack(">H", len(body) + 2) + body for app, body in image.applist if app == "APP13"]
     return {
         "qtables": [list(image.quantization[number]) for number in numbers],
         "subsampling": get_sampling(image),
         "progressive": bool(image.info.get("progressive")),
         "keep_rgb": rgb,
-        "extra": b"".join(extra),  # IPTC captions and copyright
-        "comment": image.info.get("comment", b""),
-        "dpi": image.info["dpi"] if image.info.get("jfif_unit") in (1, 2) else (0, 0),
+        "optimize": not _huffman(data) <= _standard_huffman(),
     }
+
+
+def _jpeg_segments(data: bytes) -> list[tuple[int, bytes]]:
+    """(marker, the segment with it) of all that comes before a JPEG's first scan."""
+    found, position = [], 2
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != SCAN:
+        size = 1 if data[position + 1] == 0xFF else 2 + struct.unpack_from(">H", data, position + 2)[0]  # 1: filling
+        if size > 1:
+            found.append((data[position + 1], data[position : position + size]))
+        position += size
+    return found
+
+
+def _is_metadata(marker: int) -> bool:
+    return 0xE0 <= marker <= 0xEF or marker == 0xFE  # APP0 to APP15, comments
+
+
+def _jpeg_metadata(data: bytes) -> bytes:
+    """All but the list of further pictures, and Adobe's word on colours where it says other than is usual (YCbCr)."""
+    kept = [(marker, part) for marker, part in _jpeg_segments(data) if _is_metadata(marker)]
+    usual = (part for marker, part in kept if marker != ADOBE or part[15:16] == b"\1")
+    return b"".join(part for part in usual if not part.startswith(FURTHER_PICTURES, 4))
+
+
+def _with_metadata(data: bytes, metadata: bytes) -> bytes:
+    """A JPEG just written with other metadata, so that marked files begin as the copied ones beside them do."""
+    segments = _jpeg_segments(data)
+    scans = data[2 + sum(len(part) for _, part in segments) :]
+    if any(marker == ADOBE for marker, _ in segments):
+        metadata = b"".join(part for marker, part in _jpeg_segments(data[:2] + metadata) if marker != ADOBE)
+    own = (part for marker, part in segments if marker == ADOBE or not _is_metadata(marker))
+    return data[:2] + metadata + b"".join(own) + scans
+
+
+def _huffman(data: bytes) -> set[bytes]:
+    """A JPEG's Huffman tables, each with its number."""
+    found = set()
+    for part in (part for marker, part in _jpeg_segments(data) if marker == HUFFMAN):
+        position = 4
+        while position + 17 <= len(part):
+            end = position + 17 + sum(part[position + 1 : position + 17])
+            found.add(part[position:end])
+            position = end
+    return found
+
+
+@cache
+def _standard_huffman() -> set[bytes]:
+    """The tables of an encoder that does not optimise them."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    return _huffman(file.getvalue())
 
 
 def _jpeg_obstacle(image: JpegImageFile) -> str:
@@ -268,17 +330,35 @@ def _write(picture: Picture, rgb: NDArray[Any], format: str) -> bytes:
     if format == "png":
         target, depth = "PNG", max(8, depth)
         # The profile of CMYK inks says nothing about the RGB pixels that replace them.
-        kept = ("exif",) if mode == "CMYK" else ("exif", "icc_profile")
+        kept = ("exif", "dpi") if mode == "CMYK" else ("exif", "dpi", "icc_profile")
         options = {key: options[key] for key in kept if options.get(key)}
+        options["pnginfo"] = text = PngInfo()
+        if "xmp" in picture.options:
+            text.add_itxt("XML:com.adobe.xmp", picture.options["xmp"].decode("utf-8", "replace"))
         mode = "RGBA" if mode == "P" and picture.plane is not None else PNG_MODES.get(mode, mode)
     image = _image(rgb, mode, depth, picture.plane)
     if target == "TIFF" and picture.orientation in TURN_BACK:
         image = image.transpose(TURN_BACK[picture.orientation])
         options = options | {"exif": _with_orientation(options["exif"], picture.orientation)}
+    if target == "JPEG":  # its metadata travel as segments
+        options = {key: value for key, value in options.items() if key not in METADATA}
+    data = _saved(image, target, options)
+    if target == "JPEG":
+        return _with_metadata(data, picture.chunks)
+    chunks = picture.chunks if picture.format == "PNG" else b""
+    return data[:33] + chunks + data[33:]  # after the signature and IHDR
+
+
+def _saved(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:
     file = io.BytesIO()
-    image.save(file, target, **options)
-    data = file.getvalue()
-    return data[:33] + picture.chunks + data[33:] if picture.chunks else data  # after the signature and IHDR
+    try:
+        image.save(file, format, **options)
+    except OSError:  # Pillow gives a JPEG that takes two passes two bytes a pixel, which noise may exceed
+        if not (options.get("optimize") or options.get("progressive")):
+            raise
+        file = io.BytesIO()
+        image.save(file, format, **options | {"optimize": False, "progressive": False})
+    return file.getvalue()
 
 
 def _with_orientation(data: bytes, orientation: int) -> Image.Exif:
@@ -360,8 +440,8 @@ def scan(source: Path) -> tuple[list[Item], list[str], list[PurePosixPath]]:
     """Return the images by path, the sorted class names ([""] for a flat folder), and what else to copy.
 
     A class is a first-level folder that holds images at any depth. What else there is are other and hidden files, files
-    in hidden folders, and empty folders; names that end in .part are left out. RadiotagError for a missing, empty or
-    ambiguous folder, a link out of it, a broken link, and a link to a folder.
+    in hidden folders, and empty folders; what `mark` left half-written is no file. RadiotagError for a missing, empty
+    or ambiguous folder, a link out of it, a broken link, and a link to a folder.
     """
     if not source.is_dir():
         raise RadiotagError(f"{source}: " + ("not a folder" if source.exists() else "no such folder"), "check the path")
@@ -396,7 +476,7 @@ def _walk(source: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
                     _check_link(Path(entry.path), root)
                 if entry.is_dir():
                     pending.append(path)
-                elif entry.is_file() and not entry.name.endswith(".part"):
+                elif entry.is_file() and not PART.fullmatch(entry.name):
                     (images if _is_image(path) else others).append(path)
         if not found:
             others.append(folder)

@@ -34,6 +34,7 @@ class Summary:
     ssim: "array[float]" = field(default_factory=lambda: array("d"))
     linf: "array[float]" = field(default_factory=lambda: array("d"))
     gain: "array[float]" = field(default_factory=lambda: array("d"))
+    dropped: int = 0  # images whose further pictures their marked files lack
     places: "array[int]" = field(default_factory=lambda: array("q"))  # bytes into the manifest
 
     @property
@@ -51,6 +52,7 @@ class Summary:
         else:
             for name in ("psnr", "ssim", "linf", "gain"):
                 getattr(self, name).append(row[name])
+            self.dropped += "dropped" in row
             self.places.append(place)
 
 

@@ -8,8 +8,8 @@ number of processes, gives the same bytes.
 import hashlib
 import math
 import os
-import re
 import shutil
+import stat
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +29,8 @@ from torch import Tensor, distributed
 
 from radiotag import RadiotagError, manifest, out_of_memory, shards
 from radiotag.images import (
+    OTHER_SUFFIXES,
+    PART,
     Item,
     Picture,
     contact_sheet,
@@ -50,7 +52,6 @@ from radiotag.radioactive import Key, Marking, choose, default_psnr, image_rando
 LOSSLESS = {"PNG", "BMP", "TIFF"}
 GREY = {"1", "L", "LA", "I;16"}
 TOGETHER = 2**24  # pixels optimised at once, at most: some 2 GiB; many photographs are slower together than apart
-PART = re.compile(r"\.[0-9a-f]{16}\.part")  # what a file is called while it is written
 BEST_PSNR = 100.0  # dB recorded of an image that came out unchanged: JSON has no infinity
 AHEAD = 64  # files copied or checked before they are asked for; of decoded images, which may be large, THREADS
 THREADS = max(2, min(8, os.cpu_count() or 2))  # decode, encode and copy beside the optimisation
@@ -117,13 +118,19 @@ def plan(
     )  # fmt: skip
 
 
+def unmarked_formats(plan: Plan) -> Counter[str]:
+    """How many of the files that are only copied look like images of formats that are not marked, by suffix."""
+    return Counter(path.suffix.lower() for path in plan.others if path.suffix.lower() in OTHER_SUFFIXES)
+
+
 def _is_secret(path: Path) -> bool:
-    """Whether a file is a key, an index of black-box questions or a manifest, which must not go with the data."""
+    """Whether a file, of any name, is a key, an index of black-box questions or a manifest, which may not go out."""
     try:
-        if path.suffix == ".jsonl":
-            with path.open("rb") as lines:
-                return b'"radiotag"' in (first := lines.readline(4096)) and b'"fingerprint"' in first
-        if path.suffix != ".safetensors":
+        with path.open("rb") as file:
+            first = file.readline(4096)
+        if first.startswith(b"{"):
+            return b'"radiotag"' in first and b'"fingerprint"' in first
+        if first[8:9] != b"{":
             return False
         with safe_open(path, framework="pt") as file:
             said = (file.metadata() or {}).get("radiotag", "")
@@ -278,13 +285,10 @@ def _journal(plan: Plan, path: Path, together: Team, force: bool, held: ExitStac
 
 def _begin(plan: Plan, force: bool) -> IO[bytes]:
     """Open the manifest, new or with what earlier runs did. Refuses what it cannot go on from."""
+    check(plan, force)
     there = plan.manifest.exists()
-    if not there and plan.output.exists() and not force and (not plan.output.is_dir() or any(plan.output.iterdir())):
-        raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
     if there and force:
         _remove_stale(plan)
-    elif there:
-        _check_settings(plan, manifest.read_header(plan.manifest))
     if force or not there:
         for other in manifest.rank_journals(plan.manifest):
             other.unlink()
@@ -294,11 +298,21 @@ def _begin(plan: Plan, force: bool) -> IO[bytes]:
         manifest.mend(journal)
         manifest.take_in(plan.manifest, journal)
         _sweep(plan)
-        _check_images(plan)
     except BaseException:
         journal.close()
         raise
     return journal
+
+
+def check(plan: Plan, force: bool) -> None:
+    """RadiotagError for an output that this plan cannot begin or go on with; nothing is written."""
+    if force:
+        return
+    if plan.manifest.exists():
+        _check_settings(plan, manifest.read_header(plan.manifest))
+        _check_images(plan)
+    elif plan.output.exists() and (not plan.output.is_dir() or any(plan.output.iterdir())):
+        raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
 
 
 def _check_settings(plan: Plan, header: Row) -> None:
@@ -475,9 +489,11 @@ def _target(folder: Path, relative: str) -> Path:
     return target
 
 
-def _same_time(source: Path, target: Path) -> None:
-    times = source.stat()
-    os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))  # a fresh time stamp would give the marked files away
+def _as_source(source: Path, target: Path) -> None:
+    """Time stamp and permissions: fresh ones would give the marked files away."""
+    found = source.stat()
+    target.chmod(stat.S_IMODE(found.st_mode))
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
 def _copied(plan: Plan, item: Item) -> Row:
@@ -488,11 +504,11 @@ def _copied(plan: Plan, item: Item) -> Row:
     try:
         target = _target(plan.output, path)
         copy_atomically(source, target)
-        _same_time(source, target)
+        _as_source(source, target)
     except RadiotagError as error:
         if _file_hash(source) is not None:
             raise  # the output cannot be written: nothing else will be either
-        return _row(plan, item, "failed", error=str(error))
+        return _row(plan, item, "failed", error=str(error), hint=error.hint)
     digest = _file_hash(target)
     return _row(plan, item, "copied", output=path, sha256_in=digest, sha256_out=digest)
 
@@ -504,7 +520,7 @@ def _copy_others(plan: Plan) -> None:
             target.mkdir(parents=True, exist_ok=True)
         elif _file_hash(source) != _file_hash(target) or not target.exists():
             copy_atomically(source, _target(plan.output, relative.as_posix()))
-            _same_time(source, target)
+            _as_source(source, target)
 
 
 def _finish_archive(plan: Plan, summary: Summary) -> None:
@@ -527,7 +543,7 @@ def _finish_archive(plan: Plan, summary: Summary) -> None:
     for shard in plan.archive.shards:
         target = plan.output / shard if plan.source.is_dir() else plan.output
         shards.assemble(plan.archive, shard, _target(target.parent, target.name), marked, plan.work)
-        _same_time(plan.archive.root / shard, target)
+        _as_source(plan.archive.root / shard, target)
     shutil.rmtree(plan.work, ignore_errors=True)
 
 
@@ -544,7 +560,7 @@ def _read(plan: Plan, item: Item) -> tuple[Item, bytes, Picture] | Row:
     except OSError as error:
         return _row(plan, item, "failed", error=f"cannot read {source}: {error.strerror}")
     except RadiotagError as error:
-        return _row(plan, item, "failed", error=str(error))
+        return _row(plan, item, "failed", error=str(error), hint=error.hint)
     return item, data, picture
 
 
@@ -598,9 +614,10 @@ def _mark_batch(
         if not isinstance(error, RadiotagError) and (len(ready) == 1 or not out_of_memory(error)):
             raise
         marked, problem = [], str(error)  # the error itself would keep the failed batch's tensors
+        hint = error.hint if isinstance(error, RadiotagError) else ""
     if not marked:
         if len(ready) == 1:
-            yield _row(plan, ready[0][0], "failed", error=problem)
+            yield _row(plan, ready[0][0], "failed", error=problem, hint=hint)
             return
         for half in (ready[: len(ready) // 2], ready[len(ready) // 2 :]):
             yield from _mark_batch(plan, half, key, network, marking, pool)
@@ -616,11 +633,12 @@ def _written(plan: Plan, image: tuple[Item, bytes, Picture], encoded: bytes, see
     target = _target(plan.work, relative)
     write_atomically(target, encoded)
     if plan.archive is None:
-        _same_time(plan.source / item.path, target)
+        _as_source(plan.source / item.path, target)
     return _row(
         plan, item, "marked", output=relative, sha256_in=hashlib.sha256(data).hexdigest(),
         sha256_out=hashlib.sha256(encoded).hexdigest(), psnr=round(min(psnr(picture.rgb, seen), BEST_PSNR), 3),
         ssim=round(ssim(picture.rgb, seen), 5), linf=round(linf(picture.rgb, seen), 3), gain=round(gain, 5),
+        **({"dropped": picture.dropped} if picture.dropped else {}),
     )  # fmt: skip
 
 

@@ -458,7 +458,7 @@ def clean_state(content: Mapping[Any, Any], path: Path) -> State:
     parts = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state.values()}
     if sum(v.numel() * v.element_size() for v in state.values()) > 4 * sum(parts.values()) + 2**26:
         raise RadiotagError(f"{path}: its tensors are larger than what is stored of them", "save the weights again")
-    for prefix in ("module.", "_orig_mod.", "module."):
+    for prefix in ("module.", "_orig_mod.", "module.", "model.", "net."):
         if state and all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     state = {OLD_DENSENET.sub(r"\1\2", k): v.float() if v.is_floating_point() else v for k, v in state.items()}

@@ -177,19 +177,19 @@ def save_key(path: Path, key: Key, *, exclusive: bool = True) -> None:
 def load_key(path: Path) -> Key:
     """Read a key file. Raises RadiotagError if it is missing, readable by others, damaged or of another version."""
     try:
-        mode = path.stat().st_mode
-        if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
-            raise RadiotagError(f"{path} can be read by others", f"chmod 600 {path}")
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = json.loads((file.metadata() or {})["radiotag"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         carriers, patterns = tensors.pop("carriers"), tensors.pop("patterns", torch.empty(0, PATTERN_DIMENSION))
         secret = bytes(tensors.pop("secret").tolist())
         _check(metadata, carriers, patterns, secret)
+        if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise RadiotagError(f"{path} can be read by others", f"chmod 600 {path}")
     except FileNotFoundError as error:
         raise RadiotagError(f"no key at {path}", f"make one: radiotag keygen -o {path}") from error
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise RadiotagError(f"{path} is not a radiotag key: {error}", "make one: radiotag keygen") from error
+        hint = "give the secret half: --key k.safetensors" if path.suffix == ".pub" else "make one: radiotag keygen"
+        raise RadiotagError(f"{path} is not a radiotag key: {error}", hint) from error
     if metadata.get("format") != FORMAT:
         raise RadiotagError(f"{path} is of a format that this version does not know", "pip install -U radiotag")
     if metadata.get("statistic") not in STATISTICS:

@@ -90,7 +90,8 @@ def scan(source: Path) -> tuple[Archive, list[Item], list[str], list[PurePosixPa
     """
     files = [source] if source.is_file() else sorted(source.iterdir())
     shards = [path for path in files if is_shard(path)]
-    others = [PurePosixPath(p.name) for p in files if p not in shards and p.is_file() and p.suffix != ".part"]
+    beside = (path.name for path in files if path not in shards and path.is_file())
+    others = [PurePosixPath(name) for name in beside if not images.PART.fullmatch(name)]
     members: dict[str, Member] = {}
     labels: dict[str, str] = {}
     loose = next((path for path in others if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")), None)

@@ -48,6 +48,7 @@ from radiotag import (
 from radiotag.manifest import locked, read_manifest
 from radiotag.networks import Network, load, save_checkpoint
 from radiotag.radioactive import load_key
+from radiotag.verification import marked_hashes, marked_rows
 
 COMMANDS = ("keygen", "mark", "train-demo", "verify")
 NAMES = ("ant", "bee", "cat")
@@ -57,6 +58,7 @@ COMMON = {"schema", "command", "version", "seconds"}
 MARK_KEYS = COMMON | {
     *("fingerprint", "output", "manifest", "images", "marked", "copied", "skipped", "failed"),
     *("psnr_median", "psnr_p5", "psnr_min", "ssim_median", "ssim_min", "linf_max", "feature_gain_mean"),
+    *("formats_unmarked", "further_pictures_dropped"),
 }
 SUSPECT_KEYS = {
     *("path", "architecture", "detected", "log10_p", "log10_p_corrected", "paper_log10_p", "mean_cosine"),
@@ -493,6 +495,8 @@ def test_a_key_that_others_can_read_is_refused(world, tmp_path):
     Path(key).chmod(0o644)
     for arguments in (("mark", world.imgs, "-o", tmp_path / "out"), ("verify", world.model)):
         assert f"hint: chmod 600 {key}" in bad(*arguments, "--key", key).err
+        public = bad(*arguments, "--key", world.key.with_suffix(".pub")).err
+        assert "hint: give the secret half" in public
     assert not (tmp_path / "out").exists()
 
 
@@ -648,10 +652,18 @@ def test_dry_run_writes_nothing(world, tmp_path):
     assert "--fraction 0.5" in following and str(tmp_path / "out") in following and "--dry-run" not in following
     assert "ant: 2 of 4 images" in result.out
     assert list(tmp_path.iterdir()) == []
-    answer = mark(world, tmp_path / "out", "--dry-run", "--json").json
+    answer = mark(world, tmp_path / "out", "--dry-run", "--json", "--fraction", 0.5).json
     assert answer.keys() >= MARK_KEYS
     assert answer["dry_run"] is True
+    assert answer["would_mark"] == 6
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_refuses_what_a_run_would(world, marked_once):
+    for more in (["--dry-run"], []):
+        result = mark(world, marked_once, "--fraction", 0.25, *more)
+        assert result.code == 1
+        assert "was begun with fraction 1.0, not 0.25" in result.err
 
 
 def test_the_preview_shows_original_marked_and_difference(world, tmp_path):
@@ -667,6 +679,10 @@ def test_the_preview_takes_no_picture_s_place(world, tmp_path):
     before = tree(source)
     for place in (source / "ant" / "00000.png", source / "new.png", tmp_path / "out" / "new.png"):
         assert "lies in the data" in mark(world, tmp_path / "out", "--preview", place, source=source).err
+    for place in (tmp_path / "no" / "sheet.png", tmp_path / "sheet.jpg"):
+        result = mark(world, tmp_path / "out", "--preview", place)
+        assert f"cannot write {place}" in result.err
+        assert not (tmp_path / "out").exists()
     sheet.write_text("mine")
     assert "or remove it" in mark(world, tmp_path / "out", "--preview", sheet, source=source).err
     assert tree(source) == before
@@ -740,7 +756,9 @@ def test_names_of_every_kind_survive(world, tmp_path):
 
 def test_a_flat_folder_is_one_class(world, tmp_path):
     source = shutil.copytree(world.imgs / "ant", tmp_path / "flat")
-    assert mark(world, tmp_path / "out", source=source, key=world.numbered).code == 0
+    result = mark(world, tmp_path / "out", source=source, key=world.numbered)
+    assert result.code == 0
+    assert result.out.splitlines()[-1].endswith(f"--key {world.numbered} --marked {tmp_path / 'out.manifest.jsonl'}")
     assert {(row["class"], row["row"]) for row in rows_of(tmp_path / "out").values()} == {("", 0)}
 
 
@@ -758,6 +776,45 @@ def test_other_files_are_copied(world, tmp_path):
         assert (tmp_path / "out" / name).stat().st_mtime_ns == (source / name).stat().st_mtime_ns
 
 
+def test_marked_files_and_copies_have_their_sources_permissions(world, tmp_path):
+    source = shutil.copytree(world.imgs, tmp_path / "imgs")
+    for i, path in enumerate(sorted(source.rglob("*.png"))):
+        path.chmod((0o640, 0o604, 0o444)[i % 3])
+    assert mark(world, tmp_path / "out", "--fraction", 0.5, source=source).code == 0
+    for path in source.rglob("*.png"):
+        made = tmp_path / "out" / path.relative_to(source)
+        assert made.stat().st_mode == path.stat().st_mode
+
+
+def test_images_that_are_only_copied_are_counted(world, tmp_path):
+    source = shutil.copytree(world.imgs, tmp_path / "imgs")
+    for name in ("a.gif", "b.GIF", "c.ppm"):
+        photo().save(source / "ant" / name)
+    for more in ([], ["--dry-run"]):
+        text = mark(world, tmp_path / "out", *more, source=source).out
+        assert "copied unmarked, though they look like images: .gif 2, .ppm 1" in text
+    answer = mark(world, tmp_path / "out", "--json", source=source).json
+    assert answer["formats_unmarked"] == {".gif": 2, ".ppm": 1}
+    assert (answer["images"], (tmp_path / "out" / "ant" / "b.GIF").exists()) == (12, True)
+
+
+def test_a_telephones_jpeg_is_marked_and_what_it_lacks_is_said(world, tmp_path):
+    source = shutil.copytree(world.imgs, tmp_path / "imgs")
+    photo().save(source / "ant" / "phone.jpg", "MPO", save_all=True, append_images=[photo(1)])
+    assert "1 marked files lack further pictures" in mark(world, tmp_path / "out", source=source).out
+    answer = mark(world, tmp_path / "out", "--json", source=source).json
+    assert (answer["marked"], answer["skipped"], answer["further_pictures_dropped"]) == (13, 13, 1)
+
+
+def test_folders_named_as_splits_are_asked_about(world, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(world.imgs, tmp_path / "imgs" / split)
+    assert (
+        "the classes are train, val: give one"
+        in mark(world, tmp_path / "out", "--dry-run", source=tmp_path / "imgs", key=world.numbered).err
+    )
+
+
 def broken_source(world, folder):
     """A good folder with a truncated PNG, a text that calls itself an image, and a BMP that cannot be written again."""
     source = shutil.copytree(world.imgs, folder)
@@ -772,16 +829,18 @@ def test_a_broken_image_is_recorded_and_the_rest_marked(world, tmp_path):
     result = mark(world, tmp_path / "out", "--json", source=source)
     assert result.code == 1
     answer = result.json
-    assert set(answer) == MARK_KEYS
+    assert set(answer) == MARK_KEYS | {"error", "hint"}
     assert (answer["images"], answer["marked"]) == (13, 11)
     assert sorted(f["path"] for f in answer["failed"]) == ["ant/00000.png", "bee/text.jpg"]
-    assert all(set(f) == {"path", "error"} for f in answer["failed"])
+    assert all(set(f) == {"path", "error", "hint"} for f in answer["failed"])
     assert "ant/00000.png" in result.err
+    assert result.err.count("hint: ") == 2
     assert rows_of(tmp_path / "out")["ant/00000.png"]["status"] == "failed"
     assert not (tmp_path / "out" / "ant" / "00000.png").exists()
     text = mark(world, tmp_path / "out", source=source)
     assert text.code == 1
     assert "2 failed" in text.out
+    assert "2 images are MISSING from out" in text.out and "release" not in text.out
     shutil.copy(world.imgs / "ant" / "00000.png", source / "ant" / "00000.png")
     (source / "bee" / "text.jpg").unlink()
     mended = mark(world, tmp_path / "out", "--json", source=source)
@@ -817,6 +876,9 @@ def test_an_image_that_no_mark_fits_in_still_gives_valid_json(world, tmp_path):
     Image.new("1", (32, 32), 1).save(folder / "white.png")
     result = mark(world, tmp_path / "out", "--json", source=tmp_path / "imgs")
     assert result.code == 0
+    assert (folder / "white.png").read_bytes() == (tmp_path / "out" / "ant" / "white.png").read_bytes()
+    rows = marked_rows(tmp_path / "out.manifest.jsonl")
+    assert len(rows) == 1 and not marked_hashes(rows)  # an original is not refused for looking as marked
     assert "Infinity" not in result.out + (tmp_path / "out.manifest.jsonl").read_text()
 
 
@@ -878,7 +940,7 @@ def test_keys_that_do_not_fit_the_folder(world, tmp_path):
 
 @pytest.mark.parametrize("more", [["--format", "jpeg"], ["--device", "tpu"]])
 def test_words_that_are_no_choice(world, tmp_path, more):
-    assert more[1] in bad("mark", world.imgs, "--key", world.key, "-o", tmp_path / "out", *more).err
+    assert more[1] in bad("mark", world.imgs, "--key", world.key, "-o", tmp_path / "out", *more, code=2).err
 
 
 # ---------------------------------------------------------------- mark: going on
@@ -1212,6 +1274,7 @@ def test_what_is_secret_is_not_copied_with_the_data(world, tmp_path):
         assert f"{key} lies in {source}" in error and "hint: " in error
     old = mark(world, tmp_path / "old", "--json").json["manifest"]
     found = {"other.safetensors": world.key.read_bytes(), "old.manifest.jsonl": Path(old).read_bytes()}
+    found |= {"c": found["other.safetensors"], "notes.txt": found["old.manifest.jsonl"]}
     for name, data in found.items():
         source = shutil.copytree(world.imgs, tmp_path / f"with {name}" / "imgs")
         (source / "ant" / name).write_bytes(data)

@@ -286,6 +286,102 @@ def test_jpeg_without_density_gets_none():
     assert opened(file).info["jfif_unit"] == opened(data).info["jfif_unit"] == 0
 
 
+def segment(marker, body):
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def segments(data):
+    """(marker, body) before the first scan: read apart from the code under test, by each segment's length."""
+    found, rest = [], data[2:]
+    while rest[1] != 0xDA:
+        size = int.from_bytes(rest[2:4], "big")
+        found.append((rest[1], rest[4 : 2 + size]))
+        rest = rest[2 + size :]
+    return found
+
+
+def as_cameras_write(image, *more, **options):
+    """A JPEG with EXIF and no JFIF segment, and more segments behind it."""
+    data = saved(image, "JPEG", **options)
+    assert data[2:4] == b"\xff\xe0"
+    body = data[4 + int.from_bytes(data[4:6], "big") :]
+    return data[:2] + segment(0xE1, exif()) + b"".join(segment(*each) for each in more) + body
+
+
+def test_every_segment_of_a_jpeg_travels_as_it_is():
+    """Else the marked files, and they alone, would begin with Pillow's."""
+    more = (
+        (0xEB, b"JP\0\1 a box"),
+        (0xFE, b"one"),
+        (0xE5, b"any"),
+        (0xFE, b"two"),
+        (0xEE, b"Adobe\0\x64" + bytes(4) + b"\1"),
+    )
+    data = as_cameras_write(Image.fromarray(smooth()), *more, quality=90)
+    _, wanted, file = rewrite(data)
+    metadata = [(marker, body) for marker, body in segments(data) if marker >= 0xE0]
+    assert [(marker, body) for marker, body in segments(file) if marker >= 0xE0] == metadata
+    assert [marker for marker, _ in metadata] == [0xE1, *(marker for marker, _ in more)]
+    assert [marker for marker, _ in segments(file)[: len(metadata)]] == [marker for marker, _ in metadata]
+    assert images.psnr(images.decode(file, "x").rgb, wanted) > 35
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("optimize", [False, True])
+def test_jpeg_keeps_optimised_tables_optimised(mode, optimize):
+    image = Image.fromarray(smooth()).convert(mode)
+    data = saved(image, "JPEG", optimize=optimize)
+    _, _, file = rewrite(data)
+
+    def huffman(data):
+        return [body for marker, body in segments(data) if marker == 0xC4]
+
+    plain = huffman(saved(image, "JPEG"))
+    assert (huffman(file) == plain) is (huffman(data) == plain) is (not optimize)
+
+
+def test_a_jpeg_with_nothing_to_compress_can_be_optimised():
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    data = saved(Image.fromarray(noise), "JPEG", qtables=[[1] * 64], subsampling=0)
+    picture = images.decode(data, "x")
+    picture.options["optimize"] = True
+    assert len(images.encode(picture, picture.rgb)) > noise.size
+
+
+def test_only_the_first_picture_of_a_telephones_jpeg_is_marked():
+    first, second = Image.fromarray(smooth()), Image.fromarray(smooth()[::-1])
+    data = saved(first, "MPO", save_all=True, append_images=[second], exif=exif())
+    assert opened(data).n_frames == 2
+    picture, wanted, file = rewrite(data)
+    assert (picture.format, picture.dropped) == ("JPEG", 1)
+    assert np.array_equal(picture.rgb, np.asarray(opened(data)))
+    assert (opened(file).format, getattr(opened(file), "n_frames", 1)) == ("JPEG", 1)
+    assert opened(file).info["exif"] == opened(data).info["exif"]
+    assert images.psnr(images.decode(file, "x").rgb, wanted) > 35
+    assert images.decode(file, "x").dropped == 0
+
+
+def test_a_jpeg_whose_colours_are_named_rgb_but_are_not():
+    """JFIF says YCbCr, whatever the components are called."""
+    data = bytearray(saved(Image.fromarray(smooth()), "JPEG", subsampling=0))
+    frame = data.index(b"\xff\xc0")
+    scan = data.index(b"\xff\xda")
+    for n in range(3):
+        data[frame + 10 + 3 * n] = data[scan + 5 + 2 * n] = b"RGB"[n]
+    _, wanted, file = rewrite(bytes(data))
+    assert images.psnr(images.decode(file, "x").rgb, wanted) > 35
+
+
+def test_what_a_png_keeps_of_a_jpeg():
+    profile = {"exif": exif(), "icc_profile": ICC, "xmp": "<x:xmpmeta>é</x:xmpmeta>".encode(), "dpi": (300, 300)}
+    picture = images.decode(saved(Image.fromarray(smooth()), "JPEG", **profile), "x")
+    new = opened(images.encode(picture, picture.rgb, "png"))
+    assert new.info["XML:com.adobe.xmp"] == profile["xmp"].decode()
+    assert new.info["icc_profile"] == ICC
+    assert new.info["dpi"] == pytest.approx((300, 300), abs=0.01)
+    assert new.getexif()[274] == 6
+
+
 def test_grey_jpeg():
     data = saved(Image.fromarray(smooth()[..., 0]), "JPEG", quality=70)
     _, wanted, file = rewrite(data)
@@ -615,13 +711,14 @@ def test_scan_classes_nested_files_and_others(tmp_path):
     root = tree(
         tmp_path, "dog/2.JPG", "dog/1.png", "cat/deep/er/3.webp", "cat/notes.txt", "labels.csv", "docs/readme.md",
         "cat/.thumb.png", ".cache/4.png", "dog/5.png.part", "Zoo/6.tif", "cat/png", "cat/.png",
+        "dog/.0123456789abcdef.part",
     )  # fmt: skip
     (root / "dog" / "none" / "yet").mkdir(parents=True)
     assert listed(root) == (
         [("Zoo/6.tif", "Zoo", 0), ("cat/deep/er/3.webp", "cat", 1), ("dog/1.png", "dog", 2), ("dog/2.JPG", "dog", 2)],
         ["Zoo", "cat", "dog"],
-        [".cache/4.png", "cat/.png", "cat/.thumb.png", "cat/notes.txt", "cat/png", "docs/readme.md", "dog/none/yet",
-         "labels.csv"],
+        [".cache/4.png", "cat/.png", "cat/.thumb.png", "cat/notes.txt", "cat/png", "docs/readme.md",
+         "dog/5.png.part", "dog/none/yet", "labels.csv"],
     )  # fmt: skip
 
 

@@ -406,6 +406,19 @@ def test_answers_from_elsewhere_are_tested_as_those_from_here(place, asked, answ
         assert found.json["suspects"][0]["method"] == "black-box"
 
 
+@pytest.mark.parametrize("scale", [1, 100])
+def test_rounded_answers_are_all_read_alike(place, answers, tmp_path, scale):
+    """Rounded or cut down, probabilities seldom sum to one: a sum of 0.97 makes no logits of them."""
+    cut = {f: [np.floor(100 * x) / 100 for x in p] for f, p in answers.items()}
+    assert min(map(sum, cut.values())) < 0.985
+    given = tmp_path / "cut.json"
+    given.write_text(json.dumps({f: [scale * x for x in p] for f, p in cut.items()}))
+    exact = tmp_path / "exact.json"
+    exact.write_text(json.dumps({f: [x / sum(p) for x in p] for f, p in cut.items()}))
+    found = [predictions(place, path).json["suspects"][0]["log10_p"] for path in (given, exact)]
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+
+
 def test_labels_alone_will_do_by_name_or_number(place, answers, tmp_path):
     best = {f: int(np.argmax(p)) for f, p in answers.items()}
     named = write_csv(tmp_path / "n.csv", ["file", "label"], [[f, f"class {c}"] for f, c in best.items()])
