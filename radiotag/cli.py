@@ -443,7 +443,9 @@ def _mark_lines(plan: Any, summary: "Summary", key: Path) -> list[str]:
         ]
     lines += _unmarked_lines(plan)
     if summary.dropped:
-        lines.append(f"warning      {summary.dropped} marked files lack further pictures (gain map, depth, preview)")
+        lines.append(
+            f"warning      {summary.dropped} marked files lack what lay behind the picture (gain map, depth, film)"
+        )
     if failed:
         return [*lines, f"next         {failed} images are MISSING from {plan.output.name}: {MENDED}"]
     flat = f" --marked {shlex.quote(str(plan.manifest))}" if plan.names == ("",) else ""
@@ -786,7 +788,7 @@ def main() -> None:
         command = next((a for a in arguments if not a.startswith("-")), "")
         known = command in {"keygen", "mark", "train-demo", "verify"}
         message = error.format_message().strip().rstrip(".")
-        Report(command, "--json" in arguments, True).fail(
+        Report(command, "--json" in arguments, True, mute=command == "mark" and _aside()).fail(
             message[:1].lower() + message[1:], f"radiotag {command} --help" if known else "radiotag --help"
         )
         sys.exit(error.exit_code if hasattr(error, "exit_code") else 2)

@@ -53,7 +53,7 @@ TURN_BACK = {  # Pillow turns a TIFF upright as it reads it, and nothing else: t
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-SCAN, HUFFMAN, ADOBE = 0xDA, 0xC4, 0xEE  # markers of a JPEG's segments
+SCAN, HUFFMAN, ADOBE, COMMENT = 0xDA, 0xC4, 0xEE, 0xFE  # markers of a JPEG's segments
 FURTHER_PICTURES = b"MPF\0"  # how the list of them begins, whose places in the file hold no longer
 METADATA = ("exif", "icc_profile", "xmp", "dpi")  # in Pillow's words
 WEBP_QUALITY = 90  # a lossy WebP does not tell its quality; the usual 75-80 would wash out part of the mark
@@ -77,7 +77,7 @@ class Picture:
     chunks: bytes = field(repr=False)  # a PNG's metadata chunks, or a JPEG's segments, copied as they are
     orientation: int  # of a TIFF, which Pillow has turned upright; 1 for the other formats, which it leaves as stored
     obstacle: str  # why the own format cannot be written again; "" when it can
-    dropped: int = 0  # further pictures of a telephone's JPEG, such as a gain map or a depth: left out
+    dropped: int = 0  # what a telephone's JPEG has behind its first picture (a gain map, a film), and loses
 
 
 def decode(data: bytes, name: str) -> Picture:
@@ -131,11 +131,13 @@ def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
     if plane is not None and mode in ("1", "L", "RGB"):  # one colour meant "transparent": marked pixels would leave it
         mode, depth = ("RGBA" if mode == "RGB" else "LA"), 8
     format = "JPEG" if isinstance(image, JpegImageFile) else str(image.format)  # Pillow has MPO for several pictures
-    chunks = _png_chunks(data) if format == "PNG" else _jpeg_metadata(data) if format == "JPEG" else b""
+    chunks = (
+        _png_chunks(data) if format == "PNG" else _jpeg_metadata(image) if isinstance(image, JpegImageFile) else b""
+    )
     return Picture(
         name=name, rgb=rgb, format=format, mode=mode, depth=depth, plane=plane, options=options,
         chunks=chunks, orientation=image.info.get("orientation", 1), obstacle=obstacle,
-        dropped=getattr(image, "n_frames", 1) - 1,
+        dropped=_jpeg_dropped(image, data),
     )  # fmt: skip
 
 
@@ -222,14 +224,29 @@ def _jpeg_segments(data: bytes) -> list[tuple[int, bytes]]:
 
 
 def _is_metadata(marker: int) -> bool:
-    return 0xE0 <= marker <= 0xEF or marker == 0xFE  # APP0 to APP15, comments
+    return 0xE0 <= marker <= 0xEF or marker == COMMENT  # APP0 to APP15
 
 
-def _jpeg_metadata(data: bytes) -> bytes:
-    """All but the list of further pictures, and Adobe's word on colours where it says other than is usual (YCbCr)."""
-    kept = [(marker, part) for marker, part in _jpeg_segments(data) if _is_metadata(marker)]
-    usual = (part for marker, part in kept if marker != ADOBE or part[15:16] == b"\1")
-    return b"".join(part for part in usual if not part.startswith(FURTHER_PICTURES, 4))
+def _jpeg_metadata(image: JpegImageFile) -> bytes:
+    """All but the list of further pictures, and Adobe's word on colours where it says other than is usual (YCbCr).
+
+    As Pillow read them: between segments there may be anything.
+    """
+    kept = []
+    for name, body in image.applist:
+        marker = COMMENT if name == "COM" else 0xE0 + int(name.removeprefix("APP"))
+        if not body.startswith(FURTHER_PICTURES) and (marker != ADOBE or body[11:12] == b"\1"):
+            kept.append(struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body)
+    return b"".join(kept)
+
+
+def _jpeg_dropped(image: Image.Image, data: bytes) -> int:
+    """How many further pictures, or what else lies behind the first, a JPEG loses; 0 of other formats."""
+    if not isinstance(image, JpegImageFile):
+        return 0
+    listed = any(body.startswith(FURTHER_PICTURES) for _, body in image.applist)
+    behind = not data.rstrip(b"\0").endswith(b"\xff\xd9")
+    return max(getattr(image, "n_frames", 1) - 1, int(listed or behind))
 
 
 def _with_metadata(data: bytes, metadata: bytes) -> bytes:
@@ -332,6 +349,8 @@ def _write(picture: Picture, rgb: NDArray[Any], format: str) -> bytes:
         # The profile of CMYK inks says nothing about the RGB pixels that replace them.
         kept = ("exif", "dpi") if mode == "CMYK" else ("exif", "dpi", "icc_profile")
         options = {key: options[key] for key in kept if options.get(key)}
+        if not all(0 < dots < 1e8 for dots in options.get("dpi", ())):  # more than a PNG can say
+            del options["dpi"]
         options["pnginfo"] = text = PngInfo()
         if "xmp" in picture.options:
             text.add_itxt("XML:com.adobe.xmp", picture.options["xmp"].decode("utf-8", "replace"))

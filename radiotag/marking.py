@@ -127,9 +127,10 @@ def _is_secret(path: Path) -> bool:
     """Whether a file, of any name, is a key, an index of black-box questions or a manifest, which may not go out."""
     try:
         with path.open("rb") as file:
-            first = file.readline(4096)
+            first = file.read(4096)
         if first.startswith(b"{"):
-            return b'"radiotag"' in first and b'"fingerprint"' in first
+            line = first.split(b"\n", 1)[0]
+            return b'"radiotag"' in line and b'"fingerprint"' in line
         if first[8:9] != b"{":
             return False
         with safe_open(path, framework="pt") as file:
@@ -311,6 +312,7 @@ def check(plan: Plan, force: bool) -> None:
     if plan.manifest.exists():
         _check_settings(plan, manifest.read_header(plan.manifest))
         _check_images(plan)
+        _check_stale(plan)
     elif plan.output.exists() and (not plan.output.is_dir() or any(plan.output.iterdir())):
         raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
 
@@ -334,6 +336,10 @@ def _sweep(plan: Plan) -> None:
     for part in plan.manifest.parent.glob(".*.part"):  # a folder that others may be writing to
         if PART.fullmatch(part.name) and part.is_file() and _starts_with(part, first):
             part.unlink(missing_ok=True)
+    _check_stale(plan)
+
+
+def _check_stale(plan: Plan) -> None:
     for stale, _ in _stale(plan):
         if stale.exists():
             raise RadiotagError(

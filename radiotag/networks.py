@@ -452,15 +452,21 @@ def _read_pickles(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def _without(state: State, prefixes: Iterable[str]) -> State:
+    """The same without each of these prefixes, in turn, that all names have."""
+    for prefix in prefixes:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
 def clean_state(content: Mapping[Any, Any], path: Path) -> State:
     """The tensors alone in float32, wrapper prefixes stripped, int8 weights unpacked; all finite, or RadiotagError."""
     state = {str(k): v.detach() for k, v in content.items() if _is_usable(v)}
     parts = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state.values()}
     if sum(v.numel() * v.element_size() for v in state.values()) > 4 * sum(parts.values()) + 2**26:
         raise RadiotagError(f"{path}: its tensors are larger than what is stored of them", "save the weights again")
-    for prefix in ("module.", "_orig_mod.", "module.", "model.", "net."):
-        if state and all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    state = _without(state, ("module.", "_orig_mod.", "module."))
     state = {OLD_DENSENET.sub(r"\1\2", k): v.float() if v.is_floating_point() else v for k, v in state.items()}
     state = unpack(state)
     if not state:
@@ -543,6 +549,8 @@ def load(
     state, metadata = read_checkpoint(path)
     said = spec_from(metadata)
     builder = builder_from(architecture) if architecture and ":" in architecture else None
+    if builder is None:  # a trainer may keep its network under a name; a user's own module may want that name
+        state = _without(state, ("model.", "net."))
     try:
         if said is None or (architecture and architecture != said.architecture):
             spec = _guess(state, architecture, builder, image_size or (said.image_size if said else None))

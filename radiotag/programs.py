@@ -30,6 +30,8 @@ WEIGHTS = "_weights_config.json"  # torch.export's since PyTorch 2.8
 OLD_WEIGHTS = "serialized_state_dict.pt"  # and before
 FILLED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}  # what they fill was there before
 WORK = 2**27  # objects looked at in putting a pickle's objects together: seconds
+LARGE = 1000  # whole numbers from 2^61 − 1 on, such as seeds
+ENCODE = "_codecs encode"  # how bytes are pickled, as text in Latin-1
 
 
 def read_archive(path: Path) -> Any:
@@ -48,8 +50,9 @@ def grown(path: Path) -> RadiotagError:
 def check_pickles(file: IO[bytes], count: int = 1) -> None:
     """UnpicklingError for what `weights_only` lets pass and no weights need; ValueError and others for what is broken.
 
-    That is `bytearray`, which can be of any size, and tuples that hold others twice, which hold others twice, and so
-    on: they take a few bytes each, and for ever to be hashed, with no Ctrl-C.
+    `bytearray` can be of any size, and so can what is encoded again and again. Tuples that hold others twice, that hold
+    others twice, and so on take a few bytes each, and for ever to be hashed, with no Ctrl-C; so do whole numbers that
+    all have the same hash, being multiples of 2^61 − 1.
     """
     for _ in range(count):
         start = file.tell()
@@ -60,7 +63,7 @@ def check_pickles(file: IO[bytes], count: int = 1) -> None:
 
 def _check_pickle(file: IO[bytes]) -> None:
     """Follow a pickle's stack with the sizes that objects would have if they shared nothing."""
-    stack, marks, memo, work = list[list[int]](), list[int](), dict[object, list[int]](), 0
+    stack, marks, memo, work, large = list[_Cell](), list[int](), dict[object, _Cell](), 0, 0
     for code, argument, _ in pickletools.genops(file):
         if code.name == "MARK":
             marks.append(len(stack))
@@ -71,14 +74,31 @@ def _check_pickle(file: IO[bytes]) -> None:
         else:
             kinds = [kind.name for kind in code.stack_before]
             first = marks.pop() - kinds.index("mark") if "mark" in kinds else len(stack) - len(kinds)
-            taken, stack = stack[first:], stack[:first]
-            filled = taken.pop(0) if code.name in FILLED else [1]
-            size = sum(part for (part,) in taken)
-            filled[0] += size
-            work += size + 1
+            taken = stack[first:]
+            del stack[first:]
+            filled = taken.pop(0) if code.name in FILLED else _Cell(1, argument, taken)
+            size = sum(cell.size for cell in taken)
+            late = filled.placed and code.name != "BUILD" and size > 0  # what holds it has been measured
+            encoded = code.name == "REDUCE" and taken[0].value == ENCODE and taken[1].value[1:] != ("latin1",)
+            large += isinstance(argument, int) and abs(argument) >= 2**61 - 1
+            filled.size, work = filled.size + size, work + size + 1
+            for cell in taken:
+                cell.placed = True
             stack += [filled] * len(code.stack_after)
-        if work > WORK or (code.name == "GLOBAL" and "bytearray" in str(argument)):
-            raise pickle.UnpicklingError("weights_only: an array, or tuples in tuples, of any size")
+            if late or encoded or large > LARGE or code.proto > 3 or "bytearray" in str(argument):
+                raise pickle.UnpicklingError(f"weights_only: {code.name} {argument}")
+        if work > WORK:
+            raise pickle.UnpicklingError("weights_only: objects in objects")
+
+
+class _Cell:
+    """An object on a pickle's stack: how many it is of, what it is (of a tuple, its parts), whether another has it."""
+
+    __slots__ = ("placed", "size", "value")
+
+    def __init__(self, size: int, argument: object, parts: "Sequence[_Cell]") -> None:
+        self.size, self.placed = size, False
+        self.value: Any = tuple(part.value for part in parts) if parts else argument
 
 
 def _content(file: Path | io.BytesIO, path: Path, nested: bool = False) -> Any:

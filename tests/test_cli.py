@@ -29,6 +29,7 @@ import torch
 import typer
 from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
+from safetensors import safe_open
 from torch import nn
 from torchvision.models import WeightsEnum
 
@@ -659,6 +660,13 @@ def test_dry_run_writes_nothing(world, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_knows_what_is_stale(world, tmp_path):
+    source = shutil.copytree(world.imgs, tmp_path / "imgs")
+    mark(world, tmp_path / "out", source=source)
+    (source / "ant" / "00000.png").unlink()
+    assert "would not be made by this one" in mark(world, tmp_path / "out", "--dry-run", source=source).err
+
+
 def test_dry_run_refuses_what_a_run_would(world, marked_once):
     for more in (["--dry-run"], []):
         result = mark(world, marked_once, "--fraction", 0.25, *more)
@@ -801,7 +809,7 @@ def test_images_that_are_only_copied_are_counted(world, tmp_path):
 def test_a_telephones_jpeg_is_marked_and_what_it_lacks_is_said(world, tmp_path):
     source = shutil.copytree(world.imgs, tmp_path / "imgs")
     photo().save(source / "ant" / "phone.jpg", "MPO", save_all=True, append_images=[photo(1)])
-    assert "1 marked files lack further pictures" in mark(world, tmp_path / "out", source=source).out
+    assert "1 marked files lack what lay behind the picture" in mark(world, tmp_path / "out", source=source).out
     answer = mark(world, tmp_path / "out", "--json", source=source).json
     assert (answer["marked"], answer["skipped"], answer["further_pictures_dropped"]) == (13, 13, 1)
 
@@ -1266,6 +1274,15 @@ def test_an_image_that_cannot_be_written_marked_costs_that_image_alone(world, tm
     assert tree(tmp_path / "out") == tree(tmp_path / "whole" / "out")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_one_tells_of_a_usage_error(world, tmp_path, rank):
+    launched = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    command = [sys.executable, "-m", "radiotag", "mark", "imgs", "--key", "k", "--format", "jpg", "--json"]
+    done = subprocess.run(command, check=False, env=os.environ | launched, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout.count('"error"') == done.stderr.count("error:") == 1 - rank
+
+
 def test_what_is_secret_is_not_copied_with_the_data(world, tmp_path):
     for name in ("k.safetensors", "k.txt"):
         source = shutil.copytree(world.imgs, tmp_path / name / "imgs")
@@ -1275,6 +1292,12 @@ def test_what_is_secret_is_not_copied_with_the_data(world, tmp_path):
     old = mark(world, tmp_path / "old", "--json").json["manifest"]
     found = {"other.safetensors": world.key.read_bytes(), "old.manifest.jsonl": Path(old).read_bytes()}
     found |= {"c": found["other.safetensors"], "notes.txt": found["old.manifest.jsonl"]}
+    with safe_open(world.key, framework="pt") as file:
+        said = {"radiotag": file.metadata()["radiotag"]}
+    empty = json.dumps({"__metadata__": said}).encode()
+    size = next(size for size in range(2570, 10**7, 65536) if size >= len(empty))  # its bytes hold a line break
+    found["d"] = struct.pack("<Q", size) + empty.ljust(size)
+    assert b"\n" in found["d"][:8]
     for name, data in found.items():
         source = shutil.copytree(world.imgs, tmp_path / f"with {name}" / "imgs")
         (source / "ant" / name).write_bytes(data)

@@ -326,6 +326,17 @@ def test_every_segment_of_a_jpeg_travels_as_it_is():
     assert images.psnr(images.decode(file, "x").rgb, wanted) > 35
 
 
+@pytest.mark.parametrize("odd", [b"\0", b"\xff\xff", b"\xff\xe4\0\0", b"\xff\xfe\0\0"])
+def test_what_lies_between_segments_costs_none_of_them(odd):
+    data = saved(Image.fromarray(smooth()), "JPEG", exif=exif(), icc_profile=ICC)
+    place = data.index(b"\xff\xe1")
+    data = data[:place] + odd + data[place:]
+    _, wanted, file = rewrite(data)
+    for key in ("exif", "icc_profile"):
+        assert opened(file).info[key] == opened(data).info[key]
+    assert images.psnr(images.decode(file, "x").rgb, wanted) > 35
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("optimize", [False, True])
 def test_jpeg_keeps_optimised_tables_optimised(mode, optimize):
@@ -361,6 +372,23 @@ def test_only_the_first_picture_of_a_telephones_jpeg_is_marked():
     assert images.decode(file, "x").dropped == 0
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_lies_behind_a_jpeg_is_known_to_be_dropped(listed):
+    """A gain map or a film, which Pillow may not count as a picture."""
+    data = saved(Image.fromarray(smooth()), "JPEG")
+    assert images.decode(data + bytes(40), "x").dropped == 0  # filling
+    more = data + b"ftypmp42"
+    if listed:
+        pictures = saved(Image.fromarray(smooth()), "MPO", save_all=True, append_images=[Image.fromarray(smooth())])
+        gain = segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<x hdrgm:Version="1.0"/>')
+        more = pictures[:2] + gain + pictures[2:]
+        assert not hasattr(opened(more), "n_frames")
+    picture, _, file = rewrite(more)
+    assert picture.dropped == 1
+    assert images.decode(file, "x").dropped == 0
+    assert b"MPF" not in file and b"ftyp" not in file
+
+
 def test_a_jpeg_whose_colours_are_named_rgb_but_are_not():
     """JFIF says YCbCr, whatever the components are called."""
     data = bytearray(saved(Image.fromarray(smooth()), "JPEG", subsampling=0))
@@ -380,6 +408,14 @@ def test_what_a_png_keeps_of_a_jpeg():
     assert new.info["icc_profile"] == ICC
     assert new.info["dpi"] == pytest.approx((300, 300), abs=0.01)
     assert new.getexif()[274] == 6
+
+
+def test_a_resolution_beyond_all_measure_is_left_out():
+    tags = Image.Exif()
+    tags[282] = tags[283] = 110000000.0
+    tags[296] = 2  # an inch
+    picture = images.decode(saved(Image.fromarray(smooth()), "JPEG", exif=tags), "x")
+    assert "dpi" not in opened(images.encode(picture, picture.rgb, "png")).info
 
 
 def test_grey_jpeg():

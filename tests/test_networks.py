@@ -1098,6 +1098,23 @@ def test_builder_from_leaves_the_search_path_alone(published):
     assert sys.path == before
 
 
+@pytest.mark.parametrize("name", ["model", "net"])
+def test_a_network_that_its_trainer_kept_under_a_name(tmp_path, name):
+    """Stripped where the architecture is recognised, and left to a user's own module that has that name, too."""
+    (tmp_path / "own.py").write_text(
+        "import torchvision\nfrom torch import nn\n\n\nclass Own(nn.Module):\n    def __init__(self, num_classes=10):\n"
+        f"        super().__init__()\n        self.{name} = torchvision.models.resnet18(num_classes=num_classes)\n\n"
+        f"    def forward(self, x):\n        return self.{name}(x)\n"
+    )
+    module = torchvision.models.resnet18(num_classes=5)
+    torch.save({"state_dict": {f"{name}.{k}": v for k, v in module.state_dict().items()}}, tmp_path / "m.ckpt")
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    plain = load(tmp_path / "m.ckpt", image_size=64)
+    own = load(tmp_path / "m.ckpt", architecture=f"{tmp_path / 'own.py'}:Own", image_size=64)
+    assert plain.spec.classes == own.spec.classes == 5
+    assert torch.allclose(plain(pixels), own(pixels))
+
+
 # ---------------------------------------------------------------- marking networks
 
 

@@ -1,5 +1,6 @@
 """Weights out of TorchScript and torch.export archives, of which nothing is run."""
 
+import codecs
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from torch import nn
 
 from radiotag import RadiotagError
 from radiotag.networks import load, read_checkpoint
-from radiotag.programs import _Module
+from radiotag.programs import _Module, check_pickles
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 KINDS = ("scripted", "traced", "exported", "exported before 2.8")
@@ -357,6 +358,8 @@ BOMBS = {
     "deep": lambda: Call(OrderedDict, [(doubled(60), 1)]),
     "wide": lambda: Call(OrderedDict, [(wide(3), 1)]),
     "many": lambda: Call(OrderedDict, [(doubled(20), n) for n in range(200)]),
+    "one hash": lambda: dict.fromkeys(n * (2**61 - 1) for n in range(1, 3000)),
+    "encoded": lambda: Call(codecs.encode, Call(codecs.encode, "ab", "hex"), "hex"),
     "a list, named before it is filled, in many": lambda: [Call(OrderedDict, MANY) for _ in range(2000)],
 }
 
@@ -370,11 +373,28 @@ def test_tuples_that_would_take_for_ever_to_hash_are_refused(bomb, new, tmp_path
         read_checkpoint(tmp_path / "m.pt")
 
 
+def test_a_list_filled_after_its_holder_was_measured_is_refused():
+    late = b"\x80\x02]q\x00\x85q\x010h\x00(K\x01K\x02e."
+    assert pickle.loads(late) == [1, 2]
+    with pytest.raises(pickle.UnpicklingError, match="APPENDS"):
+        check_pickles(io.BytesIO(late))
+    whole = [1, 2]
+    check_pickles(io.BytesIO(pickle.dumps([whole, (whole,), whole], 2)))
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_pickle_of_a_protocol_that_weights_do_not_come_in(protocol, tmp_path):
+    torch.save({"w": torch.ones(3)}, tmp_path / "m.pt", pickle_protocol=protocol)
+    with pytest.raises(RadiotagError, match="holds a pickle that is more than weights"):
+        read_checkpoint(tmp_path / "m.pt")
+
+
 @pytest.mark.parametrize("new", [True, False])
 def test_what_training_leaves_beside_the_weights_is_read(new, tmp_path):
     betas, history = (0.9, 0.999), [float(n) for n in range(300_000)]
     groups = [{"betas": betas, "params": [n]} for n in range(2000)]
     saved = {"model": {"w": torch.ones(3)}, "optimiser": {"param_groups": groups}, "losses": history}
+    saved |= {"seed": 2**64 - 59, "random state": b"\0\xff" * 2500}
     torch.save(saved, tmp_path / "m.pt", _use_new_zipfile_serialization=new)
     state, _ = read_checkpoint(tmp_path / "m.pt")
     assert torch.equal(state["w"], torch.ones(3))

@@ -415,6 +415,10 @@ def test_rounded_answers_are_all_read_alike(place, answers, tmp_path, scale):
     given.write_text(json.dumps({f: [scale * x for x in p] for f, p in cut.items()}))
     exact = tmp_path / "exact.json"
     exact.write_text(json.dumps({f: [x / sum(p) for x in p] for f, p in cut.items()}))
+    first = next(iter(cut))
+    cut[first] = [1.0000001, 0, 0]  # in single precision
+    exact.write_text(json.dumps({f: [x / sum(p) for x in p] for f, p in cut.items()}))
+    given.write_text(json.dumps({f: [scale * x for x in p] for f, p in cut.items()}))
     found = [predictions(place, path).json["suspects"][0]["log10_p"] for path in (given, exact)]
     assert found[0] == pytest.approx(found[1], abs=1e-9)
 
