@@ -250,6 +250,17 @@ def test_every_row_by_share_is_measured(name):
     assert len({run["experiment"] for run in runs}) == len(runs)
 
 
+def test_the_null_is_measured():
+    """The clean suspect under 20,000 fresh keys: none of its p-values may be smaller more often than it says."""
+    run = next(run for run in PAPER["runs"] if run["experiment"] == "scratch/clean, key 2")
+    for test, title in (("bare", "no `--data`"), ("real", "`--data cifar10/test`")):
+        found = run[test]["calibration"]
+        assert (found["n"], len(found["tail"]), run["share"]) == (20_000, 4, 0)
+        cells = (title, *(f"{count:,}" for count in found["tail"]), f"{found['tail_p']:.2f}", f"{found['ks_p']:.2f}")
+        assert f"| {' | '.join(cells)} |" in TEXT
+        assert min(found["tail_p"], found["ks_p"]) > 0.001
+
+
 def test_what_a_mark_costs_is_measured():
     marked, clean = (f"{100 * BY_SHARE['from scratch', f'{q} %', 'present'][0]['accuracy']:.2f} %" for q in (10, 0))
     others = (
@@ -315,7 +326,8 @@ def test_the_same_suspects_by_both_statistics(run):
     for test in ("bare", "real"):
         before, after = (found[test] for found in (run["before"], run))
         assert (before["statistic"], after["statistic"]) == ("response+ridge+pattern", STATISTIC)
-        assert before["sha256"] == after["sha256"] and before["command"] == after["command"]
+        assert before["sha256"] == after["sha256"]
+        assert before["command"] == after["command"].removesuffix(" --calibrate 20000")
 
 
 def test_every_suspect_that_was_looked_at_is_compared():
