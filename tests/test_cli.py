@@ -1478,7 +1478,8 @@ def test_train_demo_writes_safetensors(world, tmp_path):
     ],
 )
 def test_train_demo_refuses(world, tmp_path, more, said):
-    result = bad("train-demo", world.imgs, "-o", tmp_path / "m.pt", "--epochs", 1, *more)
+    code = 2 if more[0] == "--stem" else 1  # a word that is no choice is a usage error
+    result = bad("train-demo", world.imgs, "-o", tmp_path / "m.pt", "--epochs", 1, *more, code=code)
     assert said in result.err
     assert not (tmp_path / "m.pt").exists()
 
