@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 DETECTED, ERROR, NO_EVIDENCE, INTERRUPTED = 0, 1, 3, 130  # exit codes; 2 is a usage error
 SCHEMA = 1
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # folders of folders of classes
-MENDED = "mend or remove them, and run the same command again: what is done is kept"
 AGAIN = {
     "mark": "run the same command again: what is done is kept",
     "train-demo": "with DATA, go on from the last whole epoch with --resume",
 }
+MENDED = f"mend or remove them, and {AGAIN['mark']}"
 
 app = typer.Typer(
     name="radiotag",
@@ -343,10 +343,11 @@ def mark(
         for row in summary.failed:
             report.problem(row["error"], row.get("hint", ""))
         report.say(*_mark_lines(plan, summary, key))
-        problem = {"error": f"{len(summary.failed)} images failed, and are missing", "hint": MENDED}
-        report.give(**_mark_json(plan, summary, **(problem if summary.failed else {})))
         if summary.failed:
+            problem = {"error": f"{len(summary.failed)} images failed, and are missing", "hint": MENDED}
+            report.give(**_mark_json(plan, summary, **problem))
             raise typer.Exit(ERROR)
+        report.give(**_mark_json(plan, summary))
 
 
 def _check_preview(plan: Any, preview: Path | None, force: bool) -> None:

@@ -131,9 +131,7 @@ def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
     if plane is not None and mode in ("1", "L", "RGB"):  # one colour meant "transparent": marked pixels would leave it
         mode, depth = ("RGBA" if mode == "RGB" else "LA"), 8
     format = "JPEG" if isinstance(image, JpegImageFile) else str(image.format)  # Pillow has MPO for several pictures
-    chunks = (
-        _png_chunks(data) if format == "PNG" else _jpeg_metadata(image) if isinstance(image, JpegImageFile) else b""
-    )
+    chunks = _png_chunks(data) if format == "PNG" else _jpeg_metadata(image)
     return Picture(
         name=name, rgb=rgb, format=format, mode=mode, depth=depth, plane=plane, options=options,
         chunks=chunks, orientation=image.info.get("orientation", 1), obstacle=obstacle,
@@ -227,13 +225,13 @@ def _is_metadata(marker: int) -> bool:
     return 0xE0 <= marker <= 0xEF or marker == COMMENT  # APP0 to APP15
 
 
-def _jpeg_metadata(image: JpegImageFile) -> bytes:
+def _jpeg_metadata(image: Image.Image) -> bytes:
     """All but the list of further pictures, and Adobe's word on colours where it says other than is usual (YCbCr).
 
-    As Pillow read them: between segments there may be anything.
+    As Pillow read them: between segments there may be anything. None of other formats.
     """
     kept = []
-    for name, body in image.applist:
+    for name, body in image.applist if isinstance(image, JpegImageFile) else ():
         marker = COMMENT if name == "COM" else 0xE0 + int(name.removeprefix("APP"))
         if not body.startswith(FURTHER_PICTURES) and (marker != ADOBE or body[11:12] == b"\1"):
             kept.append(struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body)
@@ -360,10 +358,9 @@ def _write(picture: Picture, rgb: NDArray[Any], format: str) -> bytes:
         image = image.transpose(TURN_BACK[picture.orientation])
         options = options | {"exif": _with_orientation(options["exif"], picture.orientation)}
     if target == "JPEG":  # its metadata travel as segments
-        options = {key: value for key, value in options.items() if key not in METADATA}
+        coding = {key: value for key, value in options.items() if key not in METADATA}
+        return _with_metadata(_saved(image, target, coding), picture.chunks)
     data = _saved(image, target, options)
-    if target == "JPEG":
-        return _with_metadata(data, picture.chunks)
     chunks = picture.chunks if picture.format == "PNG" else b""
     return data[:33] + chunks + data[33:]  # after the signature and IHDR
 

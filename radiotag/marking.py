@@ -286,7 +286,7 @@ def _journal(plan: Plan, path: Path, together: Team, force: bool, held: ExitStac
 
 def _begin(plan: Plan, force: bool) -> IO[bytes]:
     """Open the manifest, new or with what earlier runs did. Refuses what it cannot go on from."""
-    check(plan, force)
+    _check_begun(plan, force)
     there = plan.manifest.exists()
     if there and force:
         _remove_stale(plan)
@@ -307,12 +307,18 @@ def _begin(plan: Plan, force: bool) -> IO[bytes]:
 
 def check(plan: Plan, force: bool) -> None:
     """RadiotagError for an output that this plan cannot begin or go on with; nothing is written."""
+    _check_begun(plan, force)
+    if plan.manifest.exists() and not force:
+        _check_stale(plan)
+
+
+def _check_begun(plan: Plan, force: bool) -> None:
+    """As `check`, but for stale files, which a run looks for when it has taken other processes' journals in."""
     if force:
         return
     if plan.manifest.exists():
         _check_settings(plan, manifest.read_header(plan.manifest))
         _check_images(plan)
-        _check_stale(plan)
     elif plan.output.exists() and (not plan.output.is_dir() or any(plan.output.iterdir())):
         raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
 
