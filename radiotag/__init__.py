@@ -1,5 +1,7 @@
 """radiotag: mark an image data set, and prove later that a model was trained on it."""
 
+import os
+
 __version__ = "0.2.0"
 
 
@@ -14,6 +16,19 @@ class RadiotagError(Exception):
 def printable(text: str) -> str:
     """File and class names come from strangers: none of their control characters is printed, no lone surrogate."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; PyTorch puts a heading above it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]).strip()[:200]
+
+
+def launched() -> tuple[int, int]:
+    """(rank, size) of this process among those that PyTorch's launcher, or a cluster, started; (0, 1) without it."""
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -53,6 +53,10 @@ QUERY = Marking(min_psnr=28.0)  # dB: queries need not be imperceptible, only al
 SURE = 1e-4  # probabilities are kept this far from 0 and 1: one sure mistake does not outweigh a class
 
 
+class OfAnotherKey(RadiotagError):
+    """Queries of another key, or of another version of radiotag."""
+
+
 class NotAnswered(RadiotagError):
     """A file of predictions that answers none of some queries: they may be of another export."""
 
@@ -110,7 +114,7 @@ def choose_images(labels: Sequence[str], images: int = IMAGES) -> list[int]:
     return positions
 
 
-def enough(classes: int, alpha: float) -> int:
+def decoys_needed(classes: int, alpha: float) -> int:
     """Decoys with which p can just fall below alpha: the least K ≥ DECOYS with (K + 1)^classes ≥ 1.05 / alpha."""
     return max(DECOYS, min(MOST_DECOYS, math.ceil(math.pow(1.05 / alpha, 1 / classes) - 1e-9) - 1))
 
@@ -162,8 +166,14 @@ def load(path: Path, key: Key) -> Queries:
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise RadiotagError(f"{path} is damaged: {error}", "remove it, it will be made again") from error
     if not known:
-        raise RadiotagError(f"{path} belongs to another key or version", "remove it, it will be made again")
+        raise OfAnotherKey(f"{path} belongs to another key or version", "remove it, it will be made again")
     return Queries(images=images, rows=rows, labels=labels, names=names)
+
+
+def check_export(folder: Path) -> None:
+    """RadiotagError for a folder that is not new or empty: other questions in it would be answered, too."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RadiotagError(f"{folder} exists", "choose another folder for --export, or remove it")
 
 
 def export(queries: Queries, key: Key, folder: Path) -> int:
@@ -171,8 +181,7 @@ def export(queries: Queries, key: Key, folder: Path) -> int:
 
     Nothing in a name, its order, a time stamp or the file's layout tells the true key from a decoy.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RadiotagError(f"{folder} exists", "choose another folder for --export")
+    check_export(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(enumerate(queries.names))
     secrets.SystemRandom().shuffle(rows)  # a folder may list its files as they came
@@ -190,7 +199,7 @@ def export(queries: Queries, key: Key, folder: Path) -> int:
 @torch.no_grad()
 def ask(suspect: Network, queries: Queries, key: Key, batch_size: int) -> Tensor:
     """The suspect's probabilities on all queries: (2(K + 1), N, C') float64 on the CPU; images at its own size."""
-    device, size = suspect.get_buffer("mean").device, suspect.spec.image_size
+    device, size = suspect.device, suspect.spec.image_size
     every = (image for number in range(len(queries.names)) for image in shown(queries, key, number))
     found = []
     while part := list(islice(every, batch_size)):
@@ -222,7 +231,7 @@ def evidence(
         if len(chosen) == 0 or column.isnan().any():
             continue
         name = queries.labels[int(chosen[0])]
-        if own is not None and name in own_names:
+        if own is not None and name in own_names and bool(column.min() < column.max()):  # else it says nothing
             column = column - _difference(own[:, chosen, own_names.index(name)])
         columns.append(column)
     if not columns:
@@ -285,7 +294,7 @@ def _read_csv(path: Path) -> list[tuple[str, Any]]:
         if len(line) != len(header):
             columns = f"{len(line)} columns, the header has {len(header)}"
             raise RadiotagError(f"{path}, line {number}: {columns}", "write as many as the header has")
-        if len(header) == 2:
+        if len(header) == 2 and header[1].strip().lower() == "label":
             found.append((line[0], line[1].strip()))
             continue
         try:
@@ -351,6 +360,8 @@ def _probabilities(answers: Tensor) -> Tensor:
     For all answers alike: one by one, an answer that was rounded to a sum of 0.97 would pass for logits.
     """
     given = answers[~answers.isnan().any(-1)]  # (n, C')
+    if answers.shape[-1] == 1:  # a single output is a sigmoid's
+        return answers if float(given.min()) >= 0 and float(given.max()) <= 1 else answers.sigmoid()
     least, most, usual = (float(x) for x in (given.min(), given.max(), given.sum(1).median()))
     if least > -0.01 and (most < 1.01 or (most < 101 and abs(usual - 100) < 5)):  # as rounded, in single precision
         shares = answers.clamp(min=0)

@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from radiotag import RadiotagError, __version__, out_of_memory, printable
+from radiotag import RadiotagError, __version__, launched, out_of_memory, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from radiotag.blackbox import Queries
     from radiotag.manifest import Summary
+    from radiotag.marking import Plan
+    from radiotag.networks import Network
     from radiotag.radioactive import Key
+    from radiotag.training import Dataset, Recipe
     from radiotag.verification import Finding
 
 DETECTED, ERROR, NO_EVIDENCE, INTERRUPTED = 0, 1, 3, 130  # exit codes; 2 is a usage error
@@ -47,7 +50,9 @@ app = typer.Typer(
     "k.safetensors. Exit codes: 0 done (verify: detected), 1 error, 2 usage, 3 no evidence, 130 interrupted.",
 )
 
-KeyOption = Annotated[Path, typer.Option("--key", "-k", metavar="FILE", help="the secret key file, from keygen")]
+KeyOption = Annotated[
+    Path, typer.Option("--key", "-k", metavar="FILE", readable=False, help="the secret key file, from keygen")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, also on failure")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors (and --json)")]
 DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="where to compute")]
@@ -65,7 +70,7 @@ class Report:
     command: str
     as_json: bool
     quiet: bool
-    mute: bool = False  # one of several processes, before the first has heard of it: they all meet the same errors
+    mute: bool = False  # in the launcher's other processes until the plan is made: the first tells of the same errors
     started: float = field(default_factory=time.monotonic)
 
     def note(self, text: str) -> None:
@@ -100,7 +105,7 @@ class Report:
 
 def _aside() -> bool:
     """Whether this is one of the launcher's processes and not the first, which speaks for all."""
-    return os.environ.get("RANK", "0") != "0" and {"WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return launched()[0] > 0
 
 
 @contextmanager
@@ -110,6 +115,9 @@ def reporting(command: str, as_json: bool, quiet: bool) -> Iterator[Report]:
     report = Report(command, as_json and not aside, quiet or aside, mute=aside)
     try:
         yield report
+    except BrokenPipeError:  # whoever reads the results has enough of them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        raise typer.Exit(ERROR) from None
     except RadiotagError as error:
         _debug()
         report.fail(str(error), error.hint)
@@ -220,7 +228,7 @@ def keygen(
     with reporting("keygen", json_, quiet) as report:
         if data and classes:
             raise typer.BadParameter("--classes and --data both say how many carriers: give one of them")
-        if not output.name:
+        if not output.name or output.is_dir():
             raise RadiotagError(f"{output} is a folder", "name a file with -o")
         public = output.with_suffix(".pub")
         if public == output:
@@ -317,6 +325,8 @@ def mark(
         _check_preview(plan, preview, force)
         if plan.rows.keys() <= SPLITS and len(plan.rows) > 1:
             report.note(f"the classes are {', '.join(plan.rows)}: give one of these folders if they hold the classes")
+        if loose := folder.uncounted_classes(plan):
+            report.note(f"no image in {loose[0]}/ can be marked: a loader of class folders counts it as a class, too")
         if dry_run:
             folder.check(plan, force)
             report.say(*_plan_lines(plan))
@@ -324,7 +334,7 @@ def mark(
             report.give(**_mark_json(plan, Summary(images=len(plan.items)), **planned))
             return
         report.mute = False
-        if (count := folder.processes()) > 1:  # a cluster may set RANK and WORLD_SIZE for other ends
+        if (count := launched()[1]) > 1:  # a cluster may set RANK and WORLD_SIZE for other ends
             report.note(f"one of {count} processes, by RANK and WORLD_SIZE: waits for the others")
         with progress_bar(report, "images") as bar:
             task = bar.add_task("marking", total=len(plan.items), detail="")
@@ -338,19 +348,20 @@ def mark(
             )  # fmt: skip
         if _aside():
             return  # the first process tells of all images
-        if preview:
-            folder.preview(plan, summary, preview)
         for row in summary.failed:
             report.problem(row["error"], row.get("hint", ""))
         report.say(*_mark_lines(plan, summary, key))
+        if preview:
+            folder.preview(plan, summary, preview)
         if summary.failed:
-            problem = {"error": f"{len(summary.failed)} images failed, and are missing", "hint": MENDED}
+            left = "left unmarked" if plan.archive else "missing"
+            problem = {"error": f"{len(summary.failed)} of the images failed and are {left}", "hint": MENDED}
             report.give(**_mark_json(plan, summary, **problem))
             raise typer.Exit(ERROR)
         report.give(**_mark_json(plan, summary))
 
 
-def _check_preview(plan: Any, preview: Path | None, force: bool) -> None:
+def _check_preview(plan: "Plan", preview: Path | None, force: bool) -> None:
     """A sheet must not take a user's picture's place, nor go with the data."""
     if preview is None:
         return
@@ -366,6 +377,8 @@ def _check_preview(plan: Any, preview: Path | None, force: bool) -> None:
 def _marked_name(source: Path) -> Path:
     """SRC-marked, which for a tar file still ends in .tar."""
     stem, suffix = (source.stem, source.suffix) if source.is_file() else (source.name, "")
+    if not stem:
+        raise RadiotagError(f"{source} has no name to build the output's on", "name the output with -o")
     return source.with_name(f"{stem}-marked{suffix}")
 
 
@@ -375,7 +388,7 @@ def _running(summary: "Summary", report: Report) -> str:
     return f"{rate:.1f}/s" + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
 
 
-def _plan_lines(plan: Any) -> list[str]:
+def _plan_lines(plan: "Plan") -> list[str]:
     sizes: dict[str, list[int]] = {}
     for item in plan.items:
         counts = sizes.setdefault(item.label, [0, 0])
@@ -383,37 +396,21 @@ def _plan_lines(plan: Any) -> list[str]:
         counts[1] += item.path.as_posix() in plan.chosen
     lines = [f"{name or plan.source.name}: {marked} of {total} images" for name, (total, marked) in sizes.items()]
     return [
-        f"would mark {len(plan.chosen)} of {len(plan.items)} images into {plan.output}",
+        f"would mark {len(plan.chosen)} of {len(plan.items)} images into {plan.output}, less what is done already",
         *(f"  {line}" for line in lines),
         *_unmarked_lines(plan),
         f"next         {shlex.join(['radiotag', *(word for word in sys.argv[1:] if word != '--dry-run')])}",
     ]
 
 
-def _unmarked_lines(plan: Any) -> list[str]:
+def _unmarked_lines(plan: "Plan") -> list[str]:
     from radiotag.marking import unmarked_formats
 
     counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(unmarked_formats(plan).items()))
     return [f"warning      copied unmarked, though they look like images: {counts}"] if counts else []
 
 
-def _statistics(summary: "Summary") -> dict[str, Any]:
-    import numpy as np
-
-    psnr, ssim, linf, gain = (np.asarray(v) for v in (summary.psnr, summary.ssim, summary.linf, summary.gain))
-    some = summary.marked > 0
-    return {
-        "psnr_median": float(np.median(psnr)) if some else None,
-        "psnr_p5": float(np.percentile(psnr, 5)) if some else None,
-        "psnr_min": float(psnr.min()) if some else None,
-        "ssim_median": float(np.median(ssim)) if some else None,
-        "ssim_min": float(ssim.min()) if some else None,
-        "linf_max": float(linf.max()) if some else None,
-        "feature_gain_mean": float(gain.mean()) if some else None,
-    }
-
-
-def _mark_json(plan: Any, summary: "Summary", **more: Any) -> dict[str, Any]:
+def _mark_json(plan: "Plan", summary: "Summary", **more: Any) -> dict[str, Any]:
     from radiotag.marking import unmarked_formats
 
     failed = [{name: row.get(name, "") for name in ("path", "error", "hint")} for row in summary.failed]
@@ -421,12 +418,15 @@ def _mark_json(plan: Any, summary: "Summary", **more: Any) -> dict[str, Any]:
         "fingerprint": plan.header["fingerprint"], "output": str(plan.output), "manifest": str(plan.manifest),
         "images": len(plan.items), "marked": summary.marked, "copied": summary.copied, "skipped": summary.skipped,
         "failed": failed, "formats_unmarked": dict(unmarked_formats(plan)), "further_pictures_dropped": summary.dropped,
-        **_statistics(summary), **more,
+        "unchanged": summary.unchanged,
+        **summary.statistics(), **more,
     }  # fmt: skip
 
 
-def _mark_lines(plan: Any, summary: "Summary", key: Path) -> list[str]:
-    numbers, failed = _statistics(summary), len(summary.failed)
+def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
+    from radiotag.marking import uninvited
+
+    numbers, failed = summary.statistics(), len(summary.failed)
     lines = [
         f"marked       {summary.marked} of {len(plan.items)} images, {summary.copied} copied, {failed} failed"
         + (f" ({summary.skipped} done earlier)" if summary.skipped else ""),
@@ -447,11 +447,18 @@ def _mark_lines(plan: Any, summary: "Summary", key: Path) -> list[str]:
         lines.append(
             f"warning      {summary.dropped} marked files lack what lay behind the picture (gain map, depth, film)"
         )
+    if summary.unchanged:
+        lines.append(f"warning      {summary.unchanged} of the marked images came out unchanged: no room for a mark")
+    if strange := uninvited(plan):
+        lines.append(f"warning      {len(strange)} files in {plan.output} are not the source's: {strange[0]}")
     if failed:
-        return [*lines, f"next         {failed} images are MISSING from {plan.output.name}: {MENDED}"]
-    flat = f" --marked {shlex.quote(str(plan.manifest))}" if plan.names == ("",) else ""
+        state = "UNMARKED in" if plan.archive else "MISSING from"
+        return [*lines, f"next         {failed} of the images {state} {plan.output}: {MENDED}"]
+    if not summary.marked:
+        return [*lines, "next         nothing is marked: raise --fraction"]
+    flat = f" --marked {shlex.quote(str(plan.manifest))}" if plan.rows.keys() == {""} else ""
     later = f"radiotag verify model.pt --key {shlex.quote(str(key))}{flat}"
-    return [*lines, f"next         release {plan.output.name}; later: {later}"]
+    return [*lines, f"next         release {plan.output}; later: {later}"]
 
 
 # ---------------------------------------------------------------- train-demo
@@ -463,7 +470,7 @@ def _mark_lines(plan: Any, summary: "Summary", key: Path) -> list[str]:
 )
 def train_demo(
     data: Annotated[
-        Path | None, typer.Argument(metavar="[DATA]", help="folder of class sub-folders; none: the demonstration")
+        Path | None, typer.Argument(metavar="DATA", help="folder of class sub-folders; none: the demonstration")
     ] = None,
     output: Annotated[
         Path | None,
@@ -534,12 +541,12 @@ def train_demo(
 
 
 def _train(
-    report: Report, network: Any, images: Any, recipe: Any, teacher: Path | None, held_out: Any, target: Path,
-    resume: bool, device: str,
+    report: Report, network: "Network", images: "Dataset", recipe: "Recipe", teacher: Path | None,
+    held_out: "Dataset | None", target: Path, resume: bool, device: str,
 ) -> float | None:  # fmt: skip
     from radiotag import networks, training
 
-    taught = networks.load(teacher).to(device) if teacher else None
+    taught = networks.load(teacher) if teacher else None
     with progress_bar(report, "%") as bar:
         task = bar.add_task("training", total=100 * recipe.epochs, detail="")
 
@@ -574,7 +581,7 @@ def _demonstrate(report: Report, folder: Path, device: str, force: bool, seed: i
 def verify(
     key: KeyOption,
     models: Annotated[
-        list[Path] | None, typer.Argument(metavar="[MODEL]...", help="suspects: .pt, .pth, .th, .safetensors or .pt2")
+        list[Path] | None, typer.Argument(metavar="MODEL", help="suspects: .pt, .pth, .th, .safetensors or .pt2")
     ] = None,
     data: Annotated[
         Path | None,
@@ -615,7 +622,7 @@ def verify(
         Path | None, typer.Option(metavar="FILE.csv|.json", help="that suspect's answers to the exported images")
     ] = None,
     alpha: Annotated[
-        float, typer.Option(min=1e-300, max=0.5, help="detected if the corrected p is at most this")
+        float, typer.Option(min=0.0, max=0.5, help="detected if the corrected p is at most this, above 0")
     ] = 1e-4,
     calibrate: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="fresh keys to test the same suspect with, as a check")
@@ -635,11 +642,17 @@ def verify(
     whatever could be chosen after seeing a suspect would void the p-value.
     """
     with reporting("verify", json_, quiet) as report:
-        _check_verify(models, data, black_box, export, predictions, calibrate)
+        if not alpha > 0:
+            raise typer.BadParameter(f"--alpha is above 0 and at most 0.5, not {alpha:g}")
+        asked = {"--data": data, "--marked": marked, "--arch": arch, "--decoys": decoys}
+        _check_verify(models, black_box, export, predictions, calibrate, asked)
         from radiotag import report as pages
         from radiotag import verification
+        from radiotag.blackbox import check_export
         from radiotag.radioactive import load_key
 
+        if export:
+            check_export(export)
         if report_:
             pages.check(report_)
             if report_.exists() and not force:
@@ -671,17 +684,24 @@ def verify(
                 models or [], secret, options, data=data, manifest=marked, alpha=alpha, calibration=calibrate,
                 progress=show,
             )  # fmt: skip
+        problem = None
         if report_:
-            pages.write(report_, findings, secret, alpha)
-        _tell(report, findings, secret, alpha, report_)
+            try:
+                pages.write(report_, findings, secret, alpha)
+            except RadiotagError as error:  # the verdict of an hour is told all the same
+                report.problem(str(error), error.hint)
+                problem = error
+        _tell(report, findings, secret, alpha, report_, problem)
+        if problem:
+            raise typer.Exit(ERROR)
         raise typer.Exit(DETECTED if all(finding.detected for finding in findings) else NO_EVIDENCE)
 
 
 def _check_verify(
-    models: list[Path] | None, data: Path | None, black_box: bool, export: Path | None, predictions: Path | None,
-    calibrate: int,
+    models: list[Path] | None, black_box: bool, export: Path | None, predictions: Path | None, calibrate: int,
+    asked: dict[str, Path | str | int | None],
 ) -> None:  # fmt: skip
-    """Combinations that mean nothing; a usage error each."""
+    """Combinations that mean nothing; a usage error each. `asked`: options that shape the questions or the network."""
     if bool(models) == bool(export or predictions):
         raise typer.BadParameter(
             "give one or more MODELs, or --export or --predictions instead of them"
@@ -690,9 +710,13 @@ def _check_verify(
         )
     if export and predictions:
         raise typer.BadParameter("--export comes first, --predictions when the answers are there: give one of them")
+    if predictions and (idle := [name for name, value in asked.items() if value]):
+        raise typer.BadParameter(f"--predictions answers what was exported: leave out {' and '.join(idle)}")
+    if asked["--decoys"] and not black_box:
+        raise typer.BadParameter("--decoys are of the black-box test: add --black-box, or leave it out")
     if export and not black_box:
         raise typer.BadParameter("--export needs --black-box")
-    if black_box and not predictions and data is None:
+    if black_box and not predictions and asked["--data"] is None:
         raise typer.BadParameter("--black-box needs --data DIR: unmarked images in class sub-folders")
     if calibrate and (black_box or predictions):
         raise typer.BadParameter("--calibrate is for the white-box test: black-box counts its null out exactly")
@@ -711,7 +735,10 @@ def _export(report: Report, queries: "Queries", secret: "Key", folder: Path, key
     report.give(fingerprint=secret.fingerprint, export=str(folder), images=count)
 
 
-def _tell(report: Report, findings: "list[Finding]", secret: "Key", alpha: float, page: Path | None) -> None:
+def _tell(
+    report: Report, findings: "list[Finding]", secret: "Key", alpha: float, page: Path | None,
+    problem: RadiotagError | None,
+) -> None:  # fmt: skip
     from radiotag import report as pages
     from radiotag import verification
     from radiotag.radioactive import NULL
@@ -727,7 +754,7 @@ def _tell(report: Report, findings: "list[Finding]", secret: "Key", alpha: float
         f"key          sha256:{secret.fingerprint}",
         f"note         {verification.VOIDS[0]}",
         f"             {verification.VOIDS[1]}",
-        f"report       {page}"
+        f"report       {'not written' if problem else page}"
         if page
         else f"next         {shlex.join(['radiotag', *sys.argv[1:]])} --report evidence.html",
     )
@@ -739,7 +766,8 @@ def _tell(report: Report, findings: "list[Finding]", secret: "Key", alpha: float
         detected=all(finding.detected for finding in findings),
         suspects=suspects,
         **({"calibration": calibrations[0]} if len(calibrations) == 1 else {}),
-        **({"report": str(page)} if page else {}),
+        **({"report": str(page)} if page and not problem else {}),
+        **({"error": str(problem), "hint": problem.hint} if problem else {}),
     )  # fmt: skip
 
 

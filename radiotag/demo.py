@@ -1,5 +1,7 @@
 """The whole method on built-in data, in minutes: key, marked set, a clean and a radioactive model, both verified."""
 
+import math
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +64,6 @@ def run(
     plan = marking.plan(folder / "images", folder / "images-marked", key, settings, fraction=size.fraction)
     summary = marking.run(plan, key, settings, device=device)
     marking.preview(plan, summary, folder / "preview.png")
-    psnr = sorted(summary.psnr)
     paths, accuracy = [], []
     held_out = training.load_folder(folder / "held-out", size.pixels)
     for number, (name, images) in enumerate((("clean", "images"), ("radioactive", "images-marked")), 3):
@@ -73,8 +74,9 @@ def run(
     options = verification.Options(device=device)
     findings = verification.verify(paths, key, options, data=folder / "held-out")
     return Result(
-        folder=folder, key=folder / "k.safetensors", fingerprint=key.fingerprint, marked=len(psnr), images=size.images,
-        psnr=psnr[len(psnr) // 2], accuracy=(accuracy[0], accuracy[1]), findings=(findings[0], findings[1]),
+        folder=folder, key=folder / "k.safetensors", fingerprint=key.fingerprint, marked=summary.marked,
+        images=size.images, psnr=summary.statistics()["psnr_median"] or math.nan,
+        accuracy=(accuracy[0], accuracy[1]), findings=(findings[0], findings[1]),
     )  # fmt: skip
 
 
@@ -114,11 +116,12 @@ def lines(result: Result) -> list[str]:
     for name, data, accuracy, finding in rows:
         verdict = "mark detected" if finding.detected else "no evidence"
         table.append(f"{name:<16}{data:<38}{accuracy:>9.1%}{finding.log10_p:>10.2f}  {verdict}")
+    model, held_out = (str(result.folder / name) for name in ("radioactive.pt", "held-out"))
     return [
         *table,
         f"everything is in {result.folder}/ (preview.png shows original | marked | difference)",
         f"key sha256:{result.fingerprint}",
-        f"next: radiotag verify {result.folder}/radioactive.pt --key {result.key} --data {result.folder}/held-out",
+        "next: " + shlex.join(["radiotag", "verify", model, "--key", str(result.key), "--data", held_out]),
     ]
 
 

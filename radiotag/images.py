@@ -12,6 +12,7 @@ import secrets
 import shutil
 import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -115,6 +116,8 @@ def _load(data: bytes, name: str) -> Image.Image:
     if isinstance(image, TiffImageFile):
         image.info["orientation"] = image.tag_v2.get(274, 1)  # load() removes the tag
     image.load()
+    if isinstance(image.info.get("transparency"), str):  # a PNG's text may bear that name, where Pillow expects numbers
+        del image.info["transparency"]
     return image
 
 
@@ -318,9 +321,10 @@ def _png_chunks(data: bytes) -> bytes:
     kept, position = [], 8
     while position + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, position)
-        if kind in PNG_CHUNKS:
-            kept.append(data[position : position + 12 + size])
-        position += 12 + size
+        whole = data[position : position + 12 + size]
+        if kind in PNG_CHUNKS and whole[8 + size :] == struct.pack(">I", zlib.crc32(whole[4 : 8 + size])):
+            kept.append(whole)  # a damaged one would damage the file
+        position += len(whole)
     return b"".join(kept)
 
 
@@ -449,7 +453,6 @@ class Item:
 
     path: PurePosixPath  # relative to the source
     label: str  # the class folder's name; "" in a flat folder
-    row: int  # index of the class in sorted order, as torchvision's ImageFolder counts; 0 in a flat folder
 
 
 def scan(source: Path) -> tuple[list[Item], list[str], list[PurePosixPath]]:
@@ -473,9 +476,8 @@ def scan(source: Path) -> tuple[list[Item], list[str], list[PurePosixPath]]:
         hint = "move the images beside the class folders into one of them"
         raise RadiotagError(f"{source}: images both in class folders ({names[0]}) and beside them ({loose})", hint)
     if not names:
-        return [Item(path=path, label="", row=0) for path in images], [""], others
-    rows = {name: row for row, name in enumerate(names)}
-    return [Item(path=path, label=path.parts[0], row=rows[path.parts[0]]) for path in images], names, others
+        return [Item(path=path, label="") for path in images], [""], others
+    return [Item(path=path, label=path.parts[0]) for path in images], names, others
 
 
 def _walk(source: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
@@ -543,10 +545,14 @@ def copy_atomically(source: Path, target: Path) -> None:
         fill_atomically(target, lambda file: shutil.copyfileobj(original, file), None)
 
 
-def fill_atomically(path: Path, fill: Callable[[IO[bytes]], object], mode: int | None) -> None:
-    """Let `fill` write a file that then appears whole or not at all."""
+def fill_atomically(
+    path: Path, fill: Callable[[IO[bytes]], object], mode: int | None, part: Path | None = None
+) -> None:
+    """Let `fill` write a file that then appears whole or not at all; until then it is `part`, if nobody else's is."""
+    if part:
+        part.unlink(missing_ok=True)  # left by a run that was killed
     # The name does not build on the target's, which may already have all the 255 bytes that a name can have.
-    part = path.parent / f".{secrets.token_hex(8)}.part"
+    part = part or path.parent / f".{secrets.token_hex(8)}.part"
     try:
         part.touch(mode=0o666 if mode is None else 0o600, exist_ok=False)
         with part.open("wb") as file:

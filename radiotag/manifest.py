@@ -14,16 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from radiotag import RadiotagError
 from radiotag.images import fill_atomically
 
 FORMAT = 1
+WRITTEN = "a manifest is what mark wrote beside its output, OUTPUT.manifest.jsonl"
 Row = dict[str, Any]
 
 
 @dataclass(slots=True, kw_only=True)
 class Summary:
-    """What rows say together; a few numbers an image, so that folders of any size fit in memory."""
+    """Totals over rows; a few numbers an image, so that folders of any size fit in memory."""
 
     images: int  # that there are to be
     skipped: int = 0  # done by an earlier run
@@ -42,6 +45,11 @@ class Summary:
         """How many are marked."""
         return len(self.psnr)
 
+    @property
+    def unchanged(self) -> int:
+        """How many of them came out as they went in: two colours, or an encoder, leave no room for a mark."""
+        return sum(change == 0 for change in self.linf)
+
     def add(self, row: Row, place: int = 0) -> None:
         """Count a row in."""
         self.done += 1
@@ -54,6 +62,27 @@ class Summary:
                 getattr(self, name).append(row[name])
             self.dropped += "dropped" in row
             self.places.append(place)
+
+    def statistics(self) -> dict[str, float | None]:
+        """Quality and strength of the marks: PSNR in dB, change in units of 1/255; None where none is marked."""
+        names = "psnr_median", "psnr_p5", "psnr_min", "ssim_median", "ssim_min", "linf_max", "feature_gain_mean"
+        if not self.marked:
+            return dict.fromkeys(names)
+        psnr, ssim, linf, gain = map(np.asarray, (self.psnr, self.ssim, self.linf, self.gain))
+        values = (
+            np.median(psnr), np.percentile(psnr, 5), psnr.min(), np.median(ssim), ssim.min(), linf.max(), gain.mean()
+        )  # fmt: skip
+        return {name: round(float(value), 5) for name, value in zip(names, values, strict=True)}
+
+
+def begin(path: Path, header: Row) -> None:
+    """Write a manifest of its first line alone, readable by its owner only: it tells marked from unmarked."""
+    fill_atomically(path, lambda file: file.write(line(header)), 0o600, _hidden(path, "part"))
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    """A file beside a manifest, always the same one; a name may have all the 255 bytes that it can have."""
+    return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.{suffix}")
 
 
 def line(row: Row) -> bytes:
@@ -75,11 +104,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
                 yield place, row
                 place += len(text)
     except OSError as error:
-        raise RadiotagError(f"cannot read {path}: {error.strerror}") from error
+        raise RadiotagError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RadiotagError(f"{path} is not a radiotag manifest: {error}") from error
+        raise RadiotagError(f"{path} is not a radiotag manifest: {error}", WRITTEN) from error
     if not place:
-        raise RadiotagError(f"{path} is not a radiotag manifest: it is empty")
+        raise RadiotagError(f"{path} is not a radiotag manifest: it is empty", WRITTEN)
 
 
 def read_header(path: Path) -> Row:
@@ -159,7 +188,7 @@ def put_in_order(path: Path, header: Row, wanted: Iterable[str], skipped: int) -
                 summary.add(row, new.tell())
                 new.write(line(row))
 
-    fill_atomically(path, fill, 0o600)
+    fill_atomically(path, fill, 0o600, _hidden(path, "part"))
     return summary
 
 
@@ -171,8 +200,7 @@ def locked(path: Path, output: Path) -> Iterator[None]:
     except ImportError:  # not POSIX: no lock, files still appear whole
         yield
         return
-    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()  # a name may have all the 255 bytes that it can have
-    place = path.with_name(f".{digest[:16]}.lock")
+    place = _hidden(path, "lock")
     with place.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,13 +8,14 @@ number of processes, gives the same bytes.
 import hashlib
 import math
 import os
+import random
 import shutil
 import stat
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -22,15 +23,15 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributed
 
-from radiotag import RadiotagError, manifest, out_of_memory, shards
+from radiotag import RadiotagError, launched, manifest, out_of_memory, shards
 from radiotag.images import (
     OTHER_SUFFIXES,
     PART,
+    SUFFIXES,
     Item,
     Picture,
     contact_sheet,
@@ -47,7 +48,7 @@ from radiotag.images import (
 )
 from radiotag.manifest import FORMAT, Row, Summary
 from radiotag.networks import Network, resized
-from radiotag.radioactive import Key, Marking, choose, default_psnr, image_random, mark_images, patterned
+from radiotag.radioactive import Key, Marking, choose, image_random, mark_images, padded, patterned
 
 LOSSLESS = {"PNG", "BMP", "TIFF"}
 GREY = {"1", "L", "LA", "I;16"}
@@ -66,7 +67,6 @@ class Plan:
     output: Path
     manifest: Path
     items: tuple[Item, ...]
-    names: tuple[str, ...]
     rows: dict[str, int]  # class → carrier row
     chosen: frozenset[str]  # relative paths to mark
     others: tuple[Path, ...]  # copied so that the tree is complete
@@ -113,18 +113,37 @@ def plan(
     work = beside.with_name(f".{beside.name}.staged") if archive else output
     return Plan(
         source=source, output=output, manifest=beside.with_name(beside.name + ".manifest.jsonl"), items=tuple(items),
-        names=tuple(names), rows=carrier_rows(key, names), chosen=chosen, others=tuple(map(Path, others)),
+        rows=carrier_rows(key, names), chosen=chosen, others=tuple(map(Path, others)),
         header=header, archive=archive, work=work,
     )  # fmt: skip
 
 
+def uninvited(plan: Plan) -> list[str]:
+    """Files in the output that are not the source's, by relative path: left by earlier runs, or a user's own."""
+    if plan.archive:
+        return []
+    whole = _with_earlier(plan)
+    known = {_output(whole, item) for item in whole.items} | {path.as_posix() for path in plan.others}
+    found = ((Path(folder).relative_to(plan.output) / name).as_posix()
+             for folder, _, names in os.walk(plan.output) for name in names)  # fmt: skip
+    return sorted(name for name in found if name not in known)
+
+
+def uncounted_classes(plan: Plan) -> list[str]:
+    """First-level folders of images none of which is marked: a loader of class folders counts them as classes, too."""
+    images = (path for path in plan.others if path.suffix.lower() in SUFFIXES | OTHER_SUFFIXES)
+    found = {path.parts[0] for path in images if len(path.parts) > 1} - set(plan.rows)
+    return sorted(found) if "" not in plan.rows else []
+
+
 def unmarked_formats(plan: Plan) -> Counter[str]:
     """How many of the files that are only copied look like images of formats that are not marked, by suffix."""
-    return Counter(path.suffix.lower() for path in plan.others if path.suffix.lower() in OTHER_SUFFIXES)
+    found = Counter(path.suffix.lower() for path in plan.others if path.suffix.lower() in OTHER_SUFFIXES)
+    return found + plan.archive.unmarked if plan.archive else found
 
 
 def _is_secret(path: Path) -> bool:
-    """Whether a file, of any name, is a key, an index of black-box questions or a manifest, which may not go out."""
+    """Whether a file, of any name, is a key, an index of black-box questions or a manifest: not to be released."""
     try:
         with path.open("rb") as file:
             first = file.read(4096)
@@ -149,8 +168,12 @@ def carrier_rows(key: Key, names: Sequence[str]) -> dict[str, int]:
             raise RadiotagError(f"the key has {len(key.carriers)} carriers, the folder {len(names)} classes", hint)
         return {name: row for row, name in enumerate(names)}
     missing = sorted(set(names) - set(known))
+    if missing == [""]:
+        hint = "put the images into a sub-folder of the class's name, or use a key of one class: keygen --classes 1"
+        raise RadiotagError("the key names its classes, and the folder has none", hint)
     if missing:
-        raise RadiotagError(f"the key does not know the class '{missing[0]}'", "make one: radiotag keygen --data DIR")
+        hint = "use a key of this folder's classes: radiotag keygen --data SRC -o ANOTHER"
+        raise RadiotagError(f"the key does not know the class '{missing[0]}'", hint)
     return {name: known.index(name) for name in names}
 
 
@@ -185,21 +208,16 @@ class Team:
         return values
 
 
-def processes() -> int:
-    """How many processes PyTorch's launcher, or a cluster in its words, says that there are, of which this is one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if {"RANK", "MASTER_ADDR"} <= os.environ.keys() else 1
-
-
 @contextmanager
 def team() -> Iterator[Team]:
     """Join the processes that `torchrun` started, by its environment variables, until all is done."""
-    size = processes()
+    rank, size = launched()
     if size == 1:
         yield Team()
         return
     distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may have hours more to do
     try:
-        yield Team(int(os.environ["RANK"]), size)
+        yield Team(rank, size)
     finally:
         distributed.destroy_process_group()  # its threads, left to the interpreter's end, may abort the process
 
@@ -228,11 +246,13 @@ def run(
         _journal(plan, path := manifest.rank_journal(plan.manifest, together.rank), together, force, held) as journal,
         ThreadPoolExecutor(THREADS) as pool,
     ):
+        plan = _with_earlier(plan)  # as the first process, which has taken the others' journals in
         mine = plan.items[together.rank :: together.size]
         summary = Summary(images=len(mine))
         todo = _remaining(plan, mine, summary, pool)
         progress(summary)
-        for row in _rows(plan, todo, key, marking, device, batch_size, pool):
+        others = plan.others[together.rank :: together.size]
+        for row in _rows(plan, todo, others, key, marking, device, batch_size, pool):
             summary.add(row)
             _append(journal, row, path)
             progress(summary)
@@ -279,7 +299,7 @@ def _journal(plan: Plan, path: Path, together: Team, force: bool, held: ExitStac
             raise SystemExit(1)  # the first process says why
         raise problem
     if journal is None:
-        write_atomically(path, manifest.line(plan.header), mode=0o600)
+        manifest.begin(path, plan.header)
         journal = path.open("ab")
     return journal
 
@@ -293,12 +313,12 @@ def _begin(plan: Plan, force: bool) -> IO[bytes]:
     if force or not there:
         for other in manifest.rank_journals(plan.manifest):
             other.unlink()
-        write_atomically(plan.manifest, manifest.line(plan.header), mode=0o600)  # it tells marked from unmarked
+        manifest.begin(plan.manifest, plan.header)
     journal = plan.manifest.open("r+b")
     try:
         manifest.mend(journal)
         manifest.take_in(plan.manifest, journal)
-        _sweep(plan)
+        _sweep(_with_earlier(plan))
     except BaseException:
         journal.close()
         raise
@@ -309,18 +329,30 @@ def check(plan: Plan, force: bool) -> None:
     """RadiotagError for an output that this plan cannot begin or go on with; nothing is written."""
     _check_begun(plan, force)
     if plan.manifest.exists() and not force:
-        _check_stale(plan)
+        _check_stale(_with_earlier(plan))
 
 
 def _check_begun(plan: Plan, force: bool) -> None:
     """As `check`, but for stale files, which a run looks for when it has taken other processes' journals in."""
+    _check_links(plan)
     if force:
         return
     if plan.manifest.exists():
         _check_settings(plan, manifest.read_header(plan.manifest))
         _check_images(plan)
-    elif plan.output.exists() and (not plan.output.is_dir() or any(plan.output.iterdir())):
+    elif plan.output.is_file() and not plan.archive:
+        raise RadiotagError(f"{plan.output} is a file", "choose another -o")
+    elif plan.output.exists() and (plan.output.is_file() or any(plan.output.iterdir())):
         raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
+
+
+def _check_links(plan: Plan) -> None:
+    """Refuse to write through links in the output: what lies behind one may be the source."""
+    parents = {PurePosixPath(path).parent for path in (*(item.path for item in plan.items), *plan.others)}
+    for folder in sorted({place for parent in parents for place in (parent, *parent.parents) if place.name}):
+        if plan.archive is None and (plan.output / folder).is_symlink():
+            message = f"{plan.output / folder} is a link, and what lies behind it would be overwritten"
+            raise RadiotagError(message, "remove the link, or choose another -o")
 
 
 def _check_settings(plan: Plan, header: Row) -> None:
@@ -333,15 +365,11 @@ def _check_settings(plan: Plan, header: Row) -> None:
 
 
 def _sweep(plan: Plan) -> None:
-    """Remove what a killed run left half-written; refuse to leave what this run would not make beside what it will."""
+    """Remove what a killed run left half-written; refuse an output that holds files of an earlier, different run."""
     for folder in {plan.output, plan.work}:
         for part in folder.rglob(".*.part") if folder.is_dir() else ():
             if PART.fullmatch(part.name):
                 part.unlink(missing_ok=True)
-    first = manifest.line(plan.header)
-    for part in plan.manifest.parent.glob(".*.part"):  # a folder that others may be writing to
-        if PART.fullmatch(part.name) and part.is_file() and _starts_with(part, first):
-            part.unlink(missing_ok=True)
     _check_stale(plan)
 
 
@@ -354,16 +382,36 @@ def _check_stale(plan: Plan) -> None:
             )
 
 
+def _with_earlier(plan: Plan) -> Plan:
+    """The plan, with what earlier runs marked among the chosen: as images come and go, a share falls on others."""
+    if len(plan.chosen) == len(plan.items):
+        return plan
+    last = {row["path"]: row.get("status") for place, row in manifest.read_lines(plan.manifest) if place}
+    earlier = {item.path.as_posix() for item in plan.items if last.get(item.path.as_posix()) == "marked"}
+    _check_collisions(plan.items, plan.chosen | earlier, plan.header["format"])
+    return replace(plan, chosen=plan.chosen | earlier)
+
+
 def _check_images(plan: Plan) -> None:
-    """Refuse to put other images in the place of an earlier run's; one that is still the same shows that all belong."""
-    items, other = {item.path.as_posix(): item for item in plan.items}, False
+    """Refuse to put other images, or other carriers' marks, in the place of an earlier run's.
+
+    One image that is still the same shows that all belong.
+    """
+    items, same, other = {item.path.as_posix(): item for item in plan.items}, False, False
     for _, row in manifest.read_lines(plan.manifest):
-        if "sha256_in" in row and row["path"] in items:
-            digest = _source_hash(plan, items[row["path"]])
-            if digest == row["sha256_in"]:
-                return
-            other = other or digest is not None
-    if other:
+        if not row.keys() >= {"sha256_in", "class", "row"}:
+            continue
+        carrier = plan.rows.get(row["class"], row["row"])
+        if carrier != row["row"]:
+            message = f"the class '{row['class']}' was marked with carrier {row['row']}, and now has carrier {carrier}"
+            hint = "choose another -o, or start over with --force; a key of keygen --data names its classes"
+            raise RadiotagError(message, hint)
+        if not same:
+            item = items.get(row["path"])
+            digest = item and _source_hash(plan, item)
+            same = digest == row["sha256_in"]
+            other = other or item is None or digest is not None
+    if other and not same:
         raise RadiotagError(
             f"{plan.output} was made of other images than are in {plan.source}",
             "choose another -o, or start over with --force",
@@ -375,12 +423,13 @@ def _stale(plan: Plan) -> Iterator[tuple[Path, str]]:
     if plan.archive:
         seen = {row["path"].split("/")[0] for place, row in manifest.read_lines(plan.manifest) if place}
         for shard in sorted(seen - set(plan.archive.shards)) if plan.source.is_dir() else ():
-            yield plan.output / shard, ""
+            if shards.is_shard(plan.output / shard):
+                yield plan.output / shard, ""
         return
     outputs = {_output(plan, item) for item in plan.items} | {path.as_posix() for path in plan.others}
     for _, row in manifest.read_lines(plan.manifest):
         if row.get("status", "failed") != "failed" and row.get("output", row["path"]) not in outputs:
-            yield plan.work / row["output"], row.get("sha256_out", "")
+            yield plan.output / row["output"], row.get("sha256_out", "")
 
 
 def _remove_stale(plan: Plan) -> None:
@@ -390,11 +439,6 @@ def _remove_stale(plan: Plan) -> None:
                 stale.unlink(missing_ok=True)
     except RadiotagError:
         return  # no manifest, or a damaged one, which force is there to overwrite
-
-
-def _starts_with(path: Path, first: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(first)) == first
 
 
 def _output(plan: Plan, item: Item) -> str:
@@ -430,7 +474,7 @@ def _holds(plan: Plan, item: Item, row: Row, released: shards.Archive | None) ->
         return False
     if plan.archive and row["status"] == "copied":
         return True  # it goes from shard to shard when that is put together
-    digest = _file_hash(plan.work / row["output"])
+    digest = _file_hash(_staged(plan, row["output"]))
     if digest is None and released:
         digest = hashlib.sha256(_released_bytes(plan, released, row["output"])).hexdigest()
     return bool(row["sha256_out"] == digest)
@@ -462,12 +506,13 @@ def _source_hash(plan: Plan, item: Item) -> str | None:
 
 
 def _rows(
-    plan: Plan, todo: Sequence[Item], key: Key, marking: Marking, device: str, batch_size: int, pool: ThreadPoolExecutor
-) -> Iterator[Row]:
+    plan: Plan, todo: Sequence[Item], others: Sequence[Path], key: Key, marking: Marking, device: str, batch_size: int,
+    pool: ThreadPoolExecutor,
+) -> Iterator[Row]:  # fmt: skip
     """Do what is left, and say what was done: first the copies, then the marks."""
     copies = [item for item in todo if item.path.as_posix() not in plan.chosen]
     yield from ahead(pool, partial(_copied, plan), copies, AHEAD)
-    _copy_others(plan)
+    _copy_others(plan, others)
     yield from _marked(
         plan, [i for i in todo if i.path.as_posix() in plan.chosen], key, marking, device, batch_size, pool
     )
@@ -495,10 +540,14 @@ def _row(plan: Plan, item: Item, status: str, **more: Any) -> Row:
     return {"path": path, "class": item.label, "row": plan.rows[item.label], "status": status, **more}
 
 
-def _target(folder: Path, relative: str) -> Path:
-    target = folder / relative
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
+def _staged(plan: Plan, relative: str) -> Path:
+    """Where an image is written; for a shard under a name that fits whatever its members are called."""
+    return plan.work / (hashlib.sha256(os.fsencode(relative)).hexdigest() if plan.archive else relative)
+
+
+def _target(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _as_source(source: Path, target: Path) -> None:
@@ -514,7 +563,7 @@ def _copied(plan: Plan, item: Item) -> Row:
         digest = _source_hash(plan, item)
         return _row(plan, item, "copied", output=path, sha256_in=digest, sha256_out=digest)
     try:
-        target = _target(plan.output, path)
+        target = _target(plan.output / path)
         copy_atomically(source, target)
         _as_source(source, target)
     except RadiotagError as error:
@@ -525,13 +574,13 @@ def _copied(plan: Plan, item: Item) -> Row:
     return _row(plan, item, "copied", output=path, sha256_in=digest, sha256_out=digest)
 
 
-def _copy_others(plan: Plan) -> None:
-    for relative in plan.others:
+def _copy_others(plan: Plan, others: Sequence[Path]) -> None:
+    for relative in others:
         source, target = plan.source / relative, plan.output / relative
         if source.is_dir():  # an empty one
             target.mkdir(parents=True, exist_ok=True)
         elif _file_hash(source) != _file_hash(target) or not target.exists():
-            copy_atomically(source, _target(plan.output, relative.as_posix()))
+            copy_atomically(source, _target(target))
             _as_source(source, target)
 
 
@@ -546,15 +595,15 @@ def _finish_archive(plan: Plan, summary: Summary) -> None:
     def marked(path: str) -> bytes | None:
         if path not in outputs:
             return None
-        staged = plan.work / outputs[path]
+        staged = _staged(plan, outputs[path])
         data = staged.read_bytes() if released is None or staged.is_file() else _released_bytes(plan, released, path)
         if not data:
-            raise RadiotagError(f"{staged} is gone", "run the same command again")
+            raise RadiotagError(f"{path}, marked, is gone from {plan.work}", "run the same command again")
         return data
 
-    for shard in plan.archive.shards:
+    for shard, members in plan.archive.by_shard().items():
         target = plan.output / shard if plan.source.is_dir() else plan.output
-        shards.assemble(plan.archive, shard, _target(target.parent, target.name), marked, plan.work)
+        shards.assemble(plan.archive.root / shard, members, _target(target), marked, plan.work)
         _as_source(plan.archive.root / shard, target)
     shutil.rmtree(plan.work, ignore_errors=True)
 
@@ -616,7 +665,7 @@ def _mark_batch(
     format = str(plan.header["format"])
     pictures = [picture for _, _, picture in ready]
     rows = [plan.rows[item.label] for item, _, _ in ready]
-    carriers = key.carriers[rows].to(network.get_buffer("mean").device)
+    carriers = key.carriers[rows].to(network.device)
     carrying = torch.tensor([patterned(key, item.path.as_posix()) for item, _, _ in ready])
     patterns = key.patterns[rows] * carrying[:, None]
     draws = [image_random(key, item.path.as_posix(), int(plan.header["seed"])) for item, _, _ in ready]
@@ -642,7 +691,7 @@ def _mark_batch(
 def _written(plan: Plan, image: tuple[Item, bytes, Picture], encoded: bytes, seen: Pixels, gain: float) -> Row:
     item, data, picture = image
     relative = _output(plan, item)
-    target = _target(plan.work, relative)
+    target = _target(_staged(plan, relative))
     write_atomically(target, encoded)
     if plan.archive is None:
         _as_source(plan.source / item.path, target)
@@ -659,12 +708,12 @@ def mark_pictures(
     pictures: Sequence[Picture],
     carriers: Tensor,
     patterns: Tensor,
-    draws: Sequence[Any],
+    draws: Sequence[random.Random],
     marking: Marking,
     format: str,
     pool: ThreadPoolExecutor,
 ) -> list[tuple[bytes, Pixels]]:
-    """Mark decoded images: (file bytes, pixels (H, W, 3) as read back from them) of each."""
+    """Mark decoded images with carriers (B, d), patterns (B, m): each one's file, and pixels (H, W, 3) read from it."""
 
     def seen(picture: Picture, image: Tensor) -> Tensor:
         return image if _lossless(picture, format) else _tensor(roundtrip(picture, _array(image), format))
@@ -693,7 +742,7 @@ def _finish(picture: Picture, marked: Pixels, marking: Marking, format: str) -> 
     same: the format has no better file.
     """
     height, width, _ = picture.rgb.shape
-    wanted = default_psnr(height, width) if marking.min_psnr is None else marking.min_psnr
+    wanted = marking.psnr(height, width)
     alone = 0.0 if _lossless(picture, format) else _error(picture.rgb, roundtrip(picture, picture.rgb, format))
     allowed, scale = max(10 ** (-wanted / 10), alone + 10 ** (-wanted / 10) / 2), 1.0
     for _ in range(8):
@@ -716,13 +765,11 @@ def feature_gains(
     network: Network, before: Sequence[Picture], after: Sequence[Pixels], carriers: Tensor
 ) -> list[float]:
     """⟨φ(x̃) − φ(x), u⟩ of whole images, without augmentation."""
-    device, size = network.get_buffer("mean").device, network.spec.image_size
+    device, size = network.device, network.spec.image_size
 
     def phi(arrays: Sequence[Pixels]) -> Tensor:
-        whole = [resized(_tensor(a)[None], size) for a in arrays]
-        missing = -len(whole) % 16  # as in marking: full batches, so that the numbers do not depend on the batch size
-        padded = F.pad(torch.cat(whole), (0, 0, 0, 0, 0, 0, 0, missing))
-        return network.features(padded.to(device) / 255)[: len(whole)]  # (B, d)
+        whole = torch.cat([resized(_tensor(a)[None], size) for a in arrays])
+        return network.features(padded(whole).to(device) / 255)[: len(whole)]  # (B, d)
 
     gains: list[float] = ((phi(after) - phi([p.rgb for p in before])) * carriers).sum(1).tolist()
     return gains

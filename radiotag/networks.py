@@ -4,8 +4,10 @@ A suspect's file is hostile input. Nothing here unpickles code: PyTorch files ar
 what a file says of itself (architecture, sizes, names) is checked before it is believed.
 """
 
+import contextlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import mmap
@@ -13,11 +15,12 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -27,16 +30,19 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import VGG
 
-from radiotag import RadiotagError, out_of_memory
+from radiotag import RadiotagError, first_line, out_of_memory
 from radiotag.images import write_atomically
 from radiotag.programs import check_pickles, grown, read_archive
 
-SMALL_IMAGE = 64  # pixels; up to here the stem is the small-image one
+SMALL_IMAGE = 64  # pixels; networks for an input up to here take the small-image stem by default
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback, stated when used
 BUILTIN = Path(__file__).with_name("builtin.safetensors")
 LEGACY_PICKLES = 5  # magic number, protocol, system, content, storages: what torch.save wrote before 1.6
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra heads, which serve training alone
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # as in torchvision's own weight files
+CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "weights", "model_ema", "ema")  # within a file
+CHECKPOINTS = "a checkpoint of train-demo or of a torchvision classifier"  # what a marking network comes in
+SHELLS = {getattr(torch, "float4_e2m1fn_x2", None)}  # types that PyTorch stores and cannot convert
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -95,6 +101,11 @@ class Network(nn.Module):
         return caught[-1].flatten(1)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.get_buffer("mean").device
+
+    @property
     def dimension(self) -> int:
         """Number of penultimate features d."""
         if self.head is None:
@@ -124,9 +135,9 @@ def find_head(network: Network) -> tuple[nn.Linear | None, int]:
     hooks = [m.register_forward_hook(lambda m, _, out: calls.append((m, out))) for m in layers]
     size = network.spec.image_size
     try:
-        logits = network(torch.full((2, 3, size, size), 0.5, device=network.get_buffer("mean").device))
+        logits = network(torch.full((2, 3, size, size), 0.5, device=network.device))
     except Exception as error:  # an image smaller than the strides, or whatever a user's own module raises
-        message = f"{network.spec.architecture} does not run at {size} pixels: {_first_line(error)}"
+        message = f"{network.spec.architecture} does not run at {size} pixels: {first_line(error)}"
         raise RadiotagError(message, "give the size that it was trained at: --image-size S") from error
     finally:
         for hook in hooks:
@@ -137,11 +148,6 @@ def find_head(network: Network) -> tuple[nn.Linear | None, int]:
         raise RadiotagError(message, "name a function whose network returns logits, (images, classes)")
     own = calls and calls[-1][1].shape == logits.shape and torch.equal(calls[-1][1], logits)
     return calls[-1][0] if own else None, logits.shape[1]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]).strip()[:200]
 
 
 # ---------------------------------------------------------------- building
@@ -190,21 +196,11 @@ def shrink_stem(module: nn.Module) -> None:
     assert isinstance(old, nn.Conv2d)
     stride = max(1, min(2, old.stride[0]) if pool else old.stride[0] // 2)
     if pool:
-        _replace(module, pool, nn.Identity())
+        module.set_submodule(pool, nn.Identity())
     if old.kernel_size[0] > 3 or stride != old.stride[0]:
         new = nn.Conv2d(old.in_channels, old.out_channels, 3, stride, 1, bias=old.bias is not None)
         nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-        _replace(module, convolution, new)
-
-
-def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent), child, new)
-
-
-def small_stem(image_size: int) -> bool:
-    """Whether networks for this input size (pixels) take the small-image stem by default."""
-    return image_size <= SMALL_IMAGE
+        module.set_submodule(convolution, new)
 
 
 def from_state(state: Mapping[str, Tensor], spec: Spec, *, builder: Callable[..., Any] | None = None) -> Network:
@@ -219,7 +215,7 @@ def from_state(state: Mapping[str, Tensor], spec: Spec, *, builder: Callable[...
     try:
         module.load_state_dict(full, strict=True, assign=True)
     except RuntimeError as error:
-        message = f"the weights do not fit {spec.architecture}: {_first_line(error)}"
+        message = f"the weights do not fit {spec.architecture}: {first_line(error)}"
         raise RadiotagError(message, "name it with --arch") from error
     network = Network(module.to(memory_format=torch.channels_last), spec)
     network.head, outputs = find_head(network)
@@ -237,7 +233,7 @@ def _call_builder(builder: Callable[..., Any], spec: Spec) -> nn.Module:
         else:
             module = _build_either_way(builder, spec.classes) if passes_on else builder()
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise RadiotagError(
             f"{spec.architecture} failed: {reason}", "mend the function, or name another one"
         ) from error
@@ -267,7 +263,7 @@ def builder_from(argument: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise RadiotagError(f"{file} failed: {reason}", "--arch takes a file that can be imported") from error
     finally:
         sys.path.pop(0)
@@ -328,7 +324,7 @@ def _family(name: str) -> str:
     return "torchvision.models.resnet" if name == "resnet10" else torchvision.models.get_model_builder(name).__module__
 
 
-def recognise(state: Mapping[str, Tensor], classes: int | None = None) -> tuple[str, bool, int | None] | None:
+def recognise(state: Mapping[str, Tensor]) -> tuple[str, bool, int | None] | None:
     """(architecture, small stem, ViT's input size) whose tensors have these names and shapes; None if unknown.
 
     Candidates come by their number of parameters, so that the first few settle it; a family (a module of torchvision)
@@ -350,15 +346,15 @@ def recognise(state: Mapping[str, Tensor], classes: int | None = None) -> tuple[
             strangers.add(_family(name))
         elif stock.keys() == shapes.keys():
             for stem in (False, True)[: 1 if image_size else 2]:
-                if _same(shapes, _stock_shapes(name, stem, image_size or 224), classes):
+                if _same(shapes, _stock_shapes(name, stem, image_size or 224)):
                     return name, stem, image_size
     return None
 
 
-def _same(shapes: Shapes, stock: Shapes, classes: int | None) -> bool:
-    """Whether the shapes are those of `stock`, but for the number of classes where that is None."""
+def _same(shapes: Shapes, stock: Shapes) -> bool:
+    """Whether the shapes are those of `stock`, but for the number of classes."""
     head = _head_name(stock)
-    rows = shapes[head][:1] if classes is None else (classes,)
+    rows = shapes[head][:1]
     wanted = {k: (*rows, *v[1:]) if k in (head, head.removesuffix("weight") + "bias") else v for k, v in stock.items()}
     return shapes == wanted
 
@@ -386,11 +382,16 @@ def _vit_image_size(state: Mapping[str, Tensor]) -> int | None:
 # ---------------------------------------------------------------- checkpoints
 
 
+def check_file(path: Path) -> None:
+    """RadiotagError where there is no file."""
+    if not path.is_file():
+        raise RadiotagError(f"{path} is not a file" if path.exists() else f"no such file: {path}", "check the path")
+
+
 def read_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
     """Tensors and radiotag's own metadata ({} if none) of a .pt/.pth/.th/.pt2/.safetensors file. Runs nothing of it."""
     try:
-        if not path.is_file():
-            raise RadiotagError(f"{path} is not a file" if path.exists() else f"no such file: {path}", "check the path")
+        check_file(path)
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
@@ -406,7 +407,7 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
             metadata = json.loads((file.metadata() or {}).get("radiotag", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        raise RadiotagError(f"{path} is not a whole safetensors file: {_first_line(error)}", "copy it again") from error
+        raise RadiotagError(f"{path} is not a whole safetensors file: {first_line(error)}", "copy it again") from error
     return clean_state(state, path), metadata if isinstance(metadata, dict) else {}
 
 
@@ -416,6 +417,8 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = read_archive(path) if head.startswith(b"PK") else _read_pickles(path)
+        if _is_tampered(content) or (isinstance(content, dict) and any(map(_is_tampered, content.values()))):
+            raise ValueError("a mapping whose methods the file has replaced")
     except RadiotagError:
         raise
     except Exception as error:  # weights_only raises many kinds; each means the same to a user
@@ -429,12 +432,16 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
     metadata = content.get("radiotag", {}) if isinstance(content, dict) else {}
     if isinstance(content, dict):
         _refuse_growth(content, path)
-    for key in ("model", "state_dict", "model_state_dict"):
+    for key in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
         raise RadiotagError(f"{path} holds no state dict", "save model.state_dict()")
     return clean_state(content, path), metadata if isinstance(metadata, dict) else {}
+
+
+def _is_tampered(value: object) -> bool:
+    return isinstance(value, dict) and not getattr(value, "__dict__", {}).keys() <= {"_metadata"}  # a state dict's own
 
 
 def _refuse_growth(content: Mapping[Any, Any], path: Path) -> None:
@@ -462,10 +469,11 @@ def _without(state: State, prefixes: Iterable[str]) -> State:
 
 def clean_state(content: Mapping[Any, Any], path: Path) -> State:
     """The tensors alone in float32, wrapper prefixes stripped, int8 weights unpacked; all finite, or RadiotagError."""
-    state = {str(k): v.detach() for k, v in content.items() if _is_usable(v)}
+    state = {k: v.detach() for k, v in content.items() if isinstance(k, str) and _is_usable(v)}
     parts = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state.values()}
     if sum(v.numel() * v.element_size() for v in state.values()) > 4 * sum(parts.values()) + 2**26:
         raise RadiotagError(f"{path}: its tensors are larger than what is stored of them", "save the weights again")
+    state.pop("n_averaged", None)  # of PyTorch's AveragedModel, beside its module
     state = _without(state, ("module.", "_orig_mod.", "module."))
     state = {OLD_DENSENET.sub(r"\1\2", k): v.float() if v.is_floating_point() else v for k, v in state.items()}
     state = unpack(state)
@@ -482,7 +490,7 @@ def _is_usable(value: object) -> bool:
     """Whether a value is a plain tensor with numbers in it: a file may also hold sparse, quantised or empty shells."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
-    return not value.is_quantized and not value.is_complex()
+    return not (value.is_nested or value.is_quantized or value.is_complex() or value.dtype in SHELLS)
 
 
 def pack(state: Mapping[str, Tensor]) -> State:
@@ -511,6 +519,8 @@ def spec_from(metadata: Mapping[str, Any]) -> Spec | None:
     try:
         names = metadata.get("class_names")
         if not isinstance(metadata["architecture"], str) or not (names is None or _are_names(names)):
+            return None
+        if not all(isinstance(metadata[name], list | tuple) and len(metadata[name]) == 3 for name in ("mean", "std")):
             return None
         spec = Spec(
             architecture=metadata["architecture"],
@@ -550,7 +560,7 @@ def load(
     said = spec_from(metadata)
     builder = builder_from(architecture) if architecture and ":" in architecture else None
     if builder is None:  # a trainer may keep its network under a name; a user's own module may want that name
-        state = _without(state, ("model.", "net."))
+        state = _without(state, ("model.", "net.", "_orig_mod.", "module."))
     try:
         if said is None or (architecture and architecture != said.architecture):
             spec = _guess(state, architecture, builder, image_size or (said.image_size if said else None))
@@ -606,23 +616,18 @@ def published_input(name: str) -> tuple[int, tuple[float, ...], tuple[float, ...
 
 
 def to_metadata(spec: Spec) -> dict[str, Any]:
-    """A spec as plain values, for a checkpoint or a key."""
-    return {name: getattr(spec, name) for name in Spec.__slots__}
+    """A spec as JSON gives it back, lists for tuples, so that what is written and what is read compare equal."""
+    return dict(json.loads(json.dumps(asdict(spec))))
 
 
 def save_checkpoint(path: Path, module: nn.Module, spec: Spec, extra: Mapping[str, Any] | None = None) -> None:
     """Write a checkpoint whole or not at all: weights-only .pt, or .safetensors (which takes no `extra`)."""
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    metadata = json.loads(json.dumps(to_metadata(spec)))
     if path.suffix == ".safetensors":
-        import safetensors.torch
-
-        data = safetensors.torch.save(state, metadata={"radiotag": json.dumps(metadata, sort_keys=True)})
+        data = safetensors.torch.save(state, metadata={"radiotag": json.dumps(to_metadata(spec), sort_keys=True)})
     else:
-        import io
-
         buffer = io.BytesIO()
-        torch.save({"model": state, "radiotag": metadata, **(extra or {})}, buffer)
+        torch.save({"model": state, "radiotag": to_metadata(spec), **(extra or {})}, buffer)
         data = buffer.getvalue()
     write_atomically(path, data)
 
@@ -642,13 +647,15 @@ def marking_weights(name: str) -> tuple[State, dict[str, Any], int]:
         network = _pretrained(name)
         weights = dict(network.module.state_dict())
     elif Path(name).is_file():
-        network = load(Path(name))
+        try:
+            network = load(Path(name))
+        except RadiotagError as error:
+            hint = error.hint.replace("name it with --arch NAME or --arch FILE.py:FUNCTION", CHECKPOINTS)
+            raise RadiotagError(str(error), hint) from error
         weights = dict(network.module.state_dict())
     else:
-        raise RadiotagError(
-            f"no network '{name}'", "use builtin, a torchvision classifier's name, or a checkpoint file"
-        )
-    return weights, json.loads(json.dumps(to_metadata(network.spec))), network.dimension
+        raise RadiotagError(f"no network '{name}'", f"use builtin, a torchvision classifier's name, or {CHECKPOINTS}")
+    return weights, to_metadata(network.spec), network.dimension
 
 
 def _pretrained(name: str) -> Network:
@@ -657,7 +664,8 @@ def _pretrained(name: str) -> Network:
         raise RadiotagError("resnet10 has no published weights", out)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # where torch tells of a download, and results belong
+            state = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise RadiotagError(f"the weights of {name} cannot be downloaded: {error}", out) from error
     size, mean, std = published_input(name)

@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from radiotag import RadiotagError
+from radiotag import RadiotagError, first_line
 
 # as in the schema of torch.export's archives; complex and 8-bit float weights are none that this package could use
 DTYPES = {
@@ -29,7 +29,8 @@ DTYPES = {
 WEIGHTS = "_weights_config.json"  # torch.export's since PyTorch 2.8
 OLD_WEIGHTS = "serialized_state_dict.pt"  # and before
 FILLED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}  # what they fill was there before
-WORK = 2**27  # objects looked at in putting a pickle's objects together: seconds
+WORK = 2**22  # objects looked at in putting a pickle's objects together: half a minute, and 300 MB
+LONGEST = 1000  # characters of a submodule's dotted name
 LARGE = 1000  # whole numbers from 2^61 − 1 on, such as seeds
 ENCODE = "_codecs encode"  # how bytes are pickled, as text in Latin-1
 
@@ -50,9 +51,9 @@ def grown(path: Path) -> RadiotagError:
 def check_pickles(file: IO[bytes], count: int = 1) -> None:
     """UnpicklingError for what `weights_only` lets pass and no weights need; ValueError and others for what is broken.
 
-    `bytearray` can be of any size, and so can what is encoded again and again. Tuples that hold others twice, that hold
-    others twice, and so on take a few bytes each, and for ever to be hashed, with no Ctrl-C; so do whole numbers that
-    all have the same hash, being multiples of 2^61 − 1.
+    `bytearray` can be of any size, and so can what is encoded again and again. A tuple that holds another twice,
+    which holds another twice, and so on, takes a few bytes a level, but hashing it takes time exponential in the depth,
+    with no Ctrl-C; so do whole numbers that all have the same hash, being multiples of 2^61 − 1.
     """
     for _ in range(count):
         start = file.tell()
@@ -92,7 +93,11 @@ def _check_pickle(file: IO[bytes]) -> None:
 
 
 class _Cell:
-    """An object on a pickle's stack: how many it is of, what it is (of a tuple, its parts), whether another has it."""
+    """An object on a pickle's stack.
+
+    size: objects in it, a shared one counted each time; value: its argument, or of a tuple its parts; placed: whether
+    another object holds it already.
+    """
 
     __slots__ = ("placed", "size", "value")
 
@@ -106,8 +111,7 @@ def _content(file: Path | io.BytesIO, path: Path, nested: bool = False) -> Any:
     try:
         archive = zipfile.ZipFile(file)
     except Exception as error:  # a damaged directory raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise RadiotagError(f"{path} is truncated or damaged: {reason}", "copy it again") from error
+        raise RadiotagError(f"{path} is truncated or damaged: {first_line(error)}", "copy it again") from error
     with archive:
         every, size = archive.namelist(), path.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
         if len(set(every)) < len(every) or sum(entry.compress_size for entry in archive.infolist()) > size:
@@ -197,6 +201,8 @@ def _tensors(module: object) -> dict[str, Tensor]:
     found, open_, seen = dict[str, Tensor](), [("", module)], set[int]()
     while open_:
         prefix, bundle = open_.pop()
+        if len(prefix) > LONGEST:
+            raise pickle.UnpicklingError("weights_only: names without end")
         if id(bundle) in seen or not isinstance(bundle, _Module):
             continue
         seen.add(id(bundle))

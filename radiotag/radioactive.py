@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from scipy import special
+from scipy import fft, special
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -53,6 +53,7 @@ STATISTICS = {
     "Stouffer over the classes of each, Fisher over the two"
 }
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
+NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
 ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
 # Penalty of the ridge alignment and its weight beside the response. Synthetic images align two feature spaces worse.
 RIDGE_LABELLED, RIDGE_UNLABELLED = (0.1, 1.0), (0.5, 0.5)
@@ -186,10 +187,11 @@ def load_key(path: Path) -> Key:
         if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise RadiotagError(f"{path} can be read by others", f"chmod 600 {path}")
     except FileNotFoundError as error:
-        raise RadiotagError(f"no key at {path}", f"make one: radiotag keygen -o {path}") from error
+        raise RadiotagError(f"no key at {path}", f"check the path; {NEW_KEY}") from error
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        hint = "give the secret half: --key k.safetensors" if path.suffix == ".pub" else "make one: radiotag keygen"
-        raise RadiotagError(f"{path} is not a radiotag key: {error}", hint) from error
+        reason = "it is a folder" if path.is_dir() else str(error)
+        hint = "give the secret half: --key k.safetensors" if path.suffix == ".pub" else f"check the path; {NEW_KEY}"
+        raise RadiotagError(f"{path} is not a radiotag key: {reason}", hint) from error
     if metadata.get("format") != FORMAT:
         raise RadiotagError(f"{path} is of a format that this version does not know", "pip install -U radiotag")
     if metadata.get("statistic") not in STATISTICS:
@@ -253,6 +255,10 @@ class Marking:
     crop_scale: tuple[float, float] = (0.4, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
+    def psnr(self, height: int, width: int) -> float:
+        """dB that an image of this size keeps."""
+        return default_psnr(height, width) if self.min_psnr is None else self.min_psnr
+
 
 def largeness(height: int, width: int) -> float:
     """0 up to 64 pixels on the short side, 1 from 224, in between by octaves."""
@@ -277,15 +283,15 @@ def default_share(height: int, width: int) -> float:
 def visibility_mask(image: Tensor) -> Tensor:
     """(3, H, W) in [0, 255] → (1, H, W) in (0, 1]: where the eye overlooks a change. 1 throughout in small images.
 
-    Texture hides, flat areas show: σ/(σ + 6) of the luma in windows of 5 pixels, the least of all windows around a
-    pixel, so that a flat area beside an edge counts as flat; at least 0.15.
+    Texture hides, flat areas show: σ/(σ + 6) of the mean colour in windows of 5 pixels, the least of all windows around
+    a pixel, so that a flat area beside an edge counts as flat; at least 0.15.
     """
     height, width = image.shape[1:]
     share = largeness(height, width)
     if share == 0:
         return torch.ones_like(image[:1])
-    luma = F.pad(image.mean(0)[None, None], (2,) * 4, mode="reflect")
-    spread = (F.avg_pool2d(luma.square(), 5, 1) - F.avg_pool2d(luma, 5, 1).square()).clamp_min(0).sqrt()
+    grey = F.pad(image.mean(0)[None, None], (2,) * 4, mode="reflect")
+    spread = (F.avg_pool2d(grey.square(), 5, 1) - F.avg_pool2d(grey, 5, 1).square()).clamp_min(0).sqrt()
     least = -F.max_pool2d(F.max_pool2d(-spread, (9, 1), 1, (4, 0)), (1, 9), 1, (0, 4))[0]  # (1, H, W)
     return (least / (least + 6)).clamp_min(0.15) ** share
 
@@ -302,13 +308,8 @@ def marking_loss(features: Tensor, carriers: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _waves(count: int, size: int, step: int) -> Tensor:
-    """(count/step, size) float64: every `step`-th of the first cosines of the orthonormal DCT-II over `size` pixels."""
-    k = torch.arange(0, count, step, dtype=torch.float64)[:, None]
-    x = torch.arange(size, dtype=torch.float64) + 0.5
-    waves: Tensor = torch.cos(math.pi * k * x / size) * math.sqrt(2 / size)
-    waves[0] /= math.sqrt(2)
-    waves[math.ceil(size / step) :] = 0  # a small image has no such wave
-    return waves
+    """(count/step, size) float64: every `step`-th cosine of the orthonormal DCT-II over `size` pixels; zeros beyond."""
+    return torch.from_numpy(fft.idct(np.eye(count, size)[::step], norm="ortho"))
 
 
 def pattern_images(patterns: Tensor, height: int, width: int) -> Tensor:
@@ -399,7 +400,7 @@ def _gradients(
         leaves.append(image[:, top : top + height, left : left + width].detach().requires_grad_())
         views.append(augmented(leaves[-1], (0, 0, height, width, flip), network.spec.image_size) / 255)
     with mixed_precision(carriers.device.type):
-        features = network.features(_pad(torch.stack(views)))[: len(images)].float()  # (B, d)
+        features = network.features(padded(torch.stack(views)))[: len(images)].float()  # (B, d)
     return list(torch.autograd.grad(marking_loss(features, carriers).sum(), leaves))
 
 
@@ -414,7 +415,7 @@ def _start(image: Tensor, pattern: Tensor | None, mask: Tensor, grey: bool, mark
     return project(far, radius * math.sqrt(share), marking.epsilon), radius * math.sqrt(1 - share)
 
 
-def _pad(inputs: Tensor) -> Tensor:
+def padded(inputs: Tensor) -> Tensor:
     """Fill the batch (B, …) up to a multiple of 16: convolutions then round alike whatever stands beside an image.
 
     Otherwise the bytes of a marked file would depend on the batch size, and on where an earlier run was interrupted.
@@ -425,8 +426,7 @@ def _pad(inputs: Tensor) -> Tensor:
 
 def l2_radius(image: Tensor, marking: Marking) -> float:
     """Radius of the L2 ball, in units of 1/255, whose surface has the wanted PSNR."""
-    psnr = default_psnr(image.shape[1], image.shape[2]) if marking.min_psnr is None else marking.min_psnr
-    return 255 * 10 ** (-psnr / 20) * math.sqrt(image.numel())
+    return 255 * 10 ** (-marking.psnr(*image.shape[1:]) / 20) * math.sqrt(image.numel())
 
 
 def project(delta: Tensor, radius: float, epsilon: float) -> Tensor:
@@ -556,7 +556,7 @@ def _forward_mode() -> Iterator[None]:
 @torch.no_grad()
 def features(network: Network, pixels: Tensor, batch_size: int) -> Tensor:
     """(N, 3, H, W) in [0, 1] → (N, d) float64 on the CPU."""
-    device = network.get_buffer("mean").device
+    device = network.device
     parts = [network.features(batch.to(device)).cpu().double() for batch in torch.split(pixels, batch_size)]
     return _finite(torch.cat(parts), "features")
 
@@ -570,10 +570,21 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return F.pad(_finite(logits, "outputs"), (0, int(single))).log_softmax(1)[:, : logits.shape[1]]
 
 
+def log_odds(logits: Tensor, outputs: Tensor) -> Tensor:
+    """(B, C') logits, an output (B,) of each → (B,): log p/(1 − p) of it. FloatingPointError unless all are finite.
+
+    Its gradient has the direction of log p's, and does not vanish where 1 − p is lost to rounding: otherwise whoever
+    multiplies the last layer by a constant, which changes no decision, would silence it.
+    """
+    scores = F.pad(_finite(logits, "outputs"), (0, int(logits.shape[1] == 1)))  # (B, C') or (B, 2)
+    others = scores.scatter(1, outputs[:, None], -math.inf).logsumexp(1)  # (B,)
+    return scores.gather(1, outputs[:, None])[:, 0] - others
+
+
 @torch.no_grad()
 def log_answers(network: Network, pixels: Tensor, batch_size: int) -> Tensor:
     """(N, 3, H, W) in [0, 1] → log-probabilities (N, C') float64 on the CPU."""
-    device = network.get_buffer("mean").device
+    device = network.device
     parts = [log_probabilities(network(x.to(device)).cpu().double()) for x in torch.split(pixels, batch_size)]
     return torch.cat(parts)
 
@@ -623,21 +634,20 @@ def responses(
 ) -> Answer:
     """Which way φ, and the pattern, move when an image moves up the suspect's gradient for a class.
 
-    r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x log softmax f(x)_c: (N, 3, H, W) in [0, 1] → (C, d) float64,
-    and the mean over x of g / ‖g‖ in the patterns' space: (C, m) float64, with the covariance of its terms. The mean is
-    over the images of class c, by labels (N,), positions in `outputs`. With places (N',) those images are taken, and
+    r_c = mean over x of J_φ(x)·g / ‖J_φ(x)·g‖ with g = ∇_x `log_odds` of class c: (N, 3, H, W) in [0, 1] → (C, d)
+    float64, and the mean over x of g / ‖g‖ in the patterns' space: (C, m) float64, with its terms' covariance. The mean
+    is over the images of class c, by labels (N,), positions in `outputs`. With places (N',) those images are taken, and
     the labels are theirs. It asks for no alignment, no linear head and no features of the suspect.
     """
-    device = marker.get_buffer("mean").device
+    device = marker.device
     total, seen = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64), []
     column = torch.tensor(list(outputs))
     places = torch.arange(len(pixels)) if places is None else places
     with _forward_mode():
         for part, classes in zip(torch.split(places, batch_size), torch.split(labels, batch_size), strict=True):
             x = pixels[part].to(device).requires_grad_()
-            scores = log_probabilities(suspect(x))  # (B, C')
-            wanted = scores.gather(1, column[classes].to(device)[:, None])
-            (g,) = torch.autograd.grad(wanted.sum(), x)
+            surer = log_odds(suspect(x), column[classes].to(device))  # (B,)
+            (g,) = torch.autograd.grad(surer.sum(), x)
             g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # an overflowing gradient has no direction to tell of
             g = g / g.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)  # or its square might underflow
             g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
@@ -798,7 +808,7 @@ def suspect_rows(
     outputs, phi = [output for output, _ in pairs], own_features(marker, pixels, batch_size)  # (N, d)
     places, (penalty, share) = None, RIDGE_UNLABELLED if labels is None else RIDGE_LABELLED
     answers = log_answers(suspect, pixels, batch_size) if answers is None else answers  # (N, C')
-    ordinary, known, plain = ordinary_network(marker, phi, answers, outputs, labels, own)
+    ordinary, their_outputs, their_rows = ordinary_network(marker, phi, answers, outputs, labels, own)
     if labels is None:
         chosen = likeliest(answers, outputs, max(8, GRADIENTS // len(outputs)))  # (C, n)
         places, labels = chosen.flatten(), torch.arange(len(outputs)).repeat_interleave(chosen.shape[1])
@@ -807,7 +817,7 @@ def suspect_rows(
         labels = labels[places]
     answer = responses(marker, suspect, pixels, outputs, batch_size, labels, places)
     ours = (responses if places is not None else own_responses)(
-        marker, ordinary, pixels, known, batch_size, labels, places
+        marker, ordinary, pixels, their_outputs, batch_size, labels, places
     )
     white = whitening(answer.scatter)
     pattern = project_own(contrasted(answer.pattern) @ white, contrasted(ours.pattern) @ white)  # (C, m)
@@ -817,7 +827,7 @@ def suspect_rows(
         psi, weight = features(suspect, pixels, batch_size), suspect.head.weight.cpu().double()[outputs]
         paper, r2 = aligned_rows(phi, psi, weight, 0.0)
         ridge = contrasted(aligned_rows(phi, psi, weight, penalty)[0])
-        ridge = ridge if plain is None else project_own(ridge, contrasted(plain))
+        ridge = ridge if their_rows is None else project_own(ridge, contrasted(their_rows))
         declared = declared + share * F.normalize(ridge, dim=1)
     return Rows(declared=declared, pattern=pattern, paper=paper, r2=r2, classes=tuple(row for _, row in pairs))
 
@@ -830,16 +840,16 @@ class Evidence:
     paper_log_p: float | None
     mean_cosine: float  # of the declared vectors with the feature carriers
     pattern_cosine: float | None  # of the pattern vectors with the patterns
-    per_class: tuple[float, ...]  # natural-log p of each class
+    per_class: tuple[float, ...]  # natural-log p of each class that has a direction, in the rows' order
 
 
-def chosen_output(rows: Rows) -> bool:
+def output_unknown(rows: Rows) -> bool:
     """Whether all of several vectors face the same one carrier: which output the class became is not known."""
     return len(rows.classes) > 1 and len(set(rows.classes)) == 1
 
 
 def evidence(rows: Rows, carriers: Tensor, patterns: Tensor | None = None) -> Evidence:
-    """Test the vectors against carriers (C', d) and patterns (C', m): exact per-class p-values, combined. In key order.
+    """Test the vectors against carriers (C', d) and patterns (C', m): exact per-class p-values, combined.
 
     Where every vector is paired with the same one carrier, a single class was marked and which of the suspect's outputs
     it became is not known: the smallest p-value then counts, times the number of outputs (Bonferroni).
@@ -848,35 +858,27 @@ def evidence(rows: Rows, carriers: Tensor, patterns: Tensor | None = None) -> Ev
     parts = [_class_log_p(rows.declared, carriers[places])]
     if rows.pattern is not None and patterns is not None:
         parts.append(_class_log_p(rows.pattern, patterns[places]))
-    alive = [part.log_p[part.alive] for part in parts if part.alive.any()]
-    if not alive:
+    alive = np.stack([part.alive for part in parts])  # (1 or 2, C)
+    if not alive.any():
         raise RadiotagError("the suspect's outputs do not depend on its input")
-    per_class = [_together([part.log_p[c] for part in parts if part.alive[c]]) for c in range(len(places))]
-    answered = np.array([value for value in per_class if value is not None])
-    one = chosen_output(rows)
+    # Fisher's, of features and pattern, because either may be all the evidence: the pattern in a network trained from
+    # scratch, the features in one fine-tuned. An addend without a signal costs little.
+    total = np.where(alive, [part.log_p for part in parts], 0.0).sum(0)  # (C,)
+    of_two = np.minimum(0.0, total + np.log1p(-total))  # `fisher` of two, in closed form
+    per_class = np.where(alive.sum(0) == 2, of_two, total)[alive.any(0)]
+    one = output_unknown(rows)
     paper = None
     if rows.paper is not None:
         found = _class_log_p(rows.paper, carriers[places])
         known = found.log_p[found.alive]
         paper = 0.0 if not len(known) else bonferroni(known) if one else fisher(known)
+    combined = [stouffer(part.log_p[part.alive]) for part in parts if part.alive.any()]
     means = [float(part.cosine[part.alive].mean()) if part.alive.any() else 0.0 for part in parts]
     return Evidence(
-        log_p=bonferroni(answered) if one else _together([stouffer(part) for part in alive]) or 0.0,
+        log_p=bonferroni(per_class) if one else fisher(np.array(combined)),
         paper_log_p=paper, mean_cosine=means[0], pattern_cosine=means[1] if len(means) > 1 else None,
-        per_class=tuple(answered.tolist()),
+        per_class=tuple(per_class.tolist()),
     )  # fmt: skip
-
-
-def _together(log_p: Sequence[float]) -> float | None:
-    """Fisher's combination of the features' and the pattern's p-values, or the one there is, or None.
-
-    Fisher's, because either may be all the evidence: of the pattern in a network trained from scratch, of the features
-    in one fine-tuned. An addend without a signal costs little.
-    """
-    if len(log_p) < 2:
-        return log_p[0] if log_p else None
-    half = -sum(log_p)
-    return min(0.0, -half + math.log1p(half))  # `fisher` of two, in closed form
 
 
 class _Classes(NamedTuple):

@@ -79,7 +79,8 @@ def probability(log10_p: float) -> str:
     if log10_p > -3:
         return f"{10**log10_p:.3f}"
     exponent = math.floor(log10_p)
-    return f"{10 ** (log10_p - exponent):.1f} × 10^{exponent}"
+    mantissa = round(10 ** (log10_p - exponent), 1)
+    return f"{mantissa:.1f} × 10^{exponent}" if mantissa < 10 else f"1.0 × 10^{exponent + 1}"
 
 
 def _facts(findings: Sequence[Finding], key: Key, alpha: float) -> Table:
@@ -92,7 +93,7 @@ def _facts(findings: Sequence[Finding], key: Key, alpha: float) -> Table:
         ("null hypothesis", NULL),
         ("p-value", "the probability, if the null hypothesis is true, of evidence at least as strong as was found"),
         ("statistic", statistic if methods == {"white-box"} else BLACK_BOX),
-        ("correction", f"Holm's, over the {len(findings)} suspects tested together"),
+        ("correction", f"Holm's, over {len(findings)} suspect{'s' * (len(findings) > 1)} tested together"),
         ("threshold", f"detected if the corrected p is at most {alpha:g}"),
         ("key fingerprint", f"sha256:{key.fingerprint}"),
         ("what voids it", " ".join(VOIDS)),

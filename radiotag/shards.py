@@ -7,13 +7,14 @@ padding stays as it was.
 import errno
 import os
 import tarfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from radiotag import RadiotagError, images
-from radiotag.images import SUFFIXES, Item, fill_atomically
+from radiotag.images import OTHER_SUFFIXES, SUFFIXES, Item, fill_atomically
 
 BLOCK = 512
 CHUNK = 2**20
@@ -41,6 +42,14 @@ class Archive:
     root: Path  # the folder that the shards lie in
     shards: tuple[str, ...]
     members: dict[str, Member]
+    unmarked: Counter[str]  # suffixes of the members that look like images and are only copied
+
+    def by_shard(self) -> dict[str, list[tuple[str, Member]]]:
+        """Every shard's images, with their paths."""
+        found: dict[str, list[tuple[str, Member]]] = {shard: [] for shard in self.shards}
+        for path, member in self.members.items():
+            found[path.split("/", maxsplit=1)[0]].append((path, member))
+        return found
 
     def read(self, path: PurePosixPath) -> bytes:
         """One image's bytes."""
@@ -58,7 +67,8 @@ def listing(source: Path) -> tuple[Archive | None, list[Item], list[str], list[P
 def is_archive(source: Path) -> bool:
     """A .tar file, or a folder with .tar files in it and no folder that could be a class."""
     if source.is_dir():
-        return any(is_shard(p) for p in source.iterdir()) and not any(p.is_dir() for p in source.iterdir())
+        folders = (p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+        return any(is_shard(p) for p in source.iterdir()) and next(folders, None) is None
     return is_shard(source)
 
 
@@ -75,11 +85,15 @@ def released(output: Path) -> Archive | None:
         if is_shard(shard):
             found: dict[str, Member] = {}
             try:
-                _index(shard, found, {})
+                _index(shard, found, {}, Counter())
             except (OSError, tarfile.TarError, RadiotagError):
                 continue  # damaged: it will be put together again
             members |= found
-    return Archive(root=output.parent if output.is_file() else output, shards=(), members=members) if members else None
+    return (
+        Archive(root=output.parent if output.is_file() else output, shards=(), members=members, unmarked=Counter())
+        if members
+        else None
+    )
 
 
 def scan(source: Path) -> tuple[Archive, list[Item], list[str], list[PurePosixPath]]:
@@ -94,20 +108,21 @@ def scan(source: Path) -> tuple[Archive, list[Item], list[str], list[PurePosixPa
     others = [PurePosixPath(name) for name in beside if not images.PART.fullmatch(name)]
     members: dict[str, Member] = {}
     labels: dict[str, str] = {}
+    unmarked: Counter[str] = Counter()
     loose = next((path for path in others if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")), None)
     if loose:
         raise RadiotagError(f"{source}: images both in shards and beside them ({loose})", "put them apart")
     for shard in shards:
         try:
-            _index(shard, members, labels)
+            _index(shard, members, labels, unmarked)
         except (OSError, tarfile.TarError) as error:
             raise RadiotagError(f"{shard}: not a tar file that can be read ({error})", "replace the file") from error
     if not members:
         raise RadiotagError(f"no images in {source}", f"members are taken by suffix: {' '.join(sorted(SUFFIXES))}")
     names = _names(set(labels.values()))
-    rows = {name: row for row, name in enumerate(names)}
-    items = [Item(path=PurePosixPath(p), label=labels[p], row=rows[labels[p]]) for p in members]
-    archive = Archive(root=shards[0].parent, shards=tuple(s.name for s in shards), members=members)
+    items = [Item(path=PurePosixPath(p), label=labels[p]) for p in members]
+    shard_names = tuple(shard.name for shard in shards)
+    archive = Archive(root=shards[0].parent, shards=shard_names, members=members, unmarked=unmarked)
     return archive, items, names, others
 
 
@@ -122,8 +137,8 @@ def _names(labels: set[str]) -> list[str]:
     return sorted(labels)
 
 
-def _index(shard: Path, members: dict[str, Member], labels: dict[str, str]) -> None:
-    """Add a shard's images and their classes."""
+def _index(shard: Path, members: dict[str, Member], labels: dict[str, str], unmarked: Counter[str]) -> None:
+    """Add a shard's images and their classes, and count what looks like images but is none to mark."""
     classes: dict[str, str] = {}
     samples: dict[str, str] = {}
     with tarfile.open(shard, "r:") as tar:
@@ -142,14 +157,26 @@ def _index(shard: Path, members: dict[str, Member], labels: dict[str, str]) -> N
                 header = info.offset_data - BLOCK
                 members[path] = Member(header=header, data=info.offset_data, size=info.size)
                 samples[path] = sample
+            elif name.suffix.lower() in OTHER_SUFFIXES:
+                unmarked[name.suffix.lower()] += 1
         end = tar.offset
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(BLOCK).strip(b"\0"):
             raise tarfile.ReadError(f"a damaged header at byte {end}")  # tarfile takes it for the end
+    for path in _masks(samples):
+        unmarked["".join(PurePosixPath(path).suffixes[-2:])] += 1
+        del members[path], samples[path]
     for path, sample in samples.items():
         parents = PurePosixPath(sample).parts[:-1]
         labels[path] = classes.get(sample, parents[0] if parents else "")
+
+
+def _masks(samples: dict[str, str]) -> list[str]:
+    """Images with a further suffix (0.seg.png) beside a sample's own (0.jpg): masks and the like, and no pictures."""
+    own = {path: PurePosixPath(path).stem == PurePosixPath(sample).name for path, sample in samples.items()}
+    pictured = {sample for path, sample in samples.items() if own[path]}
+    return [path for path, sample in samples.items() if sample in pictured and not own[path]]
 
 
 def _check(shard: Path, info: tarfile.TarInfo, twice: bool) -> None:
@@ -163,17 +190,21 @@ def _check(shard: Path, info: tarfile.TarInfo, twice: bool) -> None:
         raise RadiotagError(f"{shard}: the member {info.name!r} is stored sparsely or beyond 8 GiB", "pack it anew")
 
 
-def assemble(archive: Archive, shard: str, target: Path, marked: Callable[[str], bytes | None], work: Path) -> None:
+def assemble(
+    source: Path,
+    members: Sequence[tuple[str, Member]],
+    target: Path,
+    marked: Callable[[str], bytes | None],
+    work: Path,
+) -> None:
     """Write one shard, whole or not at all, with the bytes that `marked(path)` gives instead of an image's own.
 
     It is written in the folder `work`; a target that is already what it should be is left as it is.
     """
-    members = sorted((m.data, path, m) for path, m in archive.members.items() if path.startswith(shard + "/"))
-    source = archive.root / shard
 
     def fill(new: IO[bytes]) -> None:
         with source.open("rb") as old:
-            for _, path, member in members:
+            for path, member in members:  # in the order of their places
                 data = marked(path)
                 if data is not None:
                     _copy(old, new, member.header)
@@ -185,7 +216,7 @@ def assemble(archive: Archive, shard: str, target: Path, marked: Callable[[str],
     if target.is_file() and _is_already(target, fill):
         return
     work.mkdir(parents=True, exist_ok=True)
-    staged = work / f".{shard}"
+    staged = work / "shard"
     try:
         fill_atomically(staged, fill, None)
         try:

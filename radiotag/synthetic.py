@@ -245,11 +245,9 @@ def demo_images(count: int, size: int, *, seed: int) -> tuple[torch.Tensor, torc
     return _stack(draw, count, size, seed, 1), labels
 
 
-def write_folder(
-    target: Path, images: torch.Tensor, labels: torch.Tensor, names: Sequence[str], start: int = 0
-) -> None:
-    """Write uint8 images (n, 3, h, w) as target/CLASS/NNNNN.png, numbered from start on across the classes."""
-    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True), start):
+def write_folder(target: Path, images: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> None:
+    """Write uint8 images (n, 3, h, w) as target/CLASS/NNNNN.png, numbered across the classes."""
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         folder = target / names[label]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")

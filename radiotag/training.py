@@ -5,12 +5,11 @@ small images. Every epoch's order and augmentation depend on (seed, epoch) alone
 undisturbed one.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from radiotag import RadiotagError
+from radiotag import RadiotagError, first_line
 from radiotag.images import decode, scan
 from radiotag.networks import (
+    SMALL_IMAGE,
     Network,
     Spec,
     build,
@@ -30,7 +30,6 @@ from radiotag.networks import (
     load,
     mixed_precision,
     save_checkpoint,
-    small_stem,
     to_metadata,
 )
 
@@ -131,7 +130,7 @@ def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: in
     spec = Spec(
         architecture=architecture,
         classes=len(data.names),
-        small_stem=small_stem(size) if stem is None else stem,
+        small_stem=size <= SMALL_IMAGE if stem is None else stem,
         image_size=size,
         mean=tuple(round(float(v), 4) for v in sample.mean((0, 2, 3))),
         std=tuple(max(0.01, round(float(v), 4)) for v in sample.std((0, 2, 3))),
@@ -142,9 +141,9 @@ def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: in
         return Network(build(spec), spec)
 
 
-def initialised_from(path: Path, data: Dataset, *, seed: int, architecture: str | None = None) -> Network:
+def initialised_from(path: Path, data: Dataset, *, seed: int) -> Network:
     """The network of a checkpoint, with a fresh last layer where its classes are not those of the data."""
-    network = load(path, architecture=architecture)
+    network = load(path)
     names = data.names if data.names != ("",) else None
     if network.spec.classes == len(data.names):
         network.spec = replace(network.spec, class_names=names)
@@ -157,8 +156,7 @@ def initialised_from(path: Path, data: Dataset, *, seed: int, architecture: str 
         torch.manual_seed(seed)
         fresh = nn.Linear(network.head.in_features, len(data.names))
     name = next(n for n, m in network.module.named_modules() if m is network.head)
-    parent, _, child = name.rpartition(".")
-    setattr(network.module.get_submodule(parent), child, fresh.requires_grad_(False))
+    network.module.set_submodule(name, fresh.requires_grad_(False))
     network.head = fresh
     return network
 
@@ -184,6 +182,9 @@ def train(
     if teacher and teacher.spec.classes != network.spec.classes:
         counts = f"{teacher.spec.classes} and {network.spec.classes} classes"
         raise RadiotagError(f"teacher and student differ: {counts}", "train the student on a folder of as many classes")
+    if teacher and teacher.spec.class_names not in (None, network.spec.class_names):
+        hint = "train the student on a folder of the teacher's classes"
+        raise RadiotagError("teacher and student name their classes differently", hint)
     network.to(device)
     if teacher:
         teacher.to(device)
@@ -200,7 +201,7 @@ def train(
             _epoch(network, data, recipe, epoch, optimiser, teacher, device, progress)
         network.eval()
         if output:
-            extra = {"optimiser": optimiser.state_dict(), "epoch": epoch + 1, "recipe": _plain(recipe)}
+            extra = {"optimiser": optimiser.state_dict(), "epoch": epoch + 1, "recipe": asdict(recipe)}
             save_checkpoint(output, network.module, network.spec, extra)
     network.eval().requires_grad_(False)
     return accuracy(network, validation, device) if validation else None
@@ -212,10 +213,6 @@ def _optimiser(trained: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     plain = [p for p in parameters if p.dim() <= 1]  # biases and normalisation are not decayed
     groups = decayed + ([{"params": plain, "weight_decay": 0.0}] if plain else [])
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return {name: getattr(recipe, name) for name in Recipe.__slots__}
 
 
 @contextmanager
@@ -235,16 +232,16 @@ def _resume(output: Path, network: Network, optimiser: torch.optim.SGD, recipe: 
         raise RadiotagError(f"{output} holds no optimiser state", "resume from a .pt checkpoint")
     try:
         content = torch.load(output, map_location="cpu", weights_only=True)
-        _refuse_another(_plain(recipe) | {"epochs": 0}, content["recipe"] | {"epochs": 0})
-        _refuse_another(json.loads(json.dumps(to_metadata(network.spec))), content["radiotag"])
+        _refuse_another(asdict(recipe) | {"epochs": 0}, content["recipe"] | {"epochs": 0})
+        _refuse_another(to_metadata(network.spec), content["radiotag"])
         network.module.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
         return int(content["epoch"])
     except RadiotagError as error:
         raise RadiotagError(f"{output} is of another training: {error}", hint) from error
     except Exception as error:  # a damaged or foreign file raises many kinds
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise RadiotagError(f"{output} is not a checkpoint of this training: {reason}", hint) from error
+        message = f"{output} is not a checkpoint of this training: {first_line(error)}"
+        raise RadiotagError(message, hint) from error
 
 
 def _refuse_another(now: dict[str, Any], then: dict[str, Any]) -> None:

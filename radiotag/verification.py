@@ -1,13 +1,13 @@
 """Verifying suspects: unmarked images to ask them with, outputs paired with carriers, a verdict with its caveats."""
 
+import glob
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,16 +19,16 @@ from torch import Tensor
 from radiotag import RadiotagError, blackbox, out_of_memory
 from radiotag.images import decode, file_hash, scan
 from radiotag.manifest import Row, rank_journals, read_header, read_manifest
-from radiotag.networks import Network, load, resized
+from radiotag.networks import Network, check_file, load, resized
 from radiotag.radioactive import (
     ALIGNMENT_IMAGES,
     Key,
     Rows,
-    chosen_output,
     evidence,
     fresh_carriers,
     holm,
     log_answers,
+    output_unknown,
     resampled_log_p,
     suspect_rows,
 )
@@ -39,11 +39,16 @@ T = TypeVar("T")
 SYNTHETIC_SEED = 20200702  # fixed: images chosen after seeing a suspect would be one more thing to choose
 LARGEST_INPUT = 640  # pixels that a suspect's own file may ask for: time and memory grow with their square
 POOR_R2 = 0.1
+PAIRED = (
+    "outputs, classes and carriers were paired in order, or by names in the suspect's file: unless that is certain, "
+    "give --marked, and --data in sub-folders of all classes"
+)
+LARGE_INPUT = 448  # pixels; of larger ones fewer images are taken
 TAIL = (0.1, 0.01, 0.001, 0.0001)  # p-values of fresh keys are counted up to each
 ENOUGH = 5  # images a class that may contradict what a suspect's file says of its outputs
 VOIDS = (
     "the p-value holds only if the key was made before the suspect (publish its fingerprint before the data),",
-    "if the images used for alignment are unmarked, and if this key, suspect and statistic are the only ones tried",
+    "if the images used for alignment are unmarked, and if no other key, suspect, statistic or options were tried",
 )
 
 
@@ -92,11 +97,16 @@ class Finding:
     decoys: int | None = None  # keys beside the true one, black-box
 
 
-@cache
+def at_most(images: int, size: int) -> int:
+    """So many images, or fewer of a size at which they would not fit in memory."""
+    return min(images, round(images * (LARGE_INPUT / size) ** 2))
+
+
+@lru_cache(maxsize=2)  # half a gigabyte at 224 pixels
 def synthetic_images(size: int) -> Tensor:
     """(N, 3, size, size) float in [0, 1], the same for every suspect: dead leaves, and inverted images if small."""
     if size > 64:
-        return dead_leaves(ALIGNMENT_IMAGES // 2, size, seed=SYNTHETIC_SEED).float() / 255
+        return dead_leaves(at_most(ALIGNMENT_IMAGES // 2, size), size, seed=SYNTHETIC_SEED).float().div_(255)
     others = resized(inverted()[: ALIGNMENT_IMAGES // 5].float() / 255, size).clamp(0, 1)
     leaves = dead_leaves(ALIGNMENT_IMAGES - len(others), size, seed=SYNTHETIC_SEED).float() / 255
     return torch.cat([leaves, others])
@@ -120,22 +130,26 @@ def marked_hashes(rows: Iterable[Row]) -> frozenset[str]:
 
 
 def unmarked_images(
-    folder: Path, marked: frozenset[str], fit: Callable[[Tensor], Tensor], queries: frozenset[str] | None = None
+    folder: Path,
+    marked: frozenset[str],
+    fit: Callable[[Tensor], Tensor],
+    first: frozenset[str] | None = None,
+    most: int = ALIGNMENT_IMAGES,
 ) -> tuple[list[Tensor], list[str]]:
-    """What `fit` makes of (3, H, W) float images in [0, 255], and class names: at most ALIGNMENT_IMAGES, evenly taken.
+    """What `fit` makes of (3, H, W) float images in [0, 255], and class names: at most so many, evenly taken.
 
-    Or as many as black-box `queries` need, those of these paths first: a suspect remembers the images it was shown.
+    Or, with paths to take `first`, as many as black-box queries need: a suspect remembers the images it was shown.
     Raises RadiotagError if one of them is marked (by `marked`, or by a manifest beside it or a folder above).
     """
     for place in (folder, *folder.resolve().parents, folder.resolve()):
         beside = place.with_name(f"{place.name}.manifest.jsonl") if place.name else place
         marked = marked | marked_hashes(marked_rows(beside if beside.is_file() else None))
     items, _, _ = scan(folder)
-    if queries is not None:
-        items.sort(key=lambda item: item.path.as_posix() not in queries)  # stable
+    if first is not None:
+        items.sort(key=lambda item: item.path.as_posix() not in first)  # stable
         chosen = [items[i] for i in blackbox.choose_images([item.label for item in items])]
     else:
-        chosen = items[:: max(1, math.ceil(len(items) / ALIGNMENT_IMAGES))]
+        chosen = items[:: max(1, math.ceil(len(items) / most))]
     images = []
     for item in chosen:
         path = folder / item.path
@@ -153,7 +167,8 @@ def unmarked_images(
 @lru_cache(maxsize=4)  # for the next suspect
 def real_images(folder: Path, size: int, marked: frozenset[str]) -> tuple[Tensor, tuple[str, ...]]:
     """(N, 3, size, size) in [0, 1] and class names of unmarked images: see `unmarked_images`."""
-    images, labels = unmarked_images(folder, marked, lambda image: resized(image[None] / 255, size))
+    most = at_most(ALIGNMENT_IMAGES, size)
+    images, labels = unmarked_images(folder, marked, lambda image: resized(image[None] / 255, size), most=most)
     return torch.cat(images).clamp_(0, 1), tuple(labels)
 
 
@@ -201,11 +216,6 @@ def pair_classes(key: Key, suspect: Network, manifest: Path | None) -> list[tupl
     return pairs
 
 
-def _in_order(key: Key, suspect: Network) -> bool:
-    """Whether `pair_classes` has nothing but their order to go by."""
-    return len(key.carriers) > 1 and not (key.class_names and suspect.spec.class_names)
-
-
 def class_rows(
     key: Key, found: Sequence[str], manifest: Path | None, theirs: Sequence[str] | None = None
 ) -> dict[str, int]:
@@ -242,15 +252,16 @@ def match_outputs(means: Tensor, named: Sequence[int] | None = None) -> list[int
     """Which output is which class: (L, C') mean probabilities of each class's images → an output a class, or −1.
 
     Hungarian assignment, of the largest sum. It looks at the suspect and at unmarked images alone, never at a carrier.
-    `named` is what the suspect's file says: it is believed unless the images contradict it, by a sum of twice as much.
-    A class that gets no more than chance has no output.
+    `named` is what the suspect's file says: it is believed of each class unless the images contradict it, by twice as
+    much. A class that gets no more than chance has no output.
     """
     rows, columns = optimize.linear_sum_assignment(-means.numpy())
     best = [-1] * len(means)
     for row, column in zip(rows, columns, strict=True):
         best[row] = int(column) if float(means[row, column]) > 1 / max(2, means.shape[1]) else -1
-    if named and float(means[range(len(named)), named].sum()) >= 0.5 * float(means[rows, columns].sum()):
-        return list(named)
+    for row, output in enumerate(named or ()):
+        if best[row] < 0 or float(means[row, output]) >= 0.5 * float(means[row, best[row]]):
+            best[row] = output
     return best
 
 
@@ -260,6 +271,18 @@ def mean_answers(answers: Tensor, found: Sequence[str], names: Sequence[str]) ->
     return torch.stack([probabilities[[label == name for label in found]].mean(0) for name in names])
 
 
+def labelled_pairs(
+    key: Key, suspect: Network, answers: Tensor, found: Sequence[str], rows: dict[str, int]
+) -> tuple[list[tuple[int, int]], tuple[str, ...]]:
+    """(suspect output, carrier row) pairs, and names, of the classes of labelled images that the suspect knows."""
+    told = _named_outputs(suspect, key, list(rows))
+    outputs = told if min(map(found.count, rows)) < ENOUGH else None
+    if outputs is None:
+        outputs = match_outputs(mean_answers(answers, found, list(rows)), told)
+    known = {name: output for name, output in zip(rows, outputs, strict=True) if output >= 0}
+    return [(output, rows[name]) for name, output in known.items()], tuple(known)
+
+
 def examine(
     path: Path,
     key: Key,
@@ -267,15 +290,15 @@ def examine(
     options: Options,
     data: Path | None,
     manifest: Path | None,
-    batch_size: int | None = None,
+    batch_size: int,
 ) -> tuple[Network, Rows, bool]:
-    """Load a suspect and compute its class vectors; True if outputs and classes had to be paired in order.
+    """Load a suspect and compute its class vectors; True if their pairing with carriers rests on order or its file.
 
     The carriers play no part in it. `batch_size`: of this try, where memory did not suffice for the options'.
 
     Raises RadiotagError, and FloatingPointError where the suspect's outputs or features are not finite.
     """
-    suspect, batch_size = load_suspect(path, options), batch_size or options.batch_size
+    suspect = load_suspect(path, options)
     size = max(suspect.spec.image_size, marker.spec.image_size)
     theirs = suspect.spec.class_names
     pixels = synthetic_images(size)
@@ -285,15 +308,9 @@ def examine(
     answers = log_answers(suspect, pixels, batch_size)  # (N, C')
     rows = class_rows(key, [name for name in found if name], manifest, theirs)
     if rows:
-        told = _named_outputs(suspect, key, list(rows))
-        outputs = told if min(map(found.count, rows)) < ENOUGH else None
-        if outputs is None:
-            outputs = match_outputs(mean_answers(answers, found, list(rows)), told)
-        matched = [(out, row, name) for out, (name, row) in zip(outputs, rows.items(), strict=True) if out >= 0]
-        if not matched:
+        pairs, names = labelled_pairs(key, suspect, answers, found, rows)
+        if not pairs:
             raise RadiotagError(f"{path} knows none of the classes in {data}", "check --image-size, --mean and --std")
-        pairs = [(output, row) for output, row, _ in matched]
-        names = tuple(name for _, _, name in matched)
         labels = positions(found, names)
     else:
         pairs, labels = pair_classes(key, suspect, manifest), None
@@ -301,7 +318,8 @@ def examine(
         names = tuple(every[output] for output, _ in pairs) if len(every) == suspect.spec.classes else ()
     known = marker.spec.class_names or ()
     own = [known.index(name) for name in names] if names and set(names) <= set(known) else None
-    guessed = labels is None and manifest is None and _in_order(key, suspect)
+    numbered = key.class_names is None and manifest is None and set(theirs or ()) != set(found)  # in sorted order
+    guessed = len(key.carriers) > 1 and (labels is None or numbered)
     vectors = suspect_rows(marker, suspect, pixels, pairs, batch_size, labels=labels, own=own, answers=answers)
     return suspect, vectors, guessed
 
@@ -312,7 +330,8 @@ def _naming(path: Path, *others: Path | None) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        raise RadiotagError(f"{path}: {error}", "check --image-size, --mean and --std") from error
+        hint = "check --image-size, --mean and --std, or leave the file out"
+        raise RadiotagError(f"{path}: {error}", hint) from error
     except RadiotagError as error:
         if any(os.fspath(place) in str(error) for place in (path, *others) if place):
             raise
@@ -352,7 +371,7 @@ def calibrate(rows: Rows, key: Key, log_p: float, count: int) -> Calibration:
     these are counted. Where the best of many outputs counts, corrected for the choice, p is larger than it need be, and
     small ones must not be too many.
     """
-    seed = key.secret + b"calibrate"
+    rows, seed = replace(rows, paper=None), key.secret + b"calibrate"  # nobody asks for the paper's under fresh keys
     fresh = []
     for number in range(count):
         carriers, patterns = fresh_carriers(key, hashlib.shake_256(seed + number.to_bytes(8, "big")).digest)
@@ -361,7 +380,7 @@ def calibrate(rows: Rows, key: Key, log_p: float, count: int) -> Calibration:
     tail = [int((p <= level).sum()) for level in TAIL]
     return Calibration(
         n=count,
-        ks_p=float(stats.kstest(p, "uniform", alternative="greater" if chosen_output(rows) else "two-sided").pvalue),
+        ks_p=float(stats.kstest(p, "uniform", alternative="greater" if output_unknown(rows) else "two-sided").pvalue),
         rank=1 + sum(value <= log_p for value in fresh),
         histogram=tuple(np.histogram(p, bins=10, range=(0, 1))[0].tolist()),
         tail=tuple(tail),
@@ -384,7 +403,8 @@ def verify(
     progress: Callable[[Path], None] = lambda _: None,
 ) -> list[Finding]:
     """Test every suspect with the key's declared statistic; the verdict is on the Holm-corrected p-value."""
-    _check_files(paths)
+    for path in paths:
+        check_file(path)  # before minutes are spent on the others
     marker = key.network(options.device)
     results = []
     for path in paths:
@@ -395,10 +415,7 @@ def verify(
             found = evidence(rows, key.carriers, key.patterns)
         warnings = _warnings(suspect, rows, options)
         if guessed and found.log_p > math.log(alpha):
-            warnings.append(
-                "outputs and classes were paired in order: unless that is certain, give --marked, or --data in class "
-                "sub-folders"
-            )
+            warnings.append(PAIRED)
         finding = Finding(
             path=os.fspath(path),
             sha256=file_hash(path),
@@ -442,15 +459,15 @@ def prepare_queries(
     kept = [i for i, name in enumerate(found) if name in rows]
     if not kept:
         raise RadiotagError(f"{data} holds no class that the key knows", "give --data with the marked classes")
-    decoys = decoys or blackbox.enough(len({found[i] for i in kept}), alpha)
+    decoys = decoys or blackbox.decoys_needed(len({found[i] for i in kept}), alpha)
     most = min(blackbox.IMAGES, blackbox.QUESTIONS // (2 * decoys + 2))
     kept = [kept[i] for i in blackbox.choose_images([found[i] for i in kept], most)]
     pixels = [images[i] for i in kept]
-    positions = [rows[found[i]] for i in kept]
-    path = blackbox.cache_path(key_path, key, pixels, positions, decoys)
+    carriers = [rows[found[i]] for i in kept]
+    path = blackbox.cache_path(key_path, key, pixels, carriers, decoys)
     if path.exists():
         return blackbox.load(path, key)
-    queries = blackbox.make(pixels, positions, [found[i] for i in kept], decoys)
+    queries = blackbox.make(pixels, carriers, [found[i] for i in kept], decoys)
     blackbox.save(path, queries, key)
     return queries
 
@@ -465,7 +482,8 @@ def verify_black_box(
     progress: Callable[[Path], None] = lambda _: None,
 ) -> list[Finding]:
     """Test every suspect by its answers alone: see `blackbox`."""
-    _check_files(paths)
+    for path in paths:
+        check_file(path)
     own = own_answers(queries, key, options)
     findings = []
     for path in paths:
@@ -487,17 +505,17 @@ def own_answers(queries: blackbox.Queries, key: Key, options: Options) -> tuple[
 
 def verify_predictions(path: Path, key: Key, key_path: Path, options: Options, *, alpha: float = 1e-4) -> list[Finding]:
     """Test a suspect by a file of its answers to exported queries, which lie beside the key."""
-    kept = sorted(key_path.parent.glob(f"{key_path.stem}.queries-*.safetensors"))
+    kept = sorted(key_path.parent.glob(f"{glob.escape(key_path.stem)}.queries-*.safetensors"))
     if not kept:
         raise RadiotagError(
             f"no queries lie beside {key_path}", "make them first: radiotag verify --black-box --export DIR --data DIR"
         )
     failure: RadiotagError | None = None
     for place in kept:
-        queries = blackbox.load(place, key)
         try:
+            queries = blackbox.load(place, key)
             answers, warnings = blackbox.read_answers(path, queries)
-        except blackbox.NotAnswered as error:
+        except (blackbox.NotAnswered, blackbox.OfAnotherKey) as error:
             failure = error
             continue
         return corrected(
@@ -527,20 +545,13 @@ def black_box_finding(
     log10_p, least = resampled_log_p(values) / LOG10, -values.shape[1] * math.log10(len(values))
     if least > math.log10(alpha):
         used = f"{queries.decoys} decoys and {values.shape[1]} of the classes"
-        warnings = [*warnings, f"p cannot be below {10**least:.1e} with {used}: raise --decoys"]
+        warnings = [*warnings, f"p cannot be below {10**least:.1e} with {used}: ask with more --decoys"]
     return Finding(
         path=os.fspath(path), sha256=file_hash(path), architecture=architecture,
         log10_p=log10_p, log10_p_corrected=log10_p, detected=False, paper_log10_p=None, mean_cosine=None,
         pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1], method="black-box",
         warnings=tuple(warnings), decoys=queries.decoys,
     )  # fmt: skip
-
-
-def _check_files(paths: Sequence[Path]) -> None:
-    """Before minutes are spent on the others."""
-    for path in paths:
-        if not path.is_file():
-            raise RadiotagError(f"{path} is not a file" if path.exists() else f"no such file: {path}", "check the path")
 
 
 def _assumed(suspect: Network, options: Options) -> list[str]:
@@ -556,7 +567,7 @@ def _warnings(suspect: Network, rows: Rows, options: Options) -> list[str]:
         found.append(f"poor alignment (R² {rows.r2:.2f}): a mark may be missed, an accusation is not made likelier")
     if suspect.head is None:
         found.append("no linear last layer: the response alone is used, and the paper's statistic cannot be")
-    if chosen_output(rows):
+    if output_unknown(rows):
         found.append(f"one class was marked: the best of {len(rows.classes)} outputs counts, corrected for the choice")
     return found
 
@@ -568,4 +579,4 @@ def as_json(finding: Finding) -> dict[str, Any]:
         del plain["decoys"]
     if finding.calibration is None:
         del plain["calibration"]
-    return dict(json.loads(json.dumps(plain)))
+    return plain

@@ -1,12 +1,11 @@
 """The commands as a user runs them: real files, real processes, kill -9.
 
 Most cases call `cli.main` in this process. What needs a process of its own is forked from one that has imported torch
-already (`Nursery`), so that a case costs milliseconds; a few start `python -m radiotag` afresh.
+already (`Forks`), so that a case costs milliseconds; a few start `python -m radiotag` afresh.
 """
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -27,6 +26,19 @@ import numpy as np
 import pytest
 import torch
 import typer
+from helpers import (
+    bad,
+    brute_ssim,
+    call,
+    digest,
+    environment,
+    good,
+    leftovers,
+    measured_psnr,
+    pixels,
+    tree,
+    wait_for_files,
+)
 from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
 from safetensors import safe_open
@@ -59,7 +71,7 @@ COMMON = {"schema", "command", "version", "seconds"}
 MARK_KEYS = COMMON | {
     *("fingerprint", "output", "manifest", "images", "marked", "copied", "skipped", "failed"),
     *("psnr_median", "psnr_p5", "psnr_min", "ssim_median", "ssim_min", "linf_max", "feature_gain_mean"),
-    *("formats_unmarked", "further_pictures_dropped"),
+    *("formats_unmarked", "further_pictures_dropped", "unchanged"),
 }
 SUSPECT_KEYS = {
     *("path", "architecture", "detected", "log10_p", "log10_p_corrected", "paper_log10_p", "mean_cosine"),
@@ -71,143 +83,12 @@ SUSPECT_KEYS = {
 # ---------------------------------------------------------------- running
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        """The one object on stdout; fails where there is anything else."""
-        return json.loads(self.out)
-
-
-def call(*arguments):
-    """Run the entry point in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    argv, sys.argv = sys.argv, ["radiotag", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.argv = argv
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def good(*arguments):
-    result = call(*arguments)
-    assert result.code == 0, result.err
-    return result
-
-
-def bad(*arguments, code=1):
-    """Run a command that must fail as all failures do: `error:` and `hint:` on stderr, no traceback, no result."""
-    result = call(*arguments)
-    assert result.code == code, result
-    assert "Traceback" not in result.err
-    lines = result.err.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("error: "))
-    assert lines[first + 1].startswith("hint: ")
-    assert result.out == "" or "--json" in arguments
-    return result
-
-
 def spawn(*arguments, cwd, **env):
     """Run `python -m radiotag` afresh."""
     return subprocess.run(
         [sys.executable, "-m", "radiotag", *map(str, arguments)],
         cwd=cwd, env=environment(**env), capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
-
-
-def environment(**more):
-    root = str(Path(cli.__file__).parents[1])
-    kept = {k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "FORCE_COLOR", "RADIOTAG_DEBUG"}}
-    return kept | {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"} | more
-
-
-FINISH = """
-import os, sys
-from radiotag import cli
-
-def finish(argv):  # what a forked process is for
-    sys.argv, code = ["radiotag", *argv], 1
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-"""
-NURSERY = """
-import json, os, signal, sys
-import radiotag.marking, radiotag.training, radiotag.verification
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would pass on that it is ignored
-for line in sys.stdin:
-    task = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.environ.update(task["env"])
-        os.chdir(task["cwd"])
-        os.dup2(os.open(task["out"], os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), 1)
-        os.dup2(os.open(task["err"], os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), 2)
-        sys.stdout = open(1, "w", closefd=False)  # what they are now: a file, or a terminal
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
-        finish(task["argv"])
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Nursery:
-    """Forks processes that run the command line, torch already imported."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.parent = subprocess.Popen(
-            [sys.executable, "-c", FINISH + NURSERY],
-            env=environment(),
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def start(self, *arguments, cwd=None, out=None, err=None, **env):
-        """Begin a command; returns its process id."""
-        self.out, self.err = Path(out or self.folder / "out"), Path(err or self.folder / "err")
-        for file in (self.out, self.err):
-            if file.is_relative_to(self.folder):
-                file.write_text("")
-        task = {"argv": list(map(str, arguments)), "out": str(self.out), "err": str(self.err), "env": env}
-        self.parent.stdin.write(json.dumps(task | {"cwd": str(cwd or self.folder)}) + "\n")
-        self.parent.stdin.flush()
-        return int(self.parent.stdout.readline())
-
-    def wait(self):
-        """The end of the command begun last."""
-        code = int(self.parent.stdout.readline())
-        out, err = (file.read_text() if file.is_relative_to(self.folder) else "" for file in (self.out, self.err))
-        return Result(code, out, err)
-
-    def run(self, *arguments, **options):
-        self.start(*arguments, **options)
-        return self.wait()
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    made = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield made
-    made.parent.stdin.close()
-    made.parent.wait()
-    made.parent.stdout.close()
 
 
 # ---------------------------------------------------------------- what the tests work on
@@ -241,45 +122,6 @@ def world(tmp_path_factory):
     good("keygen", "-o", numbered, "--classes", 3)
     train = ("train-demo", imgs, "-o", model, "--arch", "resnet10", "--epochs", 1, "--val", clean, "--json")
     return World(root, imgs, clean, few, key, numbered, model, good(*train).json)
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def tree(folder):
-    """Every file of a folder, hidden ones too, with its content's hash."""
-    return {p.relative_to(folder).as_posix(): digest(p) for p in sorted(folder.rglob("*")) if not p.is_dir()}
-
-
-def leftovers(folder):
-    return sorted(folder.rglob(".*.part"))
-
-
-def pixels(path):
-    """An image as a stranger's code reads it."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(np.float64)
-
-
-def measured_psnr(a, b):
-    return 10 * np.log10(255**2 / np.mean((pixels(a) - pixels(b)) ** 2))
-
-
-def measured_ssim(a, b):
-    """Wang et al. 2004, window by window."""
-    x, y = (pixels(path).astype(float) @ [0.299, 0.587, 0.114] for path in (a, b))
-    bell = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
-    window = np.outer(bell, bell) / bell.sum() ** 2
-    found = []
-    for i in range(x.shape[0] - 10):
-        for j in range(x.shape[1] - 10):
-            p, q = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
-            m, n = (window * p).sum(), (window * q).sum()
-            s, t = (window * (p - m) ** 2).sum(), (window * (q - n) ** 2).sum()
-            both, c, d = (window * (p - m) * (q - n)).sum(), 2.55**2, 7.65**2
-            found.append((2 * m * n + c) * (2 * both + d) / ((m * m + n * n + c) * (s + t + d)))
-    return np.mean(found)
 
 
 def rows_of(output):
@@ -368,6 +210,9 @@ def test_every_option_is_explained_and_two_examples_are_given(command):
         ["mark", "imgs", "--key", "k", "--fraction", "1.5"],
         ["train-demo", "imgs", "--epochs", "many"],
         ["verify", "--key", "k"],
+        ["verify", "m.pt", "--key", "k", "--alpha", "0"],
+        ["verify", "m.pt", "--key", "k", "--decoys", "7"],
+        ["verify", "--key", "k", "--predictions", "a.csv", "--data", "imgs"],
         ["no-such-command"],
     ],
 )
@@ -475,17 +320,21 @@ def test_keygen_with_a_network_that_is_not_there(tmp_path):
     assert "no network 'nonsense'" in bad("keygen", "-o", tmp_path / "k", "--network", "nonsense").err
     (tmp_path / "broken.pt").write_bytes(b"PK\3\4 not a checkpoint")
     assert "broken.pt" in bad("keygen", "-o", tmp_path / "k", "--network", tmp_path / "broken.pt").err
+    torch.save({"weight": torch.ones(2, 3)}, tmp_path / "other.pt")
+    unknown = bad("keygen", "-o", tmp_path / "k", "--network", tmp_path / "other.pt").err
+    assert "a checkpoint of train-demo" in unknown and "--arch" not in unknown  # which keygen has not
     assert not (tmp_path / "k").exists()
 
 
 def test_keygen_offline_names_both_ways_out(tmp_path, monkeypatch):
     def offline(*_, **__):
+        print("Downloading: ...")  # as torch does, on stdout
         raise URLError("no route to host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     monkeypatch.setattr(WeightsEnum, "get_state_dict", offline)
     result = bad("keygen", "-o", tmp_path / "k.safetensors", "--network", "resnet18")
-    assert "resnet18" in result.err
+    assert (result.out, "resnet18" in result.err) == ("", True)
     assert "--network builtin" in result.err
     assert "--network resnet18.pth" in result.err
     assert not (tmp_path / "k.safetensors").exists()
@@ -573,7 +422,7 @@ def test_mark_makes_a_drop_in_replacement(world, tmp_path):
     assert answer["psnr_min"] == pytest.approx(min(psnr), abs=1e-3)
     assert answer["psnr_median"] == pytest.approx(np.median(psnr), abs=1e-3)
     assert answer["psnr_p5"] == pytest.approx(np.percentile(psnr, 5), abs=1e-3)
-    similar = [measured_ssim(source / n, output / n) for n in before if n.endswith(".png")]
+    similar = [brute_ssim(pixels(source / n), pixels(output / n)) for n in before if n.endswith(".png")]
     assert answer["ssim_median"] == pytest.approx(np.median(similar), abs=1e-5)
     assert answer["ssim_min"] == pytest.approx(min(similar), abs=1e-5)
     assert answer["linf_max"] == max(linf)
@@ -634,6 +483,8 @@ def test_a_fraction_of_nothing_copies_all(world, tmp_path):
     answer = mark(world, tmp_path / "out", "--fraction", 0, "--json").json
     assert (answer["marked"], answer["copied"], answer["psnr_min"]) == (0, 12, None)
     assert tree(tmp_path / "out") == tree(world.imgs)
+    again = mark(world, tmp_path / "out", "--fraction", 0).out
+    assert "nothing is marked" in again and "release" not in again
 
 
 def test_the_limits_are_kept(world, tmp_path):
@@ -848,7 +699,7 @@ def test_a_broken_image_is_recorded_and_the_rest_marked(world, tmp_path):
     text = mark(world, tmp_path / "out", source=source)
     assert text.code == 1
     assert "2 failed" in text.out
-    assert "2 images are MISSING from out" in text.out and "release" not in text.out
+    assert f"2 of the images MISSING from {tmp_path / 'out'}" in text.out and "release" not in text.out
     shutil.copy(world.imgs / "ant" / "00000.png", source / "ant" / "00000.png")
     (source / "bee" / "text.jpg").unlink()
     mended = mark(world, tmp_path / "out", "--json", source=source)
@@ -1049,16 +900,16 @@ def test_other_images_of_the_same_names_do_not_take_an_outputs_place(world, tmp_
 
 
 def test_a_grown_folder_ends_as_if_it_had_been_whole_at_once(world, tmp_path):
-    """A new image changes which are chosen, a new class the rows of the others: nothing stale may be skipped."""
+    """A class that sorts last, and further images of the others, change no carrier."""
     source, output = shutil.copytree(world.imgs, tmp_path / "imgs"), tmp_path / "out"
     good("keygen", "-o", tmp_path / "k4.safetensors", "--classes", 4)
     settings = {"source": source, "key": tmp_path / "k4.safetensors"}
-    mark(world, output, "--fraction", 0.5, **settings)
+    mark(world, output, **settings)
     for i, path in enumerate(sorted(world.clean.rglob("*.png"))):
         shutil.copy(path, source / path.relative_to(world.clean).with_name(f"new{i}.png"))
-    shutil.copytree(world.clean / "bee", source / "ape")
-    assert mark(world, output, "--fraction", 0.5, **settings).code == 0
-    mark(world, tmp_path / "fresh" / "out", "--fraction", 0.5, **settings)
+    shutil.copytree(world.clean / "bee", source / "zebra")
+    assert mark(world, output, **settings).code == 0
+    mark(world, tmp_path / "fresh" / "out", **settings)
     assert tree(output) == tree(tmp_path / "fresh" / "out")
     assert digest(tmp_path / "out.manifest.jsonl") == digest(tmp_path / "fresh" / "out.manifest.jsonl")
 
@@ -1135,18 +986,11 @@ def test_stale_temporary_files_are_removed_and_no_others(world, tmp_path):
     stale = [output / "ant" / ".0123456789abcdef.part", output / ".0123456789abcdef.part"]
     for path in (*mine, *stale):
         path.write_text("half")
-    stale.append(tmp_path / ".fedcba9876543210.part")
+    stale.append(tmp_path / f".{hashlib.sha256(b'out.manifest.jsonl').hexdigest()[:16]}.part")
     stale[-1].write_bytes(manifest[:-9])
     assert mark(world, output).code == 0
     assert all(path.exists() for path in mine)
     assert not any(path.exists() for path in stale)
-
-
-def wait_for_files(folder, count):
-    deadline = time.monotonic() + 120
-    while len(list(folder.rglob("*.png"))) < count:
-        assert time.monotonic() < deadline, "the run does not get there"
-        time.sleep(0.002)
 
 
 def undisturbed(world, folder, *settings):
@@ -1154,43 +998,43 @@ def undisturbed(world, folder, *settings):
     return tree(folder)
 
 
-def kill_and_go_on(world, nursery, folder, rounds, expected, settings, draw):
+def kill_and_go_on(world, forks, folder, rounds, expected, settings, draw):
     """Kill a run several times, each time further on, then let it end; everything must be as if nothing had been."""
     command = ("mark", world.imgs, "--key", world.key, "-o", folder / "out", *settings, "--batch-size", 1)
     killed = 0
     for step in range(1, rounds + 1):
-        process = nursery.start(*command)
+        begun = forks.start(*command)
         wait_for_files(folder / "out", 12 * step // (rounds + 1))
         time.sleep(draw.uniform(0, 0.05))
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-        killed += nursery.wait().code == -signal.SIGKILL
+            os.kill(begun[0], signal.SIGKILL)
+        killed += forks.end(begun).code == -signal.SIGKILL
         for path in (folder / "out").rglob("*.png"):
             assert digest(path) == expected[path.relative_to(folder).as_posix()], "a file appeared that is not whole"
     assert killed > rounds // 2
-    last = nursery.run(*command, "--json")
+    last = forks.run(*command, "--json")
     assert last.code == 0, last.err
     assert tree(folder) == expected
     assert leftovers(folder) == []
     return last.json
 
 
-def test_kill_9_and_go_on(world, nursery, tmp_path):
+def test_kill_9_and_go_on(world, forks, tmp_path):
     settings = ("--steps", 3, "--fraction", 0.75)
     expected = undisturbed(world, tmp_path / "calm", *settings)
     (tmp_path / "killed").mkdir()
-    last = kill_and_go_on(world, nursery, tmp_path / "killed", 3, expected, settings, random.Random(1))
+    last = kill_and_go_on(world, forks, tmp_path / "killed", 3, expected, settings, random.Random(1))
     assert last["skipped"] > 0
 
 
 @pytest.mark.slow
-def test_kill_9_many_times(world, nursery, tmp_path):
+def test_kill_9_many_times(world, forks, tmp_path):
     draw = random.Random(time.time_ns())
     settings = ("--steps", 3)
     expected = undisturbed(world, tmp_path / "calm", *settings)
     for attempt in range(4):
         (tmp_path / str(attempt)).mkdir()
-        kill_and_go_on(world, nursery, tmp_path / str(attempt), 5, expected, settings, draw)
+        kill_and_go_on(world, forks, tmp_path / str(attempt), 5, expected, settings, draw)
 
 
 @pytest.mark.slow
@@ -1208,20 +1052,20 @@ def test_kill_9_of_a_process_of_its_own(world, tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])  # by the user; by a launcher whose other process died
-def test_interrupted(world, nursery, tmp_path, how):
+def test_interrupted(world, forks, tmp_path, how):
     settings = ("--steps", 3)
     expected = undisturbed(world, tmp_path / "calm", *settings)
     command = ("mark", world.imgs, "--key", world.key, "-o", tmp_path / "cut" / "out", *settings, "--batch-size", 1)
-    process = nursery.start(*command, "--json")
+    begun = forks.start(*command, "--json")
     wait_for_files(tmp_path / "cut" / "out", 3)
-    os.kill(process, how)
-    result = nursery.wait()
+    os.kill(begun[0], how)
+    result = forks.end(begun)
     assert result.code == 130
     assert "error: interrupted" in result.err
     assert "run the same command again" in result.json["hint"]
     assert "Traceback" not in result.err
     assert leftovers(tmp_path / "cut") == []
-    again = nursery.run(*command, "--json").json
+    again = forks.run(*command, "--json").json
     assert 2 <= again["skipped"] < 12  # the third file may have come before its record
     assert tree(tmp_path / "cut") == expected
 
@@ -1415,19 +1259,19 @@ def test_train_demo_goes_on_as_if_undisturbed(world, tmp_path):
     assert "seed" in other.err
 
 
-def test_train_demo_interrupted_goes_on_to_the_same_model(world, nursery, tmp_path):
+def test_train_demo_interrupted_goes_on_to_the_same_model(world, forks, tmp_path):
     command = ("train-demo", world.imgs, "--arch", "resnet10", "--batch-size", 4, "--epochs", 4)
-    assert nursery.run(*command, "-o", tmp_path / "whole.pt").code == 0
-    process = nursery.start(*command, "-o", tmp_path / "cut.pt")
+    assert forks.run(*command, "-o", tmp_path / "whole.pt").code == 0
+    begun = forks.start(*command, "-o", tmp_path / "cut.pt")
     deadline = time.monotonic() + 120
     while not (tmp_path / "cut.pt").exists():
         assert time.monotonic() < deadline, "no epoch ends"
         time.sleep(0.002)
-    os.kill(process, signal.SIGINT)
-    cut = nursery.wait()
+    os.kill(begun[0], signal.SIGINT)
+    cut = forks.end(begun)
     assert cut.code == 130
     assert "--resume" in cut.err
-    resumed = nursery.run(*command, "-o", tmp_path / "cut.pt", "--resume")
+    resumed = forks.run(*command, "-o", tmp_path / "cut.pt", "--resume")
     assert resumed.code == 0, resumed.err
     theirs, ours = (load(tmp_path / name).module.state_dict() for name in ("whole.pt", "cut.pt"))
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
@@ -1807,41 +1651,41 @@ def test_a_key_of_other_classes_does_not_fit(world, tmp_path):
 # ---------------------------------------------------------------- how all of them speak
 
 
-def test_quiet_says_nothing(world, nursery, tmp_path, radioactive_model):
+def test_quiet_says_nothing(world, forks, tmp_path, radioactive_model):
     for arguments in (
         ("keygen", "-o", tmp_path / "k.safetensors", "--classes", 3),
         ("mark", world.imgs, "--key", tmp_path / "k.safetensors", "-o", tmp_path / "out", "--steps", 1),
         ("train-demo", world.imgs, "-o", tmp_path / "m.pt", "--arch", "resnet10", "--epochs", 1),
         ("verify", radioactive_model, "--key", world.key, "--data", world.few),
     ):
-        result = nursery.run(*arguments, "-q")
+        result = forks.run(*arguments, "-q")
         assert (result.code, result.out, result.err) == (0, "", ""), arguments[0]
-    failed = nursery.run("keygen", "-o", tmp_path / "k.safetensors", "-q")
+    failed = forks.run("keygen", "-o", tmp_path / "k.safetensors", "-q")
     assert failed.err.startswith("error: ")
-    found = nursery.run("verify", radioactive_model, "--key", world.key, "--data", world.few, "-q", "--json")
+    found = forks.run("verify", radioactive_model, "--key", world.key, "--data", world.few, "-q", "--json")
     assert found.json["detected"] is True
     assert found.err == ""
 
 
-def test_progress_goes_to_stderr_and_results_to_stdout(world, nursery, tmp_path):
+def test_progress_goes_to_stderr_and_results_to_stdout(world, forks, tmp_path):
     command = ("mark", world.imgs, "--key", world.key, "-o", tmp_path / "out", "--steps", 1)
-    result = nursery.run(*command)
+    result = forks.run(*command)
     assert "planning" in result.err
     assert "planning" not in result.out
     assert ESCAPE not in result.out + result.err
     assert len(result.out.splitlines()) == 7
 
 
-def on_terminal(world, nursery, tmp_path, **env):
+def on_terminal(world, forks, tmp_path, **env):
     """What a terminal gets to see of mark's stderr."""
     import pty
 
     master, slave = pty.openpty()
     try:
         command = ("mark", world.imgs, "--key", world.key, "-o", tmp_path / "out", "--steps", 1, "--batch-size", 4)
-        nursery.start(*command, err=os.ttyname(slave), **env)
+        begun = forks.start(*command, err=os.ttyname(slave), **env)
         os.set_blocking(master, False)
-        code = nursery.wait().code
+        code = forks.end(begun).code
         seen = b""
         with contextlib.suppress(BlockingIOError):
             while block := os.read(master, 65536):
@@ -1853,18 +1697,18 @@ def on_terminal(world, nursery, tmp_path, **env):
     return seen.decode()
 
 
-def test_a_terminal_gets_a_progress_bar_and_colour_only_if_it_wants(world, nursery, tmp_path):
+def test_a_terminal_gets_a_progress_bar_and_colour_only_if_it_wants(world, forks, tmp_path):
     colours = re.compile(r"\x1b\[[0-9;]*(3[0-9]|4[0-9]|9[0-9])[0-9;]*m")
-    plain = on_terminal(world, nursery, tmp_path / "a", TERM="xterm-256color", NO_COLOR="1")
+    plain = on_terminal(world, forks, tmp_path / "a", TERM="xterm-256color", NO_COLOR="1")
     assert "images" in plain
     assert "PSNR" in plain
     assert not colours.search(plain)
-    dumb = on_terminal(world, nursery, tmp_path / "b", TERM="dumb")
+    dumb = on_terminal(world, forks, tmp_path / "b", TERM="dumb")
     assert ESCAPE not in dumb
     assert "planning" in dumb
 
 
-def test_a_terminal_that_knows_only_ascii(world, nursery, tmp_path):
+def test_a_terminal_that_knows_only_ascii(world, forks, tmp_path):
     run = spawn("keygen", "-o", tmp_path / "k.safetensors", "--classes", 3, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert run.returncode == 0, run.stderr
     assert "fingerprint" in run.stdout
@@ -1914,6 +1758,29 @@ def test_a_full_disk_is_named(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr("radiotag.marking.copy_atomically", full)
     assert "No space left" in mark(world, tmp_path / "out", "--fraction", 0.5).err
+
+
+def test_a_report_that_cannot_be_written_costs_no_verdict(world, tmp_path, monkeypatch, clean_result):
+    def full(*_, **__):
+        raise RadiotagError("cannot write it: no space", "make room")
+
+    monkeypatch.setattr("radiotag.report.write_atomically", full)
+    options = ("verify", world.model, "--key", world.key, "--data", world.few, "--report", tmp_path / "r.html")
+    result = call(*options, "--json")
+    assert result.code == 1
+    assert "log10_p" in result.json["suspects"][0] and "report" not in result.json
+    assert (result.json["error"], result.json["hint"]) == ("cannot write it: no space", "make room")
+    assert "hint: make room" in result.err
+
+
+def test_who_has_read_enough_is_no_error(world, tmp_path):
+    command = [sys.executable, "-m", "radiotag", "mark", world.imgs, "--key", world.key, "-o", tmp_path / "out"]
+    with subprocess.Popen(
+        [*map(str, command), "--dry-run"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read().splitlines() == ["planning …"]
+    assert process.returncode == 1
 
 
 def test_images_of_other_classes_are_labelled_as_such():

@@ -740,7 +740,7 @@ def tree(root, *names):
 
 def listed(source):
     items, names, others = images.scan(source)
-    return [(str(item.path), item.label, item.row) for item in items], names, [str(path) for path in others]
+    return [(str(item.path), item.label) for item in items], names, [str(path) for path in others]
 
 
 def test_scan_classes_nested_files_and_others(tmp_path):
@@ -751,7 +751,7 @@ def test_scan_classes_nested_files_and_others(tmp_path):
     )  # fmt: skip
     (root / "dog" / "none" / "yet").mkdir(parents=True)
     assert listed(root) == (
-        [("Zoo/6.tif", "Zoo", 0), ("cat/deep/er/3.webp", "cat", 1), ("dog/1.png", "dog", 2), ("dog/2.JPG", "dog", 2)],
+        [("Zoo/6.tif", "Zoo"), ("cat/deep/er/3.webp", "cat"), ("dog/1.png", "dog"), ("dog/2.JPG", "dog")],
         ["Zoo", "cat", "dog"],
         [".cache/4.png", "cat/.png", "cat/.thumb.png", "cat/notes.txt", "cat/png", "docs/readme.md",
          "dog/5.png.part", "dog/none/yet", "labels.csv"],
@@ -765,12 +765,12 @@ def test_scan_orders_classes_as_torchvision(tmp_path):
     items, names, _ = images.scan(root)
     folder = ImageFolder(str(root))
     assert names == folder.classes
-    assert {str(root / item.path): item.row for item in items} == dict(folder.samples)
+    assert {str(root / item.path): names.index(item.label) for item in items} == dict(folder.samples)
 
 
 def test_scan_flat(tmp_path):
     root = tree(tmp_path, "b.png", "a.bmp", "notes/x.txt")
-    assert listed(root) == ([("a.bmp", "", 0), ("b.png", "", 0)], [""], ["notes/x.txt"])
+    assert listed(root) == ([("a.bmp", ""), ("b.png", "")], [""], ["notes/x.txt"])
 
 
 def test_scan_odd_names(tmp_path):
@@ -845,7 +845,7 @@ def test_scan_refuses_a_link_to_a_sibling_with_the_same_prefix(tmp_path):
 def test_scan_passes_over_what_is_no_file(tmp_path):
     root = tree(tmp_path, "cat/1.png")
     os.mkfifo(root / "cat/pipe.png")
-    assert listed(root) == ([("cat/1.png", "cat", 0)], ["cat"], [])
+    assert listed(root) == ([("cat/1.png", "cat")], ["cat"], [])
 
 
 # -- writing

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -30,11 +29,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import torch
+from helpers import Result, brute_ssim, call, environment, leftovers, measured_psnr, pixels, tree, wait_for_files
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import FINISH, Result, call, environment
-from torch.distributed import TCPStore
 from torchvision.models import get_model
 
 from radiotag import RadiotagError, images, manifest
@@ -75,94 +73,6 @@ def one_error(*results):
     assert "should not happen" not in message, text
     assert "Traceback" not in text
     return message
-
-
-FORKS = """
-import itertools, json, os, resource, signal, sys
-import radiotag.marking
-
-def die(at, size):
-    sync, counter = os.fsync, itertools.count(1)
-    def fsync(file):
-        if next(counter) == at or (size and os.fstat(file).st_size >= size):
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(file)
-    os.fsync = fsync
-
-for line in sys.stdin:
-    task = json.loads(line)
-    if "wait" in task:
-        print(os.waitstatus_to_exitcode(os.waitpid(task["wait"], 0)[1]), flush=True)
-        continue
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(120)  # what hangs ends as a failure
-        os.environ.update(task["env"])
-        os.dup2(os.open(task["out"], os.O_WRONLY | os.O_CREAT), 1)
-        os.dup2(os.open(task["err"], os.O_WRONLY | os.O_CREAT), 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
-        die(task["kill_at"], task["kill_size"])
-        if task["largest"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (task["largest"], task["largest"]))
-        if task["memory"]:
-            with open("/proc/self/statm") as file:
-                now = int(file.read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (now + task["memory"], now + task["memory"]))
-        finish(task["argv"])
-    print(pid, flush=True)
-"""
-
-
-class Forks:
-    """Forks processes that run the command line, torch already imported."""
-
-    def __init__(self, folder):
-        self.folder, self.count = folder, itertools.count()
-        self.parent = subprocess.Popen(
-            [sys.executable, "-c", FINISH + FORKS],
-            env=environment(),
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def ask(self, **task):
-        self.parent.stdin.write(json.dumps(task) + "\n")
-        self.parent.stdin.flush()
-        return int(self.parent.stdout.readline())
-
-    def start(self, *arguments, kill_at=0, kill_size=0, largest=0, memory=0, **env):
-        """Begin a command that is killed as it completes its `kill_at`th file, or the first of `kill_size` bytes."""
-        out, err = (self.folder / f"{next(self.count)}" for _ in range(2))
-        pid = self.ask(
-            argv=list(map(str, arguments)), out=str(out), err=str(err), env=env, kill_at=kill_at, kill_size=kill_size,
-            largest=largest, memory=memory,
-        )  # fmt: skip
-        return pid, out, err
-
-    def end(self, begun):
-        pid, out, err = begun
-        return Result(self.ask(wait=pid), out.read_text(), err.read_text())
-
-    def run(self, *arguments, **options):
-        return self.end(self.start(*arguments, **options))
-
-    def together(self, *arguments, size=2, **options):
-        """Run a command in several processes, as the launcher starts them; what each said, by rank."""
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        env |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-        begun = [self.start(*arguments, **options, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(size)]
-        return [self.end(one) for one in begun]
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    made = Forks(tmp_path_factory.mktemp("forks"))
-    yield made
-    made.parent.stdin.close()
-    made.parent.wait()
-    made.parent.stdout.close()
 
 
 def launch(*arguments):
@@ -258,23 +168,8 @@ def images_in(shard):
     return {m.path: m.data for m in members_of(shard) if m.path.endswith(SUFFIXES)}
 
 
-def pixels(data):
-    """An image as a stranger's code reads it."""
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB")).astype(np.float64)
-
-
-def measured_psnr(a, b):
-    return 10 * math.log10(255**2 / np.mean((pixels(a) - pixels(b)) ** 2))
-
-
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
-
-
-def tree(folder):
-    """Every file of a folder, hidden ones too, with its content's hash."""
-    return {p.relative_to(folder).as_posix(): sha256(p.read_bytes()) for p in folder.rglob("*") if not p.is_dir()}
 
 
 def stamps(folder):
@@ -294,10 +189,6 @@ def finished(folder):
     """How many images a manifest and the journals beside it say are done."""
     lines = [line for path in folder.glob("*.manifest.jsonl*") for line in path.read_bytes().split(b"\n")[1:-1]]
     return len({json.loads(line)["path"] for line in lines})
-
-
-def leftovers(folder):
-    return sorted(p.name for p in folder.rglob(".*"))
 
 
 NUMBERS = [
@@ -801,14 +692,15 @@ def test_whatever_else_changes_in_the_source_s_shards_changes_in_the_output_s(wo
     assert rows[: -len(NAMED_IMAGES)] == [f"numbers.tar/{m.path}" for m in before if m.path in marked]
 
 
-def test_a_shard_that_the_source_no_longer_has_is_named(world, whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "m")
-    shutil.copytree(world.shards, tmp_path / "shards")
-    (tmp_path / "shards" / "words.tar").unlink()
-    result = mark(tmp_path / "shards", world.key, tmp_path / "m" / "out")
-    assert str(tmp_path / "m" / "out" / "words.tar") in one_error(result)
-    good(tmp_path / "shards", world.key, tmp_path / "m" / "out", "--force")
-    assert sorted(p.name for p in (tmp_path / "m" / "out").iterdir()) == ["README", "numbers.tar"]
+def test_a_shard_that_the_source_no_longer_has_is_named(world, tmp_path):
+    for i, name in enumerate(("a.tar", "b.tar")):
+        pack(tmp_path / "shards" / name, [("cat/0.png", photo(i)), ("dog/0.png", photo(i + 2))])
+    good(tmp_path / "shards", world.key, tmp_path / "out")
+    (tmp_path / "shards" / "b.tar").unlink()
+    result = mark(tmp_path / "shards", world.key, tmp_path / "out")
+    assert str(tmp_path / "out" / "b.tar") in one_error(result)
+    good(tmp_path / "shards", world.key, tmp_path / "out", "--force")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.tar"]
 
 
 def test_force_marks_shards_anew(world, marked, tmp_path):
@@ -1025,13 +917,6 @@ def descendants(pid):
     for one in found:  # it grows meanwhile
         found += [child for child, parent in parents if parent == one]
     return found
-
-
-def wait_for_files(folder, count):
-    deadline = time.monotonic() + 300
-    while len(list(folder.rglob("*.png"))) < count:
-        assert time.monotonic() < deadline, "the run does not get there"
-        time.sleep(0.005)
 
 
 @pytest.mark.slow
@@ -1320,6 +1205,125 @@ def test_a_source_that_changes_between_runs_is_done_again_alone(world, tmp_path)
     assert tree(tmp_path / "m") == tree(tmp_path / "fresh")
 
 
+# ---------------------------------------------------------------- going on with a set that changed
+
+
+def test_nothing_is_written_through_a_link_in_the_output(world, tmp_path):
+    """Not even by force: behind it may lie the source."""
+    source = Path(shutil.copytree(world.folder, tmp_path / "src"))
+    good(source, world.key, tmp_path / "out")
+    name = sorted(path.name for path in source.iterdir() if path.is_dir())[0]
+    shutil.rmtree(tmp_path / "out" / name)
+    (tmp_path / "out" / name).symlink_to(source / name)
+    before = tree(source)
+    for more in ((), ("--force",), ("--dry-run",)):
+        assert str(tmp_path / "out" / name) in one_error(mark(source, world.key, tmp_path / "out", *more))
+    assert tree(source) == before
+
+
+def test_a_class_never_changes_its_carrier_without_force(world, tmp_path):
+    source = Path(shutil.copytree(world.folder, tmp_path / "src"))
+    good(source, world.key, tmp_path / "out")
+    before = tree(tmp_path / "out")
+    write_folder(source, {"a first class/0.png": photo(50)})  # a key without names numbers classes in their order
+    for more in ((), ("--dry-run",)):
+        assert "carrier 1, and now has carrier 2" in one_error(mark(source, world.key, tmp_path / "out", *more))
+    assert tree(tmp_path / "out") == before
+    good(source, world.key, tmp_path / "out", "--force")
+
+
+def test_what_was_marked_stays_marked_when_images_come_and_go(world, tmp_path):
+    """A tenth of more images, or of fewer, is another choice; but what is out cannot be taken back."""
+    source = write_folder(tmp_path / "src", {f"cat/{i:02}.jpg": photo(i, "JPEG") for i in range(10)})
+    good(source, world.key, tmp_path / "out", "--fraction", 0.3)
+    manifest_file = tmp_path / "out.manifest.jsonl"
+    earlier = {p: r["sha256_out"] for p, r in rows_of(manifest_file).items() if r["status"] == "marked"}
+    assert len(earlier) == 3
+    write_folder(source, {f"cat/{i:02}.jpg": photo(i, "JPEG") for i in range(10, 20)})
+    (source / next(path for path in rows_of(manifest_file) if path not in earlier)).unlink()
+    stale = tmp_path / "out" / next(path for path in rows_of(manifest_file) if path not in tree(source))
+    stale.unlink()  # of what was only copied
+    good(source, world.key, tmp_path / "out", "--fraction", 0.3)
+    rows = rows_of(manifest_file)
+    assert {path: rows[path]["sha256_out"] for path in earlier} == earlier
+    assert sum(row["status"] == "marked" for row in rows.values()) >= 6
+    assert set(tree(tmp_path / "out")) == {row["output"] for row in rows.values()}
+
+
+def test_runs_side_by_side_in_one_folder_leave_each_other_s_manifest_alone(world, tmp_path):
+    """Of the same key and settings, they begin with the same line."""
+    good(world.folder, world.key, tmp_path / "a")
+    first = (tmp_path / "a.manifest.jsonl").read_bytes()
+    others = tmp_path / ".fedcba9876543210.part"
+    others.write_bytes(first)
+    good(world.folder, world.key, tmp_path / "b")
+    assert others.read_bytes() == first
+
+
+def test_files_that_are_not_the_source_s_are_told(world, tmp_path):
+    source = Path(shutil.copytree(world.folder, tmp_path / "src"))
+    (source / "passwords.txt").write_text("secret")
+    good(source, world.key, tmp_path / "out")
+    (source / "passwords.txt").unlink()
+    for more in ((), ("--force",)):
+        assert "1 files in" in (found := good(source, world.key, tmp_path / "out", *more)).out
+        assert "passwords.txt" in found.out
+    (tmp_path / "out" / "passwords.txt").unlink()
+    assert "not the source's" not in good(source, world.key, tmp_path / "out").out
+
+
+def test_an_output_of_shards_is_not_gone_on_with_as_a_folder_nor_the_reverse(world, tmp_path):
+    good(world.folder, world.key, tmp_path / "folder")
+    good(world.shards, world.key, tmp_path / "shards")
+    before = tree(tmp_path)
+    for source, output in ((world.shards, "folder"), (world.folder, "shards")):
+        assert "other images" in one_error(mark(source, world.key, tmp_path / output))
+    assert tree(tmp_path) == before
+    good(world.shards, world.key, tmp_path / "folder", "--force")
+
+
+def test_members_of_any_name_are_marked(world, tmp_path):
+    """Longer than a file's name can be, or a name that is another's folder."""
+    names = ["cat/" + "n" * 300 + ".png", "cat/a.png", "cat/a.png/b.png"]
+    shard = pack(tmp_path / f"{'s' * 251}.tar", [(name, photo(i)) for i, name in enumerate(names)])
+    result = good(shard, world.key, tmp_path / "out.tar", "--json").json
+    assert (result["marked"], result["failed"]) == (3, [])
+    assert set(images_in(tmp_path / "out.tar")) == set(names)
+
+
+def test_a_sample_s_mask_is_no_picture_to_mark(world, tmp_path):
+    mask = noise(3, 32)
+    members = [("0.jpg", photo(0, "JPEG")), ("0.seg.png", mask), ("1.left.png", photo(1)), ("1.right.png", photo(2))]
+    shard = pack(tmp_path / "s.tar", [*members, ("2.gif", b"GIF89a"), ("0.cls", b"0"), ("1.cls", b"1")])
+    result = good(shard, world.key, tmp_path / "out.tar", "--json").json
+    assert (result["marked"], result["formats_unmarked"]) == (3, {".seg.png": 1, ".gif": 1})
+    assert images_in(tmp_path / "out.tar")["0.seg.png"] == mask
+
+
+def test_shards_beside_a_hidden_folder_are_shards(world, tmp_path):
+    (tmp_path / "s" / ".ipynb_checkpoints").mkdir(parents=True)
+    pack(tmp_path / "s" / "a.tar", [("cat/0.png", photo(0))])
+    assert good(tmp_path / "s", world.key, tmp_path / "out", "--json").json["marked"] == 1
+
+
+def test_what_has_no_room_for_a_mark_is_told(world, tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(np.eye(32) > 0).save(file, "PNG")
+    source = write_folder(tmp_path / "src", {"cat/0.png": file.getvalue(), "cat/1.png": photo(1)})
+    result = good(source, world.key, tmp_path / "out")
+    assert "1 of the marked images came out unchanged" in result.out
+    assert good(source, world.key, tmp_path / "out", "--json").json["unchanged"] == 1
+
+
+def test_folders_that_loaders_would_count_as_classes_are_told(world, tmp_path):
+    source = write_folder(
+        tmp_path / "src", {"cat/0.png": photo(0), "ant/0.ppm": b"P6", "docs/readme.txt": b"", "cat/a/1.png": photo(1)}
+    )
+    result = good(source, world.key, tmp_path / "out")
+    assert "ant/" in result.err
+    assert "docs" not in result.err
+
+
 def bomb(side):
     """A PNG file that claims to be this many pixels wide and high."""
 
@@ -1356,22 +1360,6 @@ def test_each_of_several_broken_files_is_named_and_the_rest_marked(world, tmp_pa
 
 
 # ---------------------------------------------------------------- SSIM
-
-
-def brute_ssim(a, b):
-    """Wang et al. 2004, window by window, from the definition."""
-    bell = [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / (2 * 1.5**2)) for j in range(11)] for i in range(11)]
-    window = np.array(bell) / np.sum(bell)
-    x, y = (0.299 * c[..., 0] + 0.587 * c[..., 1] + 0.114 * c[..., 2] for c in (a.astype(float), b.astype(float)))
-    found = []
-    for i, j in itertools.product(range(x.shape[0] - 10), range(x.shape[1] - 10)):
-        p, q = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
-        mean_p, mean_q = np.sum(window * p), np.sum(window * q)
-        var_p, var_q = np.sum(window * (p - mean_p) ** 2), np.sum(window * (q - mean_q) ** 2)
-        both = np.sum(window * (p - mean_p) * (q - mean_q))
-        light = (2 * mean_p * mean_q + 2.55**2) / (mean_p**2 + mean_q**2 + 2.55**2)
-        found.append(light * (2 * both + 7.65**2) / (var_p + var_q + 7.65**2))
-    return np.mean(found)
 
 
 @pytest.mark.parametrize(("height", "width"), [(11, 11), (11, 30), (23, 12), (20, 20)])

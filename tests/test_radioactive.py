@@ -909,7 +909,7 @@ class Toy(nn.Module):
         self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.2, 0.25, 0.5]).view(1, 3, 1, 1))
         self.spec = dataclasses.replace(SPEC, classes=len(weight), image_size=size)
-        self.dimension = weight.shape[1]
+        self.dimension, self.device = weight.shape[1], torch.device("cpu")
         self.eval().requires_grad_(False)
 
     def features(self, x):
@@ -1342,6 +1342,29 @@ def test_a_suspect_with_the_marking_networks_features_keeps_its_evidence_without
     assert nn.functional.cosine_similarity(rows.declared, carriers.double(), dim=1).mean() > 0.4
 
 
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_log_odds_are_those_of_the_probability(classes):
+    logits, outputs = gaussian(7, classes, seed=1) * 4, torch.arange(7) % classes
+    p = torch.sigmoid(logits) if classes == 1 else logits.softmax(1)
+    p = p[torch.arange(7), outputs]
+    assert radioactive.log_odds(logits, outputs).numpy() == pytest.approx((p / (1 - p)).log().numpy(), rel=1e-9)
+    with pytest.raises(FloatingPointError):
+        radioactive.log_odds(logits * math.inf, outputs)
+
+
+def test_a_last_layer_times_a_constant_answers_the_same():
+    """Which changes no decision; the gradient of log p would vanish wherever p rounds to 1."""
+    body, weight, labels = linear(gaussian(6, 48).float()), gaussian(2, 6, seed=5).float(), torch.arange(12) % 2
+    marker, pixels = Toy(body, gaussian(2, 6, seed=2).float()), gaussian(12, 48, seed=3).float().view(12, 3, 4, 4)
+    found = []
+    for factor in (1.0, 1e4):
+        suspect = Toy(body, factor * weight)
+        suspect.head.bias.data *= factor
+        found.append(responses(marker, suspect, pixels, [0, 1], 5, labels))
+    for one, other in zip(*found, strict=True):
+        assert other.numpy() == pytest.approx(one.numpy(), rel=1e-3, abs=1e-5)
+
+
 def test_a_single_output_is_a_sigmoids():
     """It answers as the two outputs (s, 0) do, of which it is the first."""
     marker = toys(seed=1)
@@ -1590,18 +1613,16 @@ def test_p_values_stay_exact_without_dead_rows():
 
 
 def test_the_pattern_adds_its_own_exact_p_value():
-    """A fixed suspect, 20,000 keys with two carriers a class; dead rows of either kind are left out, class by class."""
+    """A fixed suspect, 4,000 keys with two carriers a class; dead rows of either kind are left out, class by class."""
     declared, pattern = correlated(1), correlated(2)
     declared[1], pattern[[0, 1]] = 0, 0
     rows = rows_of(declared, pattern=pattern)
-    keys = zip(fresh_carriers(20_000, 5, 32, seed=8), fresh_carriers(20_000, 5, 32, seed=9), strict=True)
+    keys = zip(fresh_carriers(4000, 5, 32, seed=8), fresh_carriers(4000, 5, 32, seed=9), strict=True)
     found = [evidence(rows, carriers, patterns) for carriers, patterns in keys]
     assert {len(e.per_class) for e in found} == {4}
     assert_uniform(np.exp([e.log_p for e in found]), "both")
     assert_uniform(np.exp([e.per_class[0] for e in found]), "features alone")
     assert_uniform(np.exp([e.per_class[1] for e in found]), "both of one class")
-    low, high = binomial_limits(20_000, 1e-4)
-    assert low <= sum(e.log_p <= -4 * LN10 for e in found) <= high
 
 
 def test_the_two_carriers_of_a_class_are_combined_by_hand():

@@ -153,11 +153,11 @@ def test_shape_covers_its_area(name, area):
 
 def test_folder_holds_the_same_pixels(tmp_path):
     images, labels = demo_images(12, 16, seed=0)
-    write_folder(tmp_path / "train", images, labels, CLASS_NAMES, start=99995)
+    write_folder(tmp_path / "train", images, labels, CLASS_NAMES)
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
-    assert files == sorted(f"train/{CLASS_NAMES[i % 10]}/{99995 + i:05d}.png" for i in range(12))
+    assert files == sorted(f"train/{CLASS_NAMES[i % 10]}/{i:05d}.png" for i in range(12))
     for i, image in enumerate(images):
-        with Image.open(tmp_path / "train" / CLASS_NAMES[i % 10] / f"{99995 + i}.png") as opened:
+        with Image.open(tmp_path / "train" / CLASS_NAMES[i % 10] / f"{i:05d}.png") as opened:
             assert np.array_equal(np.asarray(opened), image.permute(1, 2, 0))
 
 

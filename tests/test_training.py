@@ -224,6 +224,13 @@ def test_a_new_network_is_normalised_by_the_data_and_depends_on_the_seed_alone()
     assert (network.spec.classes, network.spec.image_size, network.spec.small_stem) == (3, 24, True)
 
 
+def test_a_student_takes_no_teacher_that_names_its_classes_otherwise():
+    data, teacher = dataset(classes=3), fresh(dataset(classes=3))
+    teacher.spec = replace(teacher.spec, class_names=("z", "y", "x"))
+    with pytest.raises(RadiotagError, match="name their classes differently"):
+        train(fresh(data), data, Recipe(epochs=1), teacher=teacher)
+
+
 def test_the_stem_follows_the_size_unless_it_is_given():
     large = dataset(2, size=72)
     assert not fresh(large).spec.small_stem

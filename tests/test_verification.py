@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import shutil
 import stat
 from dataclasses import replace
@@ -12,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import bad, call, good
 from scipy.stats import binomtest
-from test_cli import bad, call, good
 from torch import nn
 
 from radiotag import RadiotagError, blackbox, networks, out_of_memory, radioactive, report, synthetic, verification
@@ -87,6 +88,8 @@ def test_names_are_believed_unless_the_images_contradict_them():
     sure = torch.eye(3, dtype=torch.float64) * 0.8 + 0.1
     assert match_outputs(sure, [0, 1, 2]) == [0, 1, 2]
     assert match_outputs(sure, [1, 2, 0]) == [0, 1, 2]
+    two = torch.eye(4, dtype=torch.float64) * 0.7 + 0.075
+    assert match_outputs(two, [1, 0, 2, 3]) == [0, 1, 2, 3]  # class by class: half of the names are right
     vague = torch.full((3, 3), 0.33, dtype=torch.float64)
     assert match_outputs(vague, [2, 0, 1]) == [2, 0, 1]
 
@@ -98,7 +101,7 @@ def key_and_marker(place):
 
 
 def rows_by_carrier(place, path):
-    _, rows, _ = verification.examine(path, *key_and_marker(place), Options(), place / "few", None)
+    _, rows, _ = verification.examine(path, *key_and_marker(place), Options(), place / "few", None, 64)
     return dict(zip(rows.classes, rows.declared, strict=True))
 
 
@@ -140,7 +143,17 @@ def test_who_finds_nothing_is_told_that_the_order_was_a_guess(place, monkeypatch
     told.append(verify(place, suspect(place, "leaning.pt", (0, 1, 2), lean=20)).json["suspects"][0])
     assert told[4]["detected"]
     guessed = [any("paired in order" in warning for warning in one["warnings"]) for one in told]
-    assert guessed == [True, False, False, True, False]
+    assert guessed == [True, True, False, True, False]  # a hostile file may name its classes as it likes
+
+
+def test_who_finds_nothing_is_told_that_the_classes_were_numbered_by_what_there_was(place, tmp_path):
+    """A key without names numbers classes in sorted order: one that only the suspect's file names may shift it."""
+    good("keygen", "-o", tmp_path / "n.safetensors", "--classes", 5)
+    for names, warned in ((NAMES, False), (("aardvark", *NAMES), True), (None, True)):
+        model = suspect(place, "numbered.pt", (0, 1, 2), names, classes=len(names or NAMES))
+        options = ("--key", tmp_path / "n.safetensors", "--data", place / "few", "--json")
+        (found,) = call("verify", model, *options).json["suspects"]
+        assert any("paired in order" in warning for warning in found["warnings"]) is warned
 
 
 def test_numbered_classes_of_shards_are_outputs_and_those_of_folders_are_counted(tmp_path):
@@ -176,7 +189,7 @@ def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
     """Whoever has few images marks one class of them; nothing is chosen, so that nothing is corrected."""
     key = new_key(*marking_weights("builtin"), NAMES[1:2])
     for model in (suspect(place, "plain.pt", (0, 1, 2), NAMES), suspect(place, "permuted.pt", (2, 0, 1))):
-        _, rows, _ = verification.examine(model, key, key.network(), Options(), place / "few", None)
+        _, rows, _ = verification.examine(model, key, key.network(), Options(), place / "few", None, 64)
         assert rows.classes == (0,) and len(rows.declared) == 1
         expected = rows_by_carrier(place, model)[1]
         # not the same to the last bit: an ordinary classifier of one class has no other classes to tell it from
@@ -282,11 +295,11 @@ def test_images_to_ask_with_are_shared_evenly():
 
 @pytest.mark.parametrize(("classes", "alpha"), [(1, 1e-2), (1, 1e-4), (2, 1e-4), (3, 1e-9), (10, 1e-4), (1000, 1e-4)])
 def test_there_are_as_many_decoys_as_alpha_needs(classes, alpha):
-    decoys = blackbox.enough(classes, alpha)
+    decoys = blackbox.decoys_needed(classes, alpha)
     assert decoys >= 23
     assert (decoys + 1.0) ** -classes < alpha
     assert decoys == 23 or float(decoys) ** -classes > alpha / 1.05 * (1 - 1e-9)  # and no more than that
-    assert blackbox.enough(1, 1e-30) == blackbox.MOST_DECOYS
+    assert blackbox.decoys_needed(1, 1e-30) == blackbox.MOST_DECOYS
 
 
 def test_one_class_is_asked_with_many_decoys_and_few_images(place, monkeypatch):
@@ -300,7 +313,7 @@ def test_one_class_is_asked_with_many_decoys_and_few_images(place, monkeypatch):
     assert found.classes_used == 1 and found.warnings == ()
     assert found.log10_p == pytest.approx(np.log10(round(105 * 10**found.log10_p) / 105))  # a place among 105
     (found,) = verification.verify_black_box([ours], queries, key, Options(), alpha=0.001)
-    assert found.warnings == ("p cannot be below 9.5e-03 with 104 decoys and 1 of the classes: raise --decoys",)
+    assert found.warnings == ("p cannot be below 9.5e-03 with 104 decoys and 1 of the classes: ask with more --decoys",)
 
 
 def test_black_box_asks_first_with_the_originals_of_what_was_published(place, tmp_path, monkeypatch):
@@ -372,6 +385,10 @@ def answers(place, exported):
         return {f.name: p.tolist() for f, p in zip(files, network(pixels / 255).double().softmax(1), strict=True)}
 
 
+def queries_of(place):
+    return blackbox.load(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
+
+
 def test_nothing_in_an_export_tells_true_from_decoy(place, exported):
     files = sorted(exported.iterdir())
     assert len(files) == 240
@@ -411,16 +428,48 @@ def test_rounded_answers_are_all_read_alike(place, answers, tmp_path, scale):
     """Rounded or cut down, probabilities seldom sum to one: a sum of 0.97 makes no logits of them."""
     cut = {f: [np.floor(100 * x) / 100 for x in p] for f, p in answers.items()}
     assert min(map(sum, cut.values())) < 0.985
-    given = tmp_path / "cut.json"
-    given.write_text(json.dumps({f: [scale * x for x in p] for f, p in cut.items()}))
-    exact = tmp_path / "exact.json"
-    exact.write_text(json.dumps({f: [x / sum(p) for x in p] for f, p in cut.items()}))
-    first = next(iter(cut))
-    cut[first] = [1.0000001, 0, 0]  # in single precision
+    cut[next(iter(cut))] = [1.0000001, 0, 0]  # in single precision
+    given, exact = tmp_path / "cut.json", tmp_path / "exact.json"
     exact.write_text(json.dumps({f: [x / sum(p) for x in p] for f, p in cut.items()}))
     given.write_text(json.dumps({f: [scale * x for x in p] for f, p in cut.items()}))
     found = [predictions(place, path).json["suspects"][0]["log10_p"] for path in (given, exact)]
     assert found[0] == pytest.approx(found[1], abs=1e-9)
+
+
+def test_a_single_number_an_image_is_a_sigmoid_s(place, answers, tmp_path):
+    """As a file's only output is; divided by its own sum, every answer would be 1."""
+    shares = {f: p[1] for f, p in answers.items()}
+    two = write_csv(tmp_path / "two.csv", ["file", "ant", "bee"], [[f, 1 - p, p] for f, p in shares.items()])
+    one = write_csv(tmp_path / "one.csv", ["file", "bee"], [[f, p] for f, p in shares.items()])
+    logits = tmp_path / "logits.json"
+    logits.write_text(json.dumps({f: [math.log(p / (1 - p))] for f, p in shares.items()}))
+    read = [blackbox.read_answers(path, queries_of(place))[0] for path in (two, one, logits)]
+    for single in read[1:]:
+        assert single.shape[-1] == 1
+        assert torch.allclose(single[..., 0], read[0][..., 1], atol=1e-6)
+
+
+def test_a_suspect_that_does_not_react_has_no_evidence_whatever_the_marking_network_answers(place, answers, tmp_path):
+    labels = write_csv(tmp_path / "same.csv", ["file", *NAMES], [[f, 0.8, 0.1, 0.1] for f in answers])
+    found = blackbox.evidence(
+        queries_of(place), blackbox.read_answers(labels, queries_of(place))[0], [(0, 0)],
+        torch.rand(10, 12, 3, dtype=torch.float64), NAMES,
+    )  # fmt: skip
+    assert radioactive.resampled_log_p(found) == 0
+
+
+def test_queries_lie_beside_a_key_of_any_name_and_those_of_another_key_are_passed_over(place, answers, tmp_path):
+    odd = tmp_path / "k[1].safetensors"
+    shutil.copy(place / "k.safetensors", odd)
+    for path in place.glob("k.queries-*.safetensors"):
+        shutil.copy(path, tmp_path / path.name.replace("k.", "k[1].", 1))
+    save_key(tmp_path / "k.safetensors", new_key(*marking_weights("builtin"), NAMES))
+    other, queries = load_key(tmp_path / "k.safetensors"), queries_of(place)
+    blackbox.save(tmp_path / "k[1].queries-0000000000000000.safetensors", queries, other)
+    path = write_csv(tmp_path / "p.csv", ["file", *NAMES], [[f, *p] for f, p in answers.items()])
+    found = call("verify", "--key", odd, "--predictions", path, "--json")
+    assert found.code == 3, found.err
+    assert found.json["suspects"][0]["log10_p"] == predictions(place, path).json["suspects"][0]["log10_p"]
 
 
 def test_labels_alone_will_do_by_name_or_number(place, answers, tmp_path):
@@ -463,7 +512,8 @@ def test_partial_and_foreign_answers_are_counted(place, answers, tmp_path):
     warnings = predictions(place, path).json["suspects"][0]["warnings"]
     assert warnings == ["1 answers are for files that were not exported, and ignored",
                         "20 of 240 exported images have no answer",
-                        "p cannot be below 8.0e-03 with 4 decoys and 3 of the classes: raise --decoys"]  # fmt: skip
+                        "p cannot be below 8.0e-03 with 4 decoys and 3 of the classes: ask with more "
+                        "--decoys"]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def marked_by(
 def verified(model: Path, key_files: list[Path], held_out: Path) -> list[dict[str, float | None]]:
     """What `verify --data` says under each key; what it computes of the suspect is the same under all of them."""
     keys = [radioactive.load_key(path) for path in key_files]
-    _, rows, _ = verification.examine(model, keys[0], keys[0].network(), verification.Options(), held_out, None)
+    _, rows, _ = verification.examine(model, keys[0], keys[0].network(), verification.Options(), held_out, None, 64)
     found = [radioactive.evidence(rows, key.carriers, key.patterns) for key in keys]
     return [
         {
