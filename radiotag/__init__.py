@@ -26,7 +26,7 @@ def first_line(error: BaseException) -> str:
 
 def launched() -> tuple[int, int]:
     """(rank, size) of this process among those that PyTorch's launcher, or a cluster, started; (0, 1) without it."""
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    if "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE")):
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
 

@@ -252,7 +252,7 @@ def read_answers(path: Path, queries: Queries) -> tuple[Tensor, list[str]]:
     CSV: a header with `file` first, then either `label` or one column a class (see `_probabilities`). JSON: an object
     of file → label, list of numbers, or object of class → number. RadiotagError names the row that is wrong.
     """
-    rows = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
+    rows = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path, queries.labels)
     known = {name: (k, i) for k, names in enumerate(queries.names) for i, name in enumerate(names)}
     given: dict[str, Any] = {}
     unknown = 0
@@ -272,10 +272,11 @@ def read_answers(path: Path, queries: Queries) -> tuple[Tensor, list[str]]:
     answers = torch.full((len(queries.names), len(queries.rows), len(names)), float("nan"), dtype=torch.float64)
     for name, value in given.items():
         answers[known[name]] = _numbers(value, place, f"{path}: {name}")
-    return _probabilities(answers), warnings
+    return _probabilities(answers, path), warnings
 
 
-def _read_csv(path: Path) -> list[tuple[str, Any]]:
+def _read_csv(path: Path, classes: Sequence[str]) -> list[tuple[str, Any]]:
+    """Each file with its label, or with the numbers of its columns: of a single one, if that is called as a class."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
@@ -294,13 +295,14 @@ def _read_csv(path: Path) -> list[tuple[str, Any]]:
         if len(line) != len(header):
             columns = f"{len(line)} columns, the header has {len(header)}"
             raise RadiotagError(f"{path}, line {number}: {columns}", "write as many as the header has")
-        if len(header) == 2 and header[1].strip().lower() == "label":
+        if len(header) == 2 and header[1] not in classes:
             found.append((line[0], line[1].strip()))
             continue
         try:
             found.append((line[0], dict(zip(header[1:], map(float, line[1:]), strict=True))))
         except ValueError as error:
-            raise RadiotagError(f"{path}, line {number}: {error}", "write numbers, one a class") from error
+            hint = "write numbers, one a class, or labels in one column called label"
+            raise RadiotagError(f"{path}, line {number}: {error}", hint) from error
     return found
 
 
@@ -354,15 +356,17 @@ def _numbers(value: Any, place: dict[str, int], where: str) -> Tensor:
     return numbers
 
 
-def _probabilities(answers: Tensor) -> Tensor:
+def _probabilities(answers: Tensor, path: Path) -> Tensor:
     """(…, C') probabilities of what a whole file holds: numbers from 0 to 1, per cent, or else logits.
 
     For all answers alike: one by one, an answer that was rounded to a sum of 0.97 would pass for logits.
     """
     given = answers[~answers.isnan().any(-1)]  # (n, C')
-    if answers.shape[-1] == 1:  # a single output is a sigmoid's
-        return answers if float(given.min()) >= 0 and float(given.max()) <= 1 else answers.sigmoid()
     least, most, usual = (float(x) for x in (given.min(), given.max(), given.sum(1).median()))
+    if answers.shape[-1] == 1 and least >= 0 and 1.01 < most < 101:
+        raise RadiotagError(f"{path}: one number an image, up to {most:g}", "write probabilities, from 0 to 1")
+    if answers.shape[-1] == 1:  # a sigmoid's
+        return answers.clamp(0, 1) if least > -0.01 and most < 1.01 else answers.sigmoid()
     if least > -0.01 and (most < 1.01 or (most < 101 and abs(usual - 100) < 5)):  # as rounded, in single precision
         shares = answers.clamp(min=0)
         return shares / shares.sum(-1, keepdim=True).clamp(min=1e-300)  # an answer may be all zeros

@@ -350,9 +350,11 @@ def mark(
             return  # the first process tells of all images
         for row in summary.failed:
             report.problem(row["error"], row.get("hint", ""))
-        report.say(*_mark_lines(plan, summary, key))
-        if preview:
-            folder.preview(plan, summary, preview)
+        try:
+            report.say(*_mark_lines(plan, summary, key))
+        finally:  # the sheet is made even if nobody reads
+            if preview:
+                folder.preview(plan, summary, preview)
         if summary.failed:
             left = "left unmarked" if plan.archive else "missing"
             problem = {"error": f"{len(summary.failed)} of the images failed and are {left}", "hint": MENDED}
@@ -450,7 +452,9 @@ def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
     if summary.unchanged:
         lines.append(f"warning      {summary.unchanged} of the marked images came out unchanged: no room for a mark")
     if strange := uninvited(plan):
-        lines.append(f"warning      {len(strange)} files in {plan.output} are not the source's: {strange[0]}")
+        lines.append(
+            f"warning      files in {plan.output} that are not the source's: {len(strange)}, such as {strange[0]}"
+        )
     if failed:
         state = "UNMARKED in" if plan.archive else "MISSING from"
         return [*lines, f"next         {failed} of the images {state} {plan.output}: {MENDED}"]

@@ -548,7 +548,7 @@ def copy_atomically(source: Path, target: Path) -> None:
 def fill_atomically(
     path: Path, fill: Callable[[IO[bytes]], object], mode: int | None, part: Path | None = None
 ) -> None:
-    """Let `fill` write a file that then appears whole or not at all; until then it is `part`, if nobody else's is."""
+    """Let `fill` write a file that then appears whole or not at all; till then as `part`, a name of this run's own."""
     if part:
         part.unlink(missing_ok=True)  # left by a run that was killed
     # The name does not build on the target's, which may already have all the 255 bytes that a name can have.

@@ -318,6 +318,7 @@ def _begin(plan: Plan, force: bool) -> IO[bytes]:
     try:
         manifest.mend(journal)
         manifest.take_in(plan.manifest, journal)
+        _check_images(plan)  # once more: of what other processes did, too
         _sweep(_with_earlier(plan))
     except BaseException:
         journal.close()
@@ -335,13 +336,13 @@ def check(plan: Plan, force: bool) -> None:
 def _check_begun(plan: Plan, force: bool) -> None:
     """As `check`, but for stale files, which a run looks for when it has taken other processes' journals in."""
     _check_links(plan)
+    if plan.output.is_file() and plan.source.is_dir():
+        raise RadiotagError(f"{plan.output} is a file", "choose another -o")
     if force:
         return
     if plan.manifest.exists():
         _check_settings(plan, manifest.read_header(plan.manifest))
         _check_images(plan)
-    elif plan.output.is_file() and not plan.archive:
-        raise RadiotagError(f"{plan.output} is a file", "choose another -o")
     elif plan.output.exists() and (plan.output.is_file() or any(plan.output.iterdir())):
         raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
 
@@ -383,11 +384,12 @@ def _check_stale(plan: Plan) -> None:
 
 
 def _with_earlier(plan: Plan) -> Plan:
-    """The plan, with what earlier runs marked among the chosen: as images come and go, a share falls on others."""
+    """The plan, with what earlier runs marked, or meant to, chosen: as images come and go, a share falls on others."""
     if len(plan.chosen) == len(plan.items):
         return plan
-    last = {row["path"]: row.get("status") for place, row in manifest.read_lines(plan.manifest) if place}
-    earlier = {item.path.as_posix() for item in plan.items if last.get(item.path.as_posix()) == "marked"}
+    rows = (row for place, row in manifest.read_lines(plan.manifest) if place)
+    last = {row["path"]: row.get("status") == "marked" or "chosen" in row for row in rows}
+    earlier = {item.path.as_posix() for item in plan.items if last.get(item.path.as_posix())}
     _check_collisions(plan.items, plan.chosen | earlier, plan.header["format"])
     return replace(plan, chosen=plan.chosen | earlier)
 
@@ -537,7 +539,8 @@ def ahead(
 
 def _row(plan: Plan, item: Item, status: str, **more: Any) -> Row:
     path = item.path.as_posix()
-    return {"path": path, "class": item.label, "row": plan.rows[item.label], "status": status, **more}
+    chosen = {"chosen": True} if status == "failed" and path in plan.chosen else {}  # and stays so
+    return {"path": path, "class": item.label, "row": plan.rows[item.label], "status": status, **more, **chosen}
 
 
 def _staged(plan: Plan, relative: str) -> Path:

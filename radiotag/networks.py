@@ -40,6 +40,7 @@ BUILTIN = Path(__file__).with_name("builtin.safetensors")
 LEGACY_PICKLES = 5  # magic number, protocol, system, content, storages: what torch.save wrote before 1.6
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra heads, which serve training alone
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # as in torchvision's own weight files
+BARE = "save the bare weights: torch.save(model.state_dict(), FILE), or a safetensors file"
 CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "weights", "model_ema", "ema")  # within a file
 CHECKPOINTS = "a checkpoint of train-demo or of a torchvision classifier"  # what a marking network comes in
 SHELLS = {getattr(torch, "float4_e2m1fn_x2", None)}  # types that PyTorch stores and cannot convert
@@ -427,7 +428,7 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
         reason = "holds a pickle that is more than weights" if "weights_only" in str(error) else "is not a whole file"
         raise RadiotagError(
             f"{path} {reason}; it was not run",
-            "save the bare weights: torch.save(model.state_dict(), FILE), or a safetensors file",
+            BARE,
         ) from error
     metadata = content.get("radiotag", {}) if isinstance(content, dict) else {}
     if isinstance(content, dict):
@@ -435,6 +436,8 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
     for key in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+            if any(map(_is_tampered, content.values())):
+                raise RadiotagError(f"{path} is not a whole file; it was not run", BARE)
     if not isinstance(content, dict):
         raise RadiotagError(f"{path} holds no state dict", "save model.state_dict()")
     return clean_state(content, path), metadata if isinstance(metadata, dict) else {}
@@ -650,8 +653,8 @@ def marking_weights(name: str) -> tuple[State, dict[str, Any], int]:
         try:
             network = load(Path(name))
         except RadiotagError as error:
-            hint = error.hint.replace("name it with --arch NAME or --arch FILE.py:FUNCTION", CHECKPOINTS)
-            raise RadiotagError(str(error), hint) from error
+            other = "--arch" in error.hint or "--image-size" in error.hint  # which keygen has not
+            raise RadiotagError(str(error), f"give {CHECKPOINTS}" if other else error.hint) from error
         weights = dict(network.module.state_dict())
     else:
         raise RadiotagError(f"no network '{name}'", f"use builtin, a torchvision classifier's name, or {CHECKPOINTS}")

@@ -165,7 +165,8 @@ def _index(shard: Path, members: dict[str, Member], labels: dict[str, str], unma
         if file.read(BLOCK).strip(b"\0"):
             raise tarfile.ReadError(f"a damaged header at byte {end}")  # tarfile takes it for the end
     for path in _masks(samples):
-        unmarked["".join(PurePosixPath(path).suffixes[-2:])] += 1
+        kind, suffix = PurePosixPath(path).suffixes[-2:]
+        unmarked[suffix if kind[1:].isdecimal() else kind + suffix] += 1  # of a film's frames not one each
         del members[path], samples[path]
     for path, sample in samples.items():
         parents = PurePosixPath(sample).parts[:-1]

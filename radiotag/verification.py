@@ -249,20 +249,23 @@ def _named_outputs(suspect: Network, key: Key, names: Sequence[str]) -> list[int
 
 
 def match_outputs(means: Tensor, named: Sequence[int] | None = None) -> list[int]:
-    """Which output is which class: (L, C') mean probabilities of each class's images → an output a class, or −1.
+    """Which output is which class: (L, C') mean probabilities of each class's images → one a class, no two the same.
 
     Hungarian assignment, of the largest sum. It looks at the suspect and at unmarked images alone, never at a carrier.
     `named` is what the suspect's file says: it is believed of each class unless the images contradict it, by twice as
-    much. A class that gets no more than chance has no output.
+    much. A class that gets no more than chance, and is not named, has none: −1.
     """
     rows, columns = optimize.linear_sum_assignment(-means.numpy())
     best = [-1] * len(means)
     for row, column in zip(rows, columns, strict=True):
         best[row] = int(column) if float(means[row, column]) > 1 / max(2, means.shape[1]) else -1
+    found = list(best)
     for row, output in enumerate(named or ()):
         if best[row] < 0 or float(means[row, output]) >= 0.5 * float(means[row, best[row]]):
-            best[row] = output
-    return best
+            found[row] = output
+    while twice := {output for output in found if output >= 0 and found.count(output) > 1}:
+        found = [best[row] if output in twice else output for row, output in enumerate(found)]
+    return found
 
 
 def mean_answers(answers: Tensor, found: Sequence[str], names: Sequence[str]) -> Tensor:
@@ -319,8 +322,8 @@ def examine(
     known = marker.spec.class_names or ()
     own = [known.index(name) for name in names] if names and set(names) <= set(known) else None
     numbered = key.class_names is None and manifest is None and set(theirs or ()) != set(found)  # in sorted order
-    guessed = len(key.carriers) > 1 and (labels is None or numbered)
     vectors = suspect_rows(marker, suspect, pixels, pairs, batch_size, labels=labels, own=own, answers=answers)
+    guessed = len(key.carriers) > 1 and (labels is None or numbered) and not output_unknown(vectors)
     return suspect, vectors, guessed
 
 

@@ -1623,6 +1623,8 @@ def test_the_pattern_adds_its_own_exact_p_value():
     assert_uniform(np.exp([e.log_p for e in found]), "both")
     assert_uniform(np.exp([e.per_class[0] for e in found]), "features alone")
     assert_uniform(np.exp([e.per_class[1] for e in found]), "both of one class")
+    low, high = binomial_limits(4000, 1e-2)
+    assert low <= sum(e.log_p <= -2 * LN10 for e in found) <= high
 
 
 def test_the_two_carriers_of_a_class_are_combined_by_hand():

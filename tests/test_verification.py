@@ -90,6 +90,8 @@ def test_names_are_believed_unless_the_images_contradict_them():
     assert match_outputs(sure, [1, 2, 0]) == [0, 1, 2]
     two = torch.eye(4, dtype=torch.float64) * 0.7 + 0.075
     assert match_outputs(two, [1, 0, 2, 3]) == [0, 1, 2, 3]  # class by class: half of the names are right
+    torn = torch.tensor([[0.9, 0.05, 0.05], [0.5, 0.4, 0.1], [0.1, 0.1, 0.8]], dtype=torch.float64)
+    assert match_outputs(torn, [1, 0, 2]) == [0, 1, 2]  # no output is two classes'
     vague = torch.full((3, 3), 0.33, dtype=torch.float64)
     assert match_outputs(vague, [2, 0, 1]) == [2, 0, 1]
 
@@ -442,11 +444,18 @@ def test_a_single_number_an_image_is_a_sigmoid_s(place, answers, tmp_path):
     two = write_csv(tmp_path / "two.csv", ["file", "ant", "bee"], [[f, 1 - p, p] for f, p in shares.items()])
     one = write_csv(tmp_path / "one.csv", ["file", "bee"], [[f, p] for f, p in shares.items()])
     logits = tmp_path / "logits.json"
-    logits.write_text(json.dumps({f: [math.log(p / (1 - p))] for f, p in shares.items()}))
+    logits.write_text(json.dumps({f: [math.log(max(p, 1e-9) / max(1 - p, 1e-9))] for f, p in shares.items()}))
     read = [blackbox.read_answers(path, queries_of(place))[0] for path in (two, one, logits)]
     for single in read[1:]:
         assert single.shape[-1] == 1
         assert torch.allclose(single[..., 0], read[0][..., 1], atol=1e-6)
+    cent = write_csv(tmp_path / "cent.csv", ["file", "bee"], [[f, 100 * p] for f, p in shares.items()])
+    with pytest.raises(RadiotagError, match="one number an image"):  # per cent, or logits?
+        blackbox.read_answers(cent, queries_of(place))
+    named = write_csv(
+        tmp_path / "named.csv", ["file", "prediction"], [[f, NAMES[int(p > 0.5)]] for f, p in shares.items()]
+    )
+    assert blackbox.read_answers(named, queries_of(place))[0].shape[-1] == 2  # a label, whatever its column is called
 
 
 def test_a_suspect_that_does_not_react_has_no_evidence_whatever_the_marking_network_answers(place, answers, tmp_path):
