@@ -318,8 +318,7 @@ def _begin(plan: Plan, force: bool) -> IO[bytes]:
     try:
         manifest.mend(journal)
         manifest.take_in(plan.manifest, journal)
-        _check_images(plan)  # once more: of what other processes did, too
-        _sweep(_with_earlier(plan))
+        _sweep(plan)
     except BaseException:
         journal.close()
         raise
@@ -330,11 +329,11 @@ def check(plan: Plan, force: bool) -> None:
     """RadiotagError for an output that this plan cannot begin or go on with; nothing is written."""
     _check_begun(plan, force)
     if plan.manifest.exists() and not force:
-        _check_stale(_with_earlier(plan))
+        _check_rows(plan)
 
 
 def _check_begun(plan: Plan, force: bool) -> None:
-    """As `check`, but for stale files, which a run looks for when it has taken other processes' journals in."""
+    """As `check`, but for the rows, which a run looks at when it has taken other processes' journals in."""
     _check_links(plan)
     if plan.output.is_file() and plan.source.is_dir():
         raise RadiotagError(f"{plan.output} is a file", "choose another -o")
@@ -342,7 +341,6 @@ def _check_begun(plan: Plan, force: bool) -> None:
         return
     if plan.manifest.exists():
         _check_settings(plan, manifest.read_header(plan.manifest))
-        _check_images(plan)
     elif plan.output.exists() and (plan.output.is_file() or any(plan.output.iterdir())):
         raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
 
@@ -371,7 +369,12 @@ def _sweep(plan: Plan) -> None:
         for part in folder.rglob(".*.part") if folder.is_dir() else ():
             if PART.fullmatch(part.name):
                 part.unlink(missing_ok=True)
-    _check_stale(plan)
+    _check_rows(plan)
+
+
+def _check_rows(plan: Plan) -> None:
+    _check_images(plan)
+    _check_stale(_with_earlier(plan))
 
 
 def _check_stale(plan: Plan) -> None:
