@@ -46,11 +46,11 @@ from radiotag.images import write_atomically
 from radiotag.networks import Network, State, from_state, mixed_precision, resized, spec_from, unpack
 
 FORMAT = 1  # of key files
-STATISTIC = "contrasted response+ridge+pattern"  # what new keys declare
+STATISTIC = "contrasted pattern or pattern+response+ridge"  # what new keys declare
 STATISTICS = {
     STATISTIC: "response and ridge alignment, unit vectors summed (the ridge's halved without labelled images), "
     "and the whitened pattern, each less what the classes share and what an ordinary network answers; "
-    "Stouffer over the classes of each, Fisher over the two"
+    "Stouffer over the classes of each; then the pattern alone, or both by Fisher, corrected for the choice"
 }
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
@@ -59,6 +59,7 @@ ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
 RIDGE_LABELLED, RIDGE_UNLABELLED = (0.1, 1.0), (0.5, 0.5)
 RIDGE_ORDINARY = 0.1
 GRADIENTS = 1200  # response gradients in all, shared among the classes
+LIKELIEST = 400  # images without labels at most that are asked about one class: the next are less and less like it
 FREQUENCIES = 6  # of a pattern, along each axis: half-waves over the image
 PATTERNED = 0.25  # of a class, at most: were the pattern in all of it, networks would learn that and not the pictures
 PATTERN_DIMENSION = 3 * (FREQUENCIES * FREQUENCIES // 2 - 1)  # m: three colours, mirror-symmetric, no constant
@@ -196,7 +197,7 @@ def load_key(path: Path) -> Key:
         raise RadiotagError(f"{path} is of a format that this version does not know", "pip install -U radiotag")
     if metadata.get("statistic") not in STATISTICS:
         declared = f"{path} declares the statistic {metadata.get('statistic')!r}, which this version does not compute"
-        raise RadiotagError(declared, "use the version of radiotag that made the key (0.1 for response+ridge+pattern)")
+        raise RadiotagError(declared, "use the version of radiotag that made the key: 0.1 or 0.2")
     weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
     print_ = fingerprint(carriers, patterns, secret, weights, metadata)
     return Key(
@@ -474,6 +475,23 @@ def fisher(log_p: Floats) -> float:
     return min(0.0, float(-half + special.logsumexp(k * math.log(half) - special.gammaln(k + 1))))
 
 
+def pattern_or_both(pattern: Floats, features: Floats) -> Floats:
+    """log p of the smaller of two: the pattern's p-value, and Fisher's of it and the features'. Any shape, elementwise.
+
+    Networks trained from scratch learn the pattern and little of the features' mark, which then costs Fisher's much;
+    in one fine-tuned the features tell more. Exact for independent p, q: Fisher's is at most t where pq ≤ k, with
+    k (1 − log k) = t, so that P(p ≤ t or pq ≤ k) = t + ∫_t^1 k/p dp = t + k·(−log t), at most 2t.
+    """
+    both = pattern + features
+    least = np.minimum(np.minimum(pattern, both + np.log1p(-both)), 0.0)  # log t; Fisher's of two, in closed form
+    # y − log y = 1 − log t, y = 1 − log k, has two solutions, real branches of Lambert's function; in logs, for t may
+    # underflow. Which of them scipy gives on which side of its cut depends on t.
+    log_k = 1 + np.minimum(*(special.wrightomega(least - 1 + side * 1j * np.pi).real for side in (1, -1)))
+    with np.errstate(divide="ignore"):
+        chosen: Floats = np.logaddexp(least, log_k + np.log(-least))
+    return np.minimum(chosen, 0.0)
+
+
 def stouffer(log_p: Floats) -> float:
     """log p of Stouffer's combination: the mean of the normal scores times √C is standard normal."""
     scores = -special.ndtri_exp(np.minimum(log_p, -1e-300))
@@ -717,9 +735,9 @@ class OnFeatures(nn.Module):
 @lru_cache(maxsize=4)
 @torch.no_grad()
 def known_network(marker: Network, own: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
-    """φ as a classifier of the compared classes alone, and its rows (C, d) of them; kept for the next suspect.
+    """φ as a classifier of its outputs `own` alone, and its rows (C, d) of them; kept for the next suspect.
 
-    What tells them from φ's other classes is mostly nothing that the suspect has learnt.
+    What tells these from φ's other classes is mostly nothing that the suspect has learnt.
     """
     head = marker.head
     assert head is not None
@@ -754,21 +772,23 @@ def ordinary_network(
     outputs: Sequence[int],
     labels: Tensor | None,
     own: Sequence[int] | None,
+    others: Sequence[int] = (),
 ) -> tuple[nn.Module, tuple[int, ...], Tensor | None]:
     """Who answers for a network that has never seen a mark, its outputs for the classes, and its rows (C, d).
 
-    The marking network itself, where it knows the classes (`own`). If they are several, its rows are as if it knew no
-    others, and without labels its answers, too: of images of no class they mostly tell these classes from its others.
+    The marking network itself, where it knows the classes (`own`). Its rows are as if it knew besides them only
+    `others`, which the suspect knows, too, and without labels its answers are: of images of no class they mostly tell
+    these classes from its others, or, of a single one, it from a hundred that the suspect has never seen.
     Elsewhere a linear classifier on its features phi (N, d), of labelled images (unless all are of one class) or of the
     suspect's log-probabilities, answers (N, C'). The latter's rows are None: they are all that there is to a suspect
     whose features are φ's.
     """
     every = tuple(range(len(outputs)))
     if own is not None and marker.head is not None:
-        if len(own) == 1:
+        if len(own) + len(others) == 1:
             return marker, tuple(own), marker.head.weight.cpu().double()[list(own)]
-        network, rows = known_network(marker, tuple(own))
-        return (network, every, rows) if labels is None else (marker, tuple(own), rows)
+        network, rows = known_network(marker, (*own, *others))
+        return (network, every, rows[: len(own)]) if labels is None else (marker, tuple(own), rows[: len(own)])
     if labels is not None and bool((labels != labels[0]).any()):
         network, rows = labelled_network(marker, phi, labels, len(outputs))
         return network, every, rows
@@ -795,22 +815,25 @@ def suspect_rows(
     *,
     labels: Tensor | None = None,
     own: Sequence[int] | None = None,
+    others: Sequence[int] = (),
     answers: Tensor | None = None,
 ) -> Rows:
     """The declared statistic's vectors and the paper's, for (suspect output, carrier row) pairs. Carriers play no part.
 
     pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs` or −1 for other classes, or none:
     then the images that the suspect itself takes for a class serve its response. All serve the alignment. `own`: the
-    marking network's outputs for the same classes. `answers`: `log_answers` of the suspect, if they are known. What the
+    marking network's outputs for the same classes, `others`: for those that the suspect knows besides and that are not
+    compared. `answers`: `log_answers` of the suspect, if they are known. What the
     classes share is taken off (`contrasted`), the pattern whitened, and what an ordinary network answers removed, class
     by class (`ordinary_network`). FloatingPointError where the suspect's outputs or features are not finite.
     """
     outputs, phi = [output for output, _ in pairs], own_features(marker, pixels, batch_size)  # (N, d)
     places, (penalty, share) = None, RIDGE_UNLABELLED if labels is None else RIDGE_LABELLED
     answers = log_answers(suspect, pixels, batch_size) if answers is None else answers  # (N, C')
-    ordinary, their_outputs, their_rows = ordinary_network(marker, phi, answers, outputs, labels, own)
+    ordinary, their_outputs, their_rows = ordinary_network(marker, phi, answers, outputs, labels, own, others)
     if labels is None:
-        chosen = likeliest(answers, outputs, max(8, GRADIENTS // len(outputs)))  # (C, n)
+        count = max(8, min(LIKELIEST, GRADIENTS // len(outputs)))
+        chosen = likeliest(answers, outputs, count)  # (C, n)
         places, labels = chosen.flatten(), torch.arange(len(outputs)).repeat_interleave(chosen.shape[1])
     elif bool((labels < 0).any()):
         places = torch.nonzero(labels >= 0)[:, 0]
@@ -861,21 +884,20 @@ def evidence(rows: Rows, carriers: Tensor, patterns: Tensor | None = None) -> Ev
     alive = np.stack([part.alive for part in parts])  # (1 or 2, C)
     if not alive.any():
         raise RadiotagError("the suspect's outputs do not depend on its input")
-    # Fisher's, of features and pattern, because either may be all the evidence: the pattern in a network trained from
-    # scratch, the features in one fine-tuned. An addend without a signal costs little.
-    total = np.where(alive, [part.log_p for part in parts], 0.0).sum(0)  # (C,)
-    of_two = np.minimum(0.0, total + np.log1p(-total))  # `fisher` of two, in closed form
-    per_class = np.where(alive.sum(0) == 2, of_two, total)[alive.any(0)]
+    log_p = np.where(alive, [part.log_p for part in parts], 0.0)  # (1 or 2, C)
+    chosen = pattern_or_both(log_p[-1], log_p[0])
+    per_class = np.where(alive.sum(0) == 2, chosen, log_p.sum(0))[alive.any(0)]
     one = output_unknown(rows)
     paper = None
     if rows.paper is not None:
         found = _class_log_p(rows.paper, carriers[places])
         known = found.log_p[found.alive]
         paper = 0.0 if not len(known) else bonferroni(known) if one else fisher(known)
-    combined = [stouffer(part.log_p[part.alive]) for part in parts if part.alive.any()]
+    combined = [np.array(stouffer(part.log_p[part.alive])) for part in parts if part.alive.any()]
+    whole = float(pattern_or_both(combined[1], combined[0]) if len(combined) > 1 else combined[0])
     means = [float(part.cosine[part.alive].mean()) if part.alive.any() else 0.0 for part in parts]
     return Evidence(
-        log_p=bonferroni(per_class) if one else fisher(np.array(combined)),
+        log_p=bonferroni(per_class) if one else whole,
         paper_log_p=paper, mean_cosine=means[0], pattern_cosine=means[1] if len(means) > 1 else None,
         per_class=tuple(per_class.tolist()),
     )  # fmt: skip

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy import fft, linalg, stats
+from scipy import fft, integrate, linalg, optimize, stats
 from torch import nn
 
 from radiotag import RadiotagError, radioactive
@@ -52,6 +52,7 @@ from radiotag.radioactive import (
     ordinary_rows,
     pattern_coefficients,
     pattern_images,
+    pattern_or_both,
     patterned,
     project,
     project_own,
@@ -269,6 +270,35 @@ def test_p_values_of_one_are_no_evidence(classes):
     mixed = np.array([-5.0] + [0.0] * classes)
     assert fisher(mixed) == pytest.approx(stats.chi2.logsf(10, 2 * classes + 2), rel=1e-9, abs=1e-12)
     assert math.isfinite(stouffer(mixed)) and stouffer(mixed) > -1e-9
+
+
+@pytest.mark.parametrize("log10_q", [0, -0.3, -4, -300])
+@pytest.mark.parametrize("log10_p", [0, -1e-9, -0.3, -4, -40, -300, -1e4])
+def test_the_pattern_or_both_is_an_area_of_the_unit_square(log10_p, log10_q):
+    """Lambert's function at sixty digits, and k/p integrated by quadrature (in log p)."""
+    p, q = log10_p * LN10, log10_q * LN10
+    with mpmath.workdps(60):
+        product = mpmath.exp(mpmath.mpf(p) + mpmath.mpf(q))
+        t = min(mpmath.exp(p), product * (1 - mpmath.log(product)))
+        k = mpmath.exp(1 + mpmath.lambertw(-t / mpmath.e, -1).real) if t < 1 else mpmath.mpf(1)
+        area = t + mpmath.quad(lambda _: k, [mpmath.log(t), 0])
+        exact = float(mpmath.log(area))
+    found = float(pattern_or_both(np.array(p), np.array(q)))
+    assert found == pytest.approx(exact, rel=1e-9, abs=1e-7)
+    assert float(mpmath.log(t)) - 1e-9 <= found <= min(0, float(mpmath.log(2 * t))) + 1e-9
+
+
+def test_the_pattern_or_both_is_exact_under_the_null():
+    p = -np.random.default_rng(3).exponential(size=(2, 200_000))  # logs of independent uniform p-values
+    assert_uniform(np.exp(pattern_or_both(*p)), "pattern or both")
+
+
+@unhurried
+@given(st.floats(-1e4, 0), st.floats(-1e4, 0), st.floats(0, 10))
+def test_the_pattern_or_both_grows_with_either(p, q, more):
+    found = pattern_or_both(np.array([p, p - more, p]), np.array([q, q, q - more]))
+    assert np.isfinite(found).all() and (found <= 0).all()
+    assert (found[1:] <= found[0] + 1e-7).all()
 
 
 @unhurried
@@ -1269,20 +1299,28 @@ def test_declared_rows_sum_two_unit_vectors(labelled, share):
 
 
 @pytest.mark.parametrize(
-    "case", ["known", "known, labelled", "one known", "labelled", "some labelled", "of one class", "bare"]
+    "case",
+    ["known", "known, labelled", "one known", "one compared", "labelled", "some labelled", "of one class", "bare"],
 )
 def test_what_an_ordinary_network_answers_is_taken_off(case):
     marker, suspect = toys(seed=1), toys(seed=2)
-    pixels, outputs = images_in_unit_range(50), [2, 0]
+    pixels, outputs = images_in_unit_range(50), [2] if case == "one compared" else [2, 0]
     labels = {
         "labelled": torch.arange(50) % 2,
         "known, labelled": torch.arange(50) % 2,
         "some labelled": torch.arange(50) % 3 - 1,
     }.get(case)
     labels = torch.zeros(50, dtype=torch.long) if case == "of one class" else labels
-    own = {"known": [1, 2], "known, labelled": [1, 2], "one known": [2]}.get(case)
-    phi = features(marker, pixels, 7)
-    ordinary, known, rows = ordinary_network(marker, phi, log_answers(suspect, pixels, 7), outputs, labels, own)
+    own = {"known": [1, 2], "known, labelled": [1, 2], "one known": [2], "one compared": [1]}.get(case)
+    others, phi = [2] if case == "one compared" else [], features(marker, pixels, 7)
+    answers = log_answers(suspect, pixels, 7)
+    ordinary, known, rows = ordinary_network(marker, phi, answers, outputs, labels, own, others)
+    if case == "one compared":  # φ as if it knew besides it what the suspect does, and not its third class
+        first, second = marker.head.weight[[1, 2]].double()
+        assert known == (0,) and rows.numpy() == pytest.approx((first - second)[None].numpy() / 2)
+        expected = marker(pixels)[:, [1, 2]].log_softmax(1)
+        assert ordinary(pixels).log_softmax(1).numpy() == pytest.approx(expected.numpy(), rel=1e-6)
+        return
     if case in ("known", "known, labelled"):  # φ as if it knew these two classes alone
         (first, second), answered = marker.head.weight[[1, 2]].double(), ordinary(pixels)
         assert rows.numpy() == pytest.approx(torch.stack([first - second, second - first]).numpy() / 2)
@@ -1635,9 +1673,16 @@ def test_the_two_carriers_of_a_class_are_combined_by_hand():
     for vectors, known in ((rows.declared, carriers), (rows.pattern, patterns)):
         cosines = (unit(vectors.numpy()) * unit(known.double().numpy())).sum(1)
         p.append([float(mpmath.exp(exact_log_sf(t, 32))) for t in cosines])
-    each = [stats.combine_pvalues(pair, "fisher").pvalue for pair in zip(*p, strict=True)]
+
+    def by_hand(features, pattern):
+        """The smaller of the pattern's and both's p is t; p is the share of pairs that leave no more."""
+        t = min(pattern, stats.combine_pvalues((features, pattern), "fisher").pvalue)
+        k = optimize.brentq(lambda k: stats.chi2.sf(-2 * math.log(k), 4) - t, 1e-300, 1)
+        return t + integrate.quad(lambda p: k / p, t, 1)[0]
+
+    each = [by_hand(*pair) for pair in zip(*p, strict=True)]
     assert np.exp(found.per_class) == pytest.approx(np.array(each), rel=1e-6)
-    both = stats.combine_pvalues([stats.combine_pvalues(part, "stouffer").pvalue for part in p], "fisher").pvalue
+    both = by_hand(*(stats.combine_pvalues(part, "stouffer").pvalue for part in p))
     assert math.exp(found.log_p) == pytest.approx(both, rel=1e-5)
     assert evidence(rows, carriers).pattern_cosine is None  # a key's patterns left aside
 

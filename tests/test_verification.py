@@ -198,6 +198,29 @@ def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
         assert float(torch.cosine_similarity(rows.declared[0], expected, dim=0)) > 0.99
 
 
+@pytest.mark.parametrize("data", [False, True])
+def test_of_the_classes_that_are_not_compared_those_count_that_the_suspect_knows(place, monkeypatch, data):
+    """φ answers for a network that knows what the suspect does, and not for its own hundred other classes."""
+    theirs, seen = ("bird", "cat", "airplane", "ant"), {}
+    model = suspect(place, f"known-{data}.pt", (3, None, 1), theirs, classes=4)
+
+    def captured(*arguments, **options):
+        seen.update(options)
+        return radioactive.suspect_rows(*arguments, **options)
+
+    monkeypatch.setattr(verification, "suspect_rows", captured)
+    key = new_key(*marking_weights("builtin"), ["cat"])
+    marker = key.network()
+    verification.examine(model, key, marker, Options(), place / "few" if data else None, None, 64)
+    known = marker.spec.class_names
+    assert [known[output] for output in seen["own"]] == ["cat"]
+    assert [known[output] for output in seen["others"]] == ["bird", "airplane"]
+    nameless = suspect(place, f"nameless-{data}.pt", (0, 1, 2))
+    if data:  # the images' classes are all that there is to know
+        verification.examine(nameless, key, marker, Options(), place / "few", None, 64)
+        assert [known[output] for output in seen["own"]] == ["cat"] and seen["others"] == []
+
+
 # ---------------------------------------------------------------- black-box
 
 
