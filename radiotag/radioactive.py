@@ -49,8 +49,8 @@ FORMAT = 1  # of key files
 STATISTIC = "contrasted pattern or pattern+response+ridge"  # what new keys declare
 STATISTICS = {
     STATISTIC: "response and ridge alignment, unit vectors summed (the ridge's halved without labelled images), "
-    "and the whitened pattern, each less what the classes share and what an ordinary network answers; "
-    "Stouffer over the classes of each; then the pattern alone, or both by Fisher, corrected for the choice"
+    "and the whitened pattern, each less what the classes share and what an ordinary network answers; Stouffer over "
+    "the classes of each; the smaller of the pattern's p and Fisher's of both, corrected for the choice"
 }
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
@@ -59,7 +59,7 @@ ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
 RIDGE_LABELLED, RIDGE_UNLABELLED = (0.1, 1.0), (0.5, 0.5)
 RIDGE_ORDINARY = 0.1
 GRADIENTS = 1200  # response gradients in all, shared among the classes
-LIKELIEST = 400  # images without labels at most that are asked about one class: the next are less and less like it
+LIKELIEST = 400  # images at most asked about one class without labels: the more, the less like it
 FREQUENCIES = 6  # of a pattern, along each axis: half-waves over the image
 PATTERNED = 0.25  # of a class, at most: were the pattern in all of it, networks would learn that and not the pictures
 PATTERN_DIMENSION = 3 * (FREQUENCIES * FREQUENCIES // 2 - 1)  # m: three colours, mirror-symmetric, no constant
@@ -734,16 +734,16 @@ class OnFeatures(nn.Module):
 
 @lru_cache(maxsize=4)
 @torch.no_grad()
-def known_network(marker: Network, own: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
-    """φ as a classifier of its outputs `own` alone, and its rows (C, d) of them; kept for the next suspect.
+def known_network(marker: Network, known: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    """φ as a classifier of some of its outputs alone, and its rows (K, d) of them; kept for the next suspect.
 
     What tells these from φ's other classes is mostly nothing that the suspect has learnt.
     """
     head = marker.head
     assert head is not None
-    rows = head.weight[list(own)]
+    rows = head.weight[list(known)]
     rows = rows - rows.mean(0)  # which its softmax does not see
-    bias = None if head.bias is None else head.bias[list(own)]
+    bias = None if head.bias is None else head.bias[list(known)]
     return OnFeatures(marker, rows, bias), rows.cpu().double()
 
 
@@ -776,9 +776,9 @@ def ordinary_network(
 ) -> tuple[nn.Module, tuple[int, ...], Tensor | None]:
     """Who answers for a network that has never seen a mark, its outputs for the classes, and its rows (C, d).
 
-    The marking network itself, where it knows the classes (`own`). Its rows are as if it knew besides them only
-    `others`, which the suspect knows, too, and without labels its answers are: of images of no class they mostly tell
-    these classes from its others, or, of a single one, it from a hundred that the suspect has never seen.
+    The marking network itself, where it knows the classes (`own`). Its rows are as if it knew only these and `others`,
+    which the suspect knows but which are not compared. Without labels its answers are so, too: those to images of no
+    class would mostly tell these classes from φ's others, which the suspect has never seen.
     Elsewhere a linear classifier on its features phi (N, d), of labelled images (unless all are of one class) or of the
     suspect's log-probabilities, answers (N, C'). The latter's rows are None: they are all that there is to a suspect
     whose features are φ's.
@@ -823,9 +823,9 @@ def suspect_rows(
     pixels: (N, 3, H, W) in [0, 1], unmarked, with labels (N,), positions in `pairs` or −1 for other classes, or none:
     then the images that the suspect itself takes for a class serve its response. All serve the alignment. `own`: the
     marking network's outputs for the same classes, `others`: for those that the suspect knows besides and that are not
-    compared. `answers`: `log_answers` of the suspect, if they are known. What the
-    classes share is taken off (`contrasted`), the pattern whitened, and what an ordinary network answers removed, class
-    by class (`ordinary_network`). FloatingPointError where the suspect's outputs or features are not finite.
+    compared. `answers`: `log_answers` of the suspect, if they are known. What the classes share is taken off
+    (`contrasted`), the pattern whitened, and what an ordinary network answers removed, class by class
+    (`ordinary_network`). FloatingPointError where the suspect's outputs or features are not finite.
     """
     outputs, phi = [output for output, _ in pairs], own_features(marker, pixels, batch_size)  # (N, d)
     places, (penalty, share) = None, RIDGE_UNLABELLED if labels is None else RIDGE_LABELLED
@@ -893,7 +893,7 @@ def evidence(rows: Rows, carriers: Tensor, patterns: Tensor | None = None) -> Ev
         found = _class_log_p(rows.paper, carriers[places])
         known = found.log_p[found.alive]
         paper = 0.0 if not len(known) else bonferroni(known) if one else fisher(known)
-    combined = [np.array(stouffer(part.log_p[part.alive])) for part in parts if part.alive.any()]
+    combined = np.array([stouffer(part.log_p[part.alive]) for part in parts if part.alive.any()])  # (1 or 2,)
     whole = float(pattern_or_both(combined[1], combined[0]) if len(combined) > 1 else combined[0])
     means = [float(part.cosine[part.alive].mean()) if part.alive.any() else 0.0 for part in parts]
     return Evidence(

@@ -314,19 +314,20 @@ def examine(
         pairs, names = labelled_pairs(key, suspect, answers, found, rows)
         if not pairs:
             raise RadiotagError(f"{path} knows none of the classes in {data}", "check --image-size, --mean and --std")
-        labels, every = positions(found, names), theirs or tuple(sorted(set(found)))
+        labels, told = positions(found, names), tuple(sorted({*found} - {""}))
+        every = told if 1 < len(told) <= suspect.spec.classes else theirs or ()
     else:
         pairs, labels = pair_classes(key, suspect, manifest), None
         every = theirs or (tuple(key.class_names) if key.class_names else ())
         names = tuple(every[output] for output, _ in pairs) if len(every) == suspect.spec.classes else ()
     known = marker.spec.class_names or ()
     own = [known.index(name) for name in names] if names and set(names) <= set(known) else None
-    others = [known.index(name) for name in dict.fromkeys(every) if name in known and name not in names]
+    others = [known.index(name) for name in dict.fromkeys(every) if name in known and name not in {*names, *rows}]
     numbered = key.class_names is None and manifest is None and set(theirs or ()) != set(found)  # in sorted order
     vectors = suspect_rows(
         marker, suspect, pixels, pairs, batch_size, labels=labels, own=own, others=others, answers=answers
     )
-    guessed = len(key.carriers) > 1 and (labels is None or numbered) and not output_unknown(vectors)
+    guessed = (labels is None or (numbered and len(key.carriers) > 1)) and not output_unknown(vectors)
     return suspect, vectors, guessed
 
 

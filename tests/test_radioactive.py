@@ -275,13 +275,14 @@ def test_p_values_of_one_are_no_evidence(classes):
 @pytest.mark.parametrize("log10_q", [0, -0.3, -4, -300])
 @pytest.mark.parametrize("log10_p", [0, -1e-9, -0.3, -4, -40, -300, -1e4])
 def test_the_pattern_or_both_is_an_area_of_the_unit_square(log10_p, log10_q):
-    """Lambert's function at sixty digits, and k/p integrated by quadrature (in log p)."""
+    """Of p ≤ t or pq ≤ k: Lambert's function at sixty digits, and the width min(1, k/p) by quadrature (in log p)."""
     p, q = log10_p * LN10, log10_q * LN10
     with mpmath.workdps(60):
         product = mpmath.exp(mpmath.mpf(p) + mpmath.mpf(q))
         t = min(mpmath.exp(p), product * (1 - mpmath.log(product)))
         k = mpmath.exp(1 + mpmath.lambertw(-t / mpmath.e, -1).real) if t < 1 else mpmath.mpf(1)
-        area = t + mpmath.quad(lambda _: k, [mpmath.log(t), 0])
+        start = mpmath.log(t)
+        area = t + mpmath.quad(lambda u: mpmath.exp(u) * min(1, k / mpmath.exp(u)), [start, start / 2, 0])
         exact = float(mpmath.log(area))
     found = float(pattern_or_both(np.array(p), np.array(q)))
     assert found == pytest.approx(exact, rel=1e-9, abs=1e-7)
@@ -551,8 +552,9 @@ def key_bytes(key, metadata, **tensors):
 def test_later_format_is_refused(key, tmp_path):
     path = tmp_path / "k"
     refused(path, key_bytes(key, {**key.metadata, "format": radioactive.FORMAT + 1}))
-    error = refused(path, key_bytes(key, {**key.metadata, "statistic": "response+ridge+pattern"}))
-    assert "'response+ridge+pattern'" in str(error)  # what a key declared is not replaced by something else
+    for declared in ("response+ridge+pattern", "contrasted response+ridge+pattern"):
+        error = refused(path, key_bytes(key, {**key.metadata, "statistic": declared}))
+        assert f"'{declared}'" in str(error)  # what a key declared is not replaced by something else
     path.write_bytes(key_bytes(key, key.metadata))
     assert load_key(path).carriers.shape == (3, 4)  # the helper's other files differ in one thing each
 
@@ -1300,24 +1302,32 @@ def test_declared_rows_sum_two_unit_vectors(labelled, share):
 
 @pytest.mark.parametrize(
     "case",
-    ["known", "known, labelled", "one known", "one compared", "labelled", "some labelled", "of one class", "bare"],
-)
+    [
+        "known", "known, labelled", "one known", "one compared", "one compared, labelled", "labelled", "some labelled",
+        "of one class", "bare",
+    ],
+)  # fmt: skip
 def test_what_an_ordinary_network_answers_is_taken_off(case):
     marker, suspect = toys(seed=1), toys(seed=2)
-    pixels, outputs = images_in_unit_range(50), [2] if case == "one compared" else [2, 0]
+    pixels, outputs = images_in_unit_range(50), [2] if "compared" in case else [2, 0]
     labels = {
         "labelled": torch.arange(50) % 2,
         "known, labelled": torch.arange(50) % 2,
         "some labelled": torch.arange(50) % 3 - 1,
+        "one compared, labelled": torch.arange(50) % 2 - 1,
     }.get(case)
     labels = torch.zeros(50, dtype=torch.long) if case == "of one class" else labels
-    own = {"known": [1, 2], "known, labelled": [1, 2], "one known": [2], "one compared": [1]}.get(case)
-    others, phi = [2] if case == "one compared" else [], features(marker, pixels, 7)
+    own = {"known": [1, 2], "known, labelled": [1, 2], "one known": [2]}.get(case, [1] if "compared" in case else None)
+    others, phi = [2] if "compared" in case else [], features(marker, pixels, 7)
     answers = log_answers(suspect, pixels, 7)
     ordinary, known, rows = ordinary_network(marker, phi, answers, outputs, labels, own, others)
-    if case == "one compared":  # φ as if it knew besides it what the suspect does, and not its third class
+    if "compared" in case:  # φ as if it knew besides it what the suspect does, and not its third class
         first, second = marker.head.weight[[1, 2]].double()
-        assert known == (0,) and rows.numpy() == pytest.approx((first - second)[None].numpy() / 2)
+        assert rows.numpy() == pytest.approx((first - second)[None].numpy() / 2)
+        if labels is not None:
+            assert ordinary is marker and known == (1,)
+            return
+        assert known == (0,)
         expected = marker(pixels)[:, [1, 2]].log_softmax(1)
         assert ordinary(pixels).log_softmax(1).numpy() == pytest.approx(expected.numpy(), rel=1e-6)
         return
@@ -1348,6 +1358,43 @@ def test_what_an_ordinary_network_answers_is_taken_off(case):
     scores = ordinary(pixels)
     assert scores.shape == (50, 3) and not scores[:, 2].any()
     assert scores[:, :2].double().numpy() == pytest.approx(phi.numpy() @ wanted.T, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_classes_that_are_not_compared_count_for_what_is_taken_off(labelled):
+    marker, suspect = (Toy(linear(gaussian(6, 48, seed=s)), gaussian(3, 6, seed=s + 10)) for s in (1, 2))
+    pixels, labels = images_in_unit_range(50), torch.arange(50) % 2 - 1 if labelled else None
+    found = suspect_rows(marker, suspect, pixels, [(2, 0)], 7, labels=labels, own=[1], others=[2])
+    answers = log_answers(suspect, pixels, 7)
+    phi, psi = features(marker, pixels, 7), features(suspect, pixels, 7)
+    _, _, rows = ordinary_network(marker, phi, answers, [2], labels, [1], [2])
+    assert found.declared.shape == (1, 6)
+    penalty, share = (0.1, 1.0) if labelled else (0.5, 0.5)
+    ridge = project_own(aligned_rows(phi, psi, suspect.head.weight[[2]].double(), penalty)[0], rows)
+    suspect.head, weight, bias = None, suspect.head.weight, suspect.head.bias
+    suspect.forward = lambda x: suspect.features(x) @ weight.T + bias
+    alone = suspect_rows(marker, suspect, pixels, [(2, 0)], 7, labels=labels, own=[1], others=[2])
+    added = share * nn.functional.normalize(ridge, dim=1)
+    assert (found.declared - alone.declared).numpy() == pytest.approx(added.numpy(), abs=1e-5)
+    without = suspect_rows(marker, suspect, pixels, [(2, 0)], 7, labels=labels, own=[1])
+    if labelled:  # images of the class are asked with all of φ
+        assert torch.equal(without.pattern, alone.pattern)
+    else:
+        assert float(nn.functional.cosine_similarity(without.pattern, alone.pattern)) < 0.999
+
+
+def test_of_one_class_not_every_image_is_asked_without_labels(monkeypatch):
+    marker, suspect, asked = toys(seed=1), toys(seed=2), []
+    original = radioactive.responses
+
+    def counted(*arguments):
+        asked.append(len(arguments[-1]))
+        return original(*arguments)
+
+    monkeypatch.setattr(radioactive, "responses", counted)
+    suspect_rows(marker, suspect, images_in_unit_range(500), [(0, 0)], 250)
+    suspect_rows(marker, suspect, images_in_unit_range(500), [(c, c) for c in range(2)] * 2, 250)
+    assert asked == [400, 400, 1200, 1200]
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -202,7 +202,7 @@ def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
 def test_of_the_classes_that_are_not_compared_those_count_that_the_suspect_knows(place, monkeypatch, data):
     """φ answers for a network that knows what the suspect does, and not for its own hundred other classes."""
     theirs, seen = ("bird", "cat", "airplane", "ant"), {}
-    model = suspect(place, f"known-{data}.pt", (3, None, 1), theirs, classes=4)
+    model = suspect(place, "known.pt", (3, None, 1), theirs, classes=4)
 
     def captured(*arguments, **options):
         seen.update(options)
@@ -211,14 +211,25 @@ def test_of_the_classes_that_are_not_compared_those_count_that_the_suspect_knows
     monkeypatch.setattr(verification, "suspect_rows", captured)
     key = new_key(*marking_weights("builtin"), ["cat"])
     marker = key.network()
-    verification.examine(model, key, marker, Options(), place / "few" if data else None, None, 64)
     known = marker.spec.class_names
-    assert [known[output] for output in seen["own"]] == ["cat"]
-    assert [known[output] for output in seen["others"]] == ["bird", "airplane"]
-    nameless = suspect(place, f"nameless-{data}.pt", (0, 1, 2))
-    if data:  # the images' classes are all that there is to know
-        verification.examine(nameless, key, marker, Options(), place / "few", None, 64)
-        assert [known[output] for output in seen["own"]] == ["cat"] and seen["others"] == []
+
+    def names_seen(path, folder):
+        verification.examine(path, key, marker, Options(), folder, None, 64)
+        return [[known[output] for output in seen[name]] for name in ("own", "others")]
+
+    if not data:
+        assert names_seen(model, None) == [["cat"], ["bird", "airplane"]]
+        return
+    shutil.copytree(place / "few" / "cat", place / "alone" / "cat", dirs_exist_ok=True)
+    assert names_seen(model, place / "alone") == [["cat"], ["bird", "airplane"]]  # the images name no others
+    for ours, its in (("ant", "truck"), ("bee", "ship"), ("cat", "cat")):
+        shutil.copytree(place / "few" / ours, place / "three" / its, dirs_exist_ok=True)
+    for names in (None, theirs[:3]):  # what the images name the suspect has answered to
+        nameless = suspect(place, "nameless.pt", (0, 1, 2), names)
+        assert names_seen(nameless, place / "three") == [["cat"], ["ship", "truck"]]
+    key = new_key(*marking_weights("builtin"), ["cat", "ship", "truck"])
+    fewer = suspect(place, "few.pt", (1, None, 0), classes=2)  # knows no ship
+    assert names_seen(fewer, place / "three") == [["cat", "truck"], []]
 
 
 # ---------------------------------------------------------------- black-box
