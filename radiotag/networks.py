@@ -426,10 +426,7 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
         if out_of_memory(error):  # the machine's limit, not the file's fault
             raise
         reason = "holds a pickle that is more than weights" if "weights_only" in str(error) else "is not a whole file"
-        raise RadiotagError(
-            f"{path} {reason}; it was not run",
-            BARE,
-        ) from error
+        raise RadiotagError(f"{path} {reason}; it was not run", BARE) from error
     metadata = content.get("radiotag", {}) if isinstance(content, dict) else {}
     if isinstance(content, dict):
         _refuse_growth(content, path)

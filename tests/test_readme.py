@@ -102,6 +102,8 @@ def test_what_is_told_first_is_measured():
     left = (minus(run[f"suspect, {test}"]["log10_p"]) for test in ("real", "bare", "black-box"))
     told = "left log10 p = {} in a network trained from scratch, {} where verification had no data, and {} black-box ("
     assert told.format(*left) in " ".join(README.split()) and run["fraction"] == 0.1 and not run["classes"]
+    before = (minus(run["contrasted"][test]["log10_p"]) for test in ("real", "bare"))
+    assert "(one run; {} and {} before the last change of the statistic".format(*before) in PROSE
     assert not run["machine"]["bfloat16"] and "--network builtin" in run["keygen"]["command"]
 
 
