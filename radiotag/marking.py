@@ -53,6 +53,7 @@ from radiotag.radioactive import Key, Marking, choose, image_random, mark_images
 LOSSLESS = {"PNG", "BMP", "TIFF"}
 GREY = {"1", "L", "LA", "I;16"}
 TOGETHER = 2**24  # pixels optimised at once, at most: some 2 GiB; many photographs are slower together than apart
+ENOUGH = 0.95  # of the squared error that a lossy file may have
 BEST_PSNR = 100.0  # dB recorded of an image that came out unchanged: JSON has no infinity
 AHEAD = 64  # files copied or checked before they are asked for; of decoded images, which may be large, THREADS
 THREADS = max(2, min(8, os.cpu_count() or 2))  # decode, encode and copy beside the optimisation
@@ -742,23 +743,31 @@ def _lossless(picture: Picture, format: str) -> bool:
 
 
 def _finish(picture: Picture, marked: Pixels, marking: Marking, format: str) -> tuple[bytes, Pixels]:
-    """Encode; where rounding or the encoder cost more than the PSNR allows, shrink the mark until it holds.
+    """Encode; where that leaves less of the mark, enlarge it; where more than the PSNR allows, shrink it.
 
-    Where encoding alone takes more than half of the squared error that it allows, the other half is the mark's all the
-    same: the format has no better file.
+    An encoder that rounds small changes away (JPEG of low quality) gets the mark so large that the file is changed as
+    much as the mark was before, within ±ε. Where encoding alone takes more than half of the squared error that the PSNR
+    allows, the other half is the mark's all the same: the format has no better file.
     """
     height, width, _ = picture.rgb.shape
-    wanted = marking.psnr(height, width)
-    alone = 0.0 if _lossless(picture, format) else _error(picture.rgb, roundtrip(picture, picture.rgb, format))
-    allowed, scale = max(10 ** (-wanted / 10), alone + 10 ** (-wanted / 10) / 2), 1.0
+    wanted, lossless, change = marking.psnr(height, width), _lossless(picture, format), marked - picture.rgb
+    alone = 0.0 if lossless else _error(picture.rgb, roundtrip(picture, picture.rgb, format))
+    allowed = max(10 ** (-wanted / 10), alone + 10 ** (-wanted / 10) / 2)
+    enough = 0.0 if lossless else ENOUGH * min(allowed, alone + _error(picture.rgb, marked))
+    scale, low, high, made, file = 1.0, 0.0, math.inf, math.inf, (b"", marked)
     for _ in range(8):
-        data = encode(picture, picture.rgb + scale * (marked - picture.rgb), format)
+        data = encode(picture, picture.rgb + np.clip(scale * change, -marking.epsilon, marking.epsilon), format)
         seen = decode(data, picture.name).rgb
-        made = _error(picture.rgb, seen)
-        if made <= allowed:
+        error = _error(picture.rgb, seen)
+        if made > allowed or made < error <= allowed:
+            made, file = error, (data, seen)
+        if enough <= error <= allowed:
             break
-        scale *= 10 ** (-0.01 / 20) * math.sqrt((allowed - alone) / (made - alone))
-    return data, seen
+        low, high = (low, scale) if error > allowed else (scale, high)
+        goal = (allowed if error > allowed else enough / ENOUGH) - alone
+        scale *= 10 ** (-0.01 / 20) * math.sqrt(goal / max(error - alone, goal / 4))  # at most twice as large
+        scale = scale if low < scale < high else (low + high) / 2
+    return file
 
 
 def _error(a: Pixels, b: Pixels) -> float:

@@ -1201,6 +1201,21 @@ def test_a_mark_is_not_given_up_where_the_format_alone_costs_more_than_is_allowe
     assert answer["psnr_min"] == pytest.approx(measured_psnr(source, marked), abs=1e-3)  # told as it is
 
 
+@pytest.mark.parametrize("quality", [30, 50, 75])
+def test_what_an_encoder_takes_of_a_mark_is_given_back_within_the_psnr(world, tmp_path, quality):
+    folder = tmp_path / "imgs" / "ant"
+    folder.mkdir(parents=True)
+    for i in range(8):
+        photo(i, (32, 32)).save(folder / f"{i}.jpg", quality=quality)
+    psnr = {}
+    for format in ("keep", "png"):
+        output = tmp_path / format
+        good("mark", tmp_path / "imgs", "--key", world.key, "-o", output, "--steps", 8, "--format", format)
+        psnr[format] = [measured_psnr(folder / f"{p.stem}.jpg", p) for p in sorted((output / "ant").iterdir())]
+    assert min(psnr["keep"]) >= 34
+    assert np.mean(psnr["keep"]) < np.mean(psnr["png"]) + 1.2  # writing alone would take 2.8 to 11 dB of it
+
+
 def test_the_seed_changes_the_marks(world, tmp_path):
     mark(world, tmp_path / "a")
     mark(world, tmp_path / "b", "--seed", 1)

@@ -157,6 +157,7 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
 OTHERS = ("resnet18", "resnet50", "vgg11_bn", "densenet121", "mobilenet_v3_large")
 TINY = {"data": "tiny-imagenet-100", "images": 20_000, "size": 32}
 DIGITS = {"data": "digits", "images": 0}
+TINY_OTHERS = ("vgg11_bn", "mobilenet_v3_large")
 TINY_HEAD = {"data": "tiny-imagenet-100", "images": 0, "head_only": True, "epochs": 4}
 EXPERIMENTS: dict[str, Experiment] = {
     **{f"head/{q:.0%}": Experiment(images=0, share=q, head_only=True, epochs=4) for q in SHARES},
@@ -173,7 +174,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **{f"survives/{how}": Experiment(afterwards=how) for how in AFTERWARDS},
     **{f"100 classes, head/{q:.0%}": Experiment(**TINY_HEAD, share=q) for q in (0.01, 0.1)},
     **{f"100 classes, scratch/{q:.0%}": Experiment(**TINY, share=q) for q in (0.01, 0.1)},
-    **{f"100 classes, architectures/{arch}": Experiment(**TINY, arch=arch) for arch in ("vgg11_bn", "resnet18")},
+    **{f"100 classes, architectures/{arch}": Experiment(**TINY, arch=arch) for arch in TINY_OTHERS},
 }  # fmt: skip
 
 
