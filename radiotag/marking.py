@@ -55,6 +55,7 @@ GREY = {"1", "L", "LA", "I;16"}
 TOGETHER = 2**24  # pixels optimised at once, at most: some 2 GiB; many photographs are slower together than apart
 ENOUGH = 0.95  # of the squared error that a lossy file may have
 BEST_PSNR = 100.0  # dB recorded of an image that came out unchanged: JSON has no infinity
+ALIKE = 15.0  # dB of a marked image and its source, at least; of two images that differ, some 10
 AHEAD = 64  # files copied or checked before they are asked for; of decoded images, which may be large, THREADS
 THREADS = max(2, min(8, os.cpu_count() or 2))  # decode, encode and copy beside the optimisation
 Pixels = NDArray[np.float32]
@@ -375,7 +376,9 @@ def _sweep(plan: Plan) -> None:
 
 def _check_rows(plan: Plan) -> None:
     _check_images(plan)
-    _check_stale(_with_earlier(plan))
+    whole = _with_earlier(plan)
+    _check_stale(whole)
+    _check_strangers(whole)
 
 
 def _check_stale(plan: Plan) -> None:
@@ -385,6 +388,29 @@ def _check_stale(plan: Plan) -> None:
                 f"{stale} was made by an earlier run, and would not be made by this one",
                 "remove it, choose another -o, or start over with --force",
             )
+
+
+def _check_strangers(plan: Plan) -> None:
+    """Refuse to overwrite files that no run recorded, but for what a killed one left: it looks like its source."""
+    recorded = {row["path"] for place, row in manifest.read_lines(plan.manifest) if place}
+    if plan.archive or not recorded:
+        return
+    for item in plan.items:
+        target = plan.output / _output(plan, item)
+        if item.path.as_posix() not in recorded and target.exists() and not _alike(plan.source / item.path, target):
+            message = f"{target} was not made by an earlier run, and would be overwritten"
+            raise RadiotagError(message, "move it away, choose another -o, or start over with --force")
+
+
+def _alike(source: Path, target: Path) -> bool:
+    """Whether a file is its source's copy, or may be it marked."""
+    if _file_hash(source) == _file_hash(target):
+        return True
+    try:
+        before, after = (decode(path.read_bytes(), str(path)).rgb for path in (source, target))
+    except (RadiotagError, OSError):
+        return False
+    return before.shape == after.shape and psnr(before, after) >= ALIKE
 
 
 def _with_earlier(plan: Plan) -> Plan:

@@ -1287,6 +1287,27 @@ def test_files_that_are_not_the_source_s_are_told(world, tmp_path):
     assert "not the source's" not in good(source, world.key, tmp_path / "out").out
 
 
+def test_a_file_that_no_run_made_is_not_overwritten_when_the_source_gets_one_of_its_name(world, tmp_path):
+    source = Path(shutil.copytree(world.folder, tmp_path / "src"))
+    good(source, world.key, tmp_path / "out")
+    folder = next(path for path in sorted(source.iterdir()) if path.is_dir()).name
+    own, new = tmp_path / "out" / folder / "mine.png", source / folder / "mine.png"
+    for mine in (b"no image", noise(5, 32), noise(5, 24)):
+        own.write_bytes(mine)
+        new.write_bytes(noise(6, 32))
+        for more in ((), ("--dry-run",)):
+            error = one_error(mark(source, world.key, tmp_path / "out", *more))
+            assert "mine.png was not made by an earlier run" in error
+        assert own.read_bytes() == mine
+    good(source, world.key, tmp_path / "out", "--force")
+    assert 30 < measured_psnr(own, new) < 60
+    late = source / folder / "late.png"
+    late.write_bytes(noise(7, 32))
+    shutil.copy(late, tmp_path / "out" / folder)  # as a run leaves it that is killed before it says so
+    good(source, world.key, tmp_path / "out")
+    assert 30 < measured_psnr(tmp_path / "out" / folder / "late.png", late) < 60
+
+
 def test_an_output_of_shards_is_not_gone_on_with_as_a_folder_nor_the_reverse(world, tmp_path):
     good(world.folder, world.key, tmp_path / "folder")
     good(world.shards, world.key, tmp_path / "shards")
