@@ -54,6 +54,7 @@ LOSSLESS = {"PNG", "BMP", "TIFF"}
 GREY = {"1", "L", "LA", "I;16"}
 TOGETHER = 2**24  # pixels optimised at once, at most: some 2 GiB; many photographs are slower together than apart
 ENOUGH = 0.95  # of the squared error that a lossy file may have
+LOUDEST = 1.5  # times as large as made that a mark is encoded
 BEST_PSNR = 100.0  # dB recorded of an image that came out unchanged: JSON has no infinity
 ALIKE = 15.0  # dB of a marked image and its source, at least; of two images that differ, some 10
 AHEAD = 64  # files copied or checked before they are asked for; of decoded images, which may be large, THREADS
@@ -772,8 +773,9 @@ def _finish(picture: Picture, marked: Pixels, marking: Marking, format: str) -> 
     """Encode; where that leaves less of the mark, enlarge it; where more than the PSNR allows, shrink it.
 
     An encoder that rounds small changes away (JPEG of low quality) gets the mark so large that the file is changed as
-    much as the mark was before, within ±ε. Where encoding alone takes more than half of the squared error that the PSNR
-    allows, the other half is the mark's all the same: the format has no better file.
+    much as the mark was before, within ±ε; at most half as large again, as fine changes become coarse ones, which show.
+    Where encoding alone takes more than half of the squared error that the PSNR allows, the other half is the mark's
+    all the same: the format has no better file.
     """
     height, width, _ = picture.rgb.shape
     wanted, lossless, change = marking.psnr(height, width), _lossless(picture, format), marked - picture.rgb
@@ -787,12 +789,12 @@ def _finish(picture: Picture, marked: Pixels, marking: Marking, format: str) -> 
         error = _error(picture.rgb, seen)
         if made > allowed or made < error <= allowed:
             made, file = error, (data, seen)
-        if enough <= error <= allowed:
+        if enough <= error <= allowed or (scale == LOUDEST and error <= allowed):
             break
         low, high = (low, scale) if error > allowed else (scale, high)
         goal = (allowed if error > allowed else enough / ENOUGH) - alone
-        scale *= 10 ** (-0.01 / 20) * math.sqrt(goal / max(error - alone, goal / 4))  # at most twice as large
-        scale = scale if low < scale < high else (low + high) / 2
+        scale *= 10 ** (-0.01 / 20) * math.sqrt(goal / max(error - alone, goal / 4))
+        scale = min(scale, LOUDEST) if low < scale < high else (low + high) / 2
     return file
 
 

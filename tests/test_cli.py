@@ -1201,19 +1201,19 @@ def test_a_mark_is_not_given_up_where_the_format_alone_costs_more_than_is_allowe
     assert answer["psnr_min"] == pytest.approx(measured_psnr(source, marked), abs=1e-3)  # told as it is
 
 
-@pytest.mark.parametrize("quality", [30, 50, 75])
-def test_what_an_encoder_takes_of_a_mark_is_given_back_within_the_psnr(world, tmp_path, quality):
+def test_what_an_encoder_takes_of_a_mark_is_given_back_within_the_psnr(world, tmp_path):
     folder = tmp_path / "imgs" / "ant"
     folder.mkdir(parents=True)
-    for i in range(8):
-        photo(i, (32, 32)).save(folder / f"{i}.jpg", quality=quality)
-    psnr = {}
-    for format in ("keep", "png"):
-        output = tmp_path / format
-        good("mark", tmp_path / "imgs", "--key", world.key, "-o", output, "--steps", 8, "--format", format)
-        psnr[format] = [measured_psnr(folder / f"{p.stem}.jpg", p) for p in sorted((output / "ant").iterdir())]
-    assert min(psnr["keep"]) >= 34
-    assert np.mean(psnr["keep"]) < np.mean(psnr["png"]) + 1.2  # writing alone would take 2.8 to 11 dB of it
+    for i in range(60):
+        photo(i, (32, 32)).save(folder / f"{i}.jpg", quality=30)
+    more = "--key", world.key, "--steps", 8, "--fraction", 0.1, "--json"  # so few all carry the pattern
+    kept, png = (
+        good("mark", tmp_path / "imgs", "-o", tmp_path / format, "--format", format, *more).json
+        for format in ("keep", "png")
+    )
+    assert kept["marked"] == png["marked"] == 6
+    assert kept["psnr_min"] >= 34
+    assert kept["psnr_median"] < png["psnr_median"] + 0.8  # by writing alone the file would have 1.5 dB more, at least
 
 
 def test_the_seed_changes_the_marks(world, tmp_path):
