@@ -393,10 +393,8 @@ def _check_stale(plan: Plan) -> None:
 
 def _check_strangers(plan: Plan) -> None:
     """Refuse to overwrite files that no run recorded, but for what a killed one left: it looks like its source."""
-    recorded = {row["path"] for place, row in manifest.read_lines(plan.manifest) if place}
-    if plan.archive or not recorded:
-        return
-    for item in plan.items:
+    recorded = manifest.places(plan.manifest)
+    for item in plan.items if recorded and not plan.archive else ():
         target = plan.output / _output(plan, item)
         if item.path.as_posix() not in recorded and target.exists() and not _alike(plan.source / item.path, target):
             message = f"{target} was not made by an earlier run, and would be overwritten"
