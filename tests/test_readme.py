@@ -317,6 +317,11 @@ def test_what_other_architectures_leave_is_said():
     assert said.format(*(minus(run["real"]["log10_p"]) for run in runs)) in PROSE
     least = min(run["bare"]["log10_p"] for run in runs[2:])
     assert f"without them the last three have {minus(least)} or more" in PROSE
+    names = "100 classes, from scratch", "100 classes, vgg11_bn", "100 classes, mobilenet_v3_large"
+    hundred = [BY_SHARE[name, "10 %", "present"][0] for name in names]
+    said = "where a resnet10 has {}, a vgg11_bn has {} and a mobilenet_v3_large {}, and without real images nothing"
+    assert said.format(*(minus(run["real"]["log10_p"]) for run in hundred)) in PROSE
+    assert min(run["bare"]["log10_p"] for run in hundred[1:]) > -2
 
 
 DEVELOPMENT = ("architectures/vgg11_bn", "architectures/densenet121", "architectures/mobilenet_v3_large", "scratch/10%",
