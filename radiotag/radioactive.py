@@ -54,11 +54,13 @@ STATISTICS = {
 }
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
-ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces
+ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces; of many classes more, up to MANY
+SMALL, MANY = 64, 5000  # up to so many pixels on a side, so many images, or gradients, for many classes at most
 # Penalty of the ridge alignment and its weight beside the response. Synthetic images align two feature spaces worse.
 RIDGE_LABELLED, RIDGE_UNLABELLED = (0.1, 1.0), (0.5, 0.5)
 RIDGE_ORDINARY = 0.1
-GRADIENTS = 1200  # response gradients in all, shared among the classes
+GRADIENTS = 1200  # response gradients without labels, shared among the classes; up to MANY, where a class has few
+FEW = 50  # images a class, which leave its answer's chance part as large as the rest
 LIKELIEST = 400  # images at most asked about one class without labels: the more, the less like it
 FREQUENCIES = 6  # of a pattern, along each axis: half-waves over the image
 PATTERNED = 0.25  # of a class, at most: were the pattern in all of it, networks would learn that and not the pictures
@@ -687,6 +689,12 @@ def likeliest(answers: Tensor, outputs: Sequence[int], count: int) -> Tensor:
     return answers[:, list(outputs)].topk(min(count, len(answers)), dim=0).indices.T
 
 
+def images_a_class(classes: int, size: int) -> int:
+    """How many images without labels are asked about each class; of many classes fewer, and of large images."""
+    few = min(FEW, MANY // classes) if size <= SMALL else 0
+    return max(8, few, min(LIKELIEST, GRADIENTS // classes))
+
+
 def contrasted(rows: Tensor) -> Tensor:
     """Rows (C, d) minus (1 − 2/C) times their mean: what all classes have alike is mostly what any network answers.
 
@@ -832,8 +840,7 @@ def suspect_rows(
     answers = log_answers(suspect, pixels, batch_size) if answers is None else answers  # (N, C')
     ordinary, their_outputs, their_rows = ordinary_network(marker, phi, answers, outputs, labels, own, others)
     if labels is None:
-        count = max(8, min(LIKELIEST, GRADIENTS // len(outputs)))
-        chosen = likeliest(answers, outputs, count)  # (C, n)
+        chosen = likeliest(answers, outputs, images_a_class(len(outputs), pixels.shape[3]))  # (C, n)
         places, labels = chosen.flatten(), torch.arange(len(outputs)).repeat_interleave(chosen.shape[1])
     elif bool((labels < 0).any()):
         places = torch.nonzero(labels >= 0)[:, 0]

@@ -22,6 +22,9 @@ from radiotag.manifest import Row, rank_journals, read_header, read_manifest
 from radiotag.networks import Network, check_file, load, resized
 from radiotag.radioactive import (
     ALIGNMENT_IMAGES,
+    FEW,
+    MANY,
+    SMALL,
     Key,
     Rows,
     evidence,
@@ -105,7 +108,7 @@ def at_most(images: int, size: int) -> int:
 @lru_cache(maxsize=2)  # half a gigabyte at 224 pixels
 def synthetic_images(size: int) -> Tensor:
     """(N, 3, size, size) float in [0, 1], the same for every suspect: dead leaves, and inverted images if small."""
-    if size > 64:
+    if size > SMALL:
         return dead_leaves(at_most(ALIGNMENT_IMAGES // 2, size), size, seed=SYNTHETIC_SEED).float().div_(255)
     others = resized(inverted()[: ALIGNMENT_IMAGES // 5].float() / 255, size).clamp(0, 1)
     leaves = dead_leaves(ALIGNMENT_IMAGES - len(others), size, seed=SYNTHETIC_SEED).float() / 255
@@ -135,16 +138,19 @@ def unmarked_images(
     fit: Callable[[Tensor], Tensor],
     first: frozenset[str] | None = None,
     most: int = ALIGNMENT_IMAGES,
+    each: int = 0,
 ) -> tuple[list[Tensor], list[str]]:
     """What `fit` makes of (3, H, W) float images in [0, 255], and class names: at most so many, evenly taken.
 
-    Or, with paths to take `first`, as many as black-box queries need: a suspect remembers the images it was shown.
+    Or as many as there are `each` of a class, up to MANY; or, with paths to take `first`, as many as black-box queries
+    need: a suspect remembers the images it was shown.
     Raises RadiotagError if one of them is marked (by `marked`, or by a manifest beside it or a folder above).
     """
     for place in (folder, *folder.resolve().parents, folder.resolve()):
         beside = place.with_name(f"{place.name}.manifest.jsonl") if place.name else place
         marked = marked | marked_hashes(marked_rows(beside if beside.is_file() else None))
-    items, _, _ = scan(folder)
+    items, classes, _ = scan(folder)
+    most = max(most, min(MANY, each * len(classes)))
     if first is not None:
         items.sort(key=lambda item: item.path.as_posix() not in first)  # stable
         chosen = [items[i] for i in blackbox.choose_images([item.label for item in items])]
@@ -167,8 +173,8 @@ def unmarked_images(
 @lru_cache(maxsize=4)  # for the next suspect
 def real_images(folder: Path, size: int, marked: frozenset[str]) -> tuple[Tensor, tuple[str, ...]]:
     """(N, 3, size, size) in [0, 1] and class names of unmarked images: see `unmarked_images`."""
-    most = at_most(ALIGNMENT_IMAGES, size)
-    images, labels = unmarked_images(folder, marked, lambda image: resized(image[None] / 255, size), most=most)
+    most, each = at_most(ALIGNMENT_IMAGES, size), FEW if size <= SMALL else 0
+    images, labels = unmarked_images(folder, marked, lambda image: resized(image[None] / 255, size), None, most, each)
     return torch.cat(images).clamp_(0, 1), tuple(labels)
 
 

@@ -41,6 +41,7 @@ from radiotag.radioactive import (
     fisher,
     holm,
     image_random,
+    images_a_class,
     l2_radius,
     likeliest,
     load_key,
@@ -1519,6 +1520,14 @@ def test_images_of_other_classes_serve_the_alignment_alone():
     alone = suspect_rows(marker, suspect, pixels[some], pairs, 7, labels=labels[some], own=[2, 0])
     assert own.pattern.numpy() == pytest.approx(alone.pattern.numpy(), rel=1e-7)
     assert not np.allclose(rows.paper.numpy(), few.paper.numpy())
+
+
+@pytest.mark.parametrize(
+    ("classes", "small", "large"),
+    [(1, 400, 400), (2, 400, 400), (10, 120, 120), (30, 50, 40), (100, 50, 12), (500, 10, 8), (1000, 8, 8)],
+)
+def test_of_many_classes_fewer_images_each_are_asked(classes, small, large):
+    assert [images_a_class(classes, size) for size in (32, 64, 65, 224)] == [small, small, large, large]
 
 
 def test_without_labels_each_class_asks_the_images_that_the_suspect_takes_for_it():

@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from radiotag import RadiotagError, blackbox, networks, out_of_memory, radioactive, report, synthetic, verification
-from radiotag.images import decode
+from radiotag.images import decode, png
 from radiotag.manifest import read_manifest
 from radiotag.networks import load, marking_weights, save_checkpoint
 from radiotag.radioactive import load_key, new_key, save_key
@@ -230,6 +230,22 @@ def test_of_the_classes_that_are_not_compared_those_count_that_the_suspect_knows
     key = new_key(*marking_weights("builtin"), ["cat", "ship", "truck"])
     fewer = suspect(place, "few.pt", (1, None, 0), classes=2)  # knows no ship
     assert names_seen(fewer, place / "three") == [["cat", "truck"], []]
+
+
+@pytest.mark.parametrize(("size", "images"), [(32, 60), (64, 60), (65, 30)])
+def test_of_many_classes_more_images_are_shown(tmp_path, monkeypatch, size, images):
+    for name in "abcdefghijkl":
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            (tmp_path / name / f"{i}.png").write_bytes(png(np.full((4, 4, 3), i, np.uint8)))
+    monkeypatch.setattr(verification, "ALIGNMENT_IMAGES", 30)
+    monkeypatch.setattr(verification, "FEW", 5)
+    pixels, names = verification.real_images(tmp_path, size, frozenset())
+    assert len(pixels) == len(names) == images
+    assert {names.count(name) for name in "abcdefghijkl"} <= {images // 12, -(-images // 12)}
+    monkeypatch.setattr(verification, "MANY", 40)
+    verification.real_images.cache_clear()
+    assert len(verification.real_images(tmp_path, size, frozenset())[1]) == min(images, 40)
 
 
 # ---------------------------------------------------------------- black-box
