@@ -319,9 +319,9 @@ def test_what_other_architectures_leave_is_said():
     assert f"without them the last three have {minus(least)} or more" in PROSE
     names = "100 classes, from scratch", "100 classes, vgg11_bn", "100 classes, mobilenet_v3_large"
     hundred = [BY_SHARE[name, "10 %", "present"][0] for name in names]
-    said = "where a resnet10 has {}, a vgg11_bn has {} and a mobilenet_v3_large {}, and without real images nothing"
+    said = "where a resnet10 has {}, a vgg11_bn has {} and a mobilenet_v3_large {}, and without real images neither"
     assert said.format(*(minus(run["real"]["log10_p"]) for run in hundred)) in PROSE
-    assert min(run["bare"]["log10_p"] for run in hundred[1:]) > -2
+    assert min(run["bare"]["log10_p"] for run in hundred[1:]) > -4
 
 
 DEVELOPMENT = ("architectures/vgg11_bn", "architectures/densenet121", "architectures/mobilenet_v3_large", "scratch/10%",
@@ -344,6 +344,21 @@ def test_the_same_suspects_by_both_statistics(run):
         assert (before["statistic"], after["statistic"]) == ("response+ridge+pattern", STATISTIC)
         assert before["sha256"] == after["sha256"]
         assert before["command"] == after["command"].removesuffix(" --calibrate 20000")
+
+
+def row_of_more(name, run):
+    values = (minus(found[test]["log10_p"]) for test in ("bare", "real") for found in (run["fewer images"], run))
+    return [*name[:2], *values]
+
+
+@pytest.mark.parametrize("name", [name for name in BY_SHARE if "100 classes" in name[0]], ids=" ".join)
+def test_what_more_images_of_many_classes_left_is_said(name):
+    (run,) = BY_SHARE[name]
+    assert f"| {' | '.join(row_of_more(name, run))} |" in TEXT.replace("**", "").splitlines()
+    for test in ("bare", "real"):
+        fewer, more = run["fewer images"][test], run[test]
+        assert (fewer["sha256"], fewer["command"]) == (more["sha256"], more["command"])
+        assert fewer["statistic"] == more["statistic"] == STATISTIC and more["radiotag"] == "0.3.1"
 
 
 def test_every_suspect_that_was_looked_at_is_compared():
@@ -370,7 +385,7 @@ def test_what_the_last_step_changed_is_said():
     moved: dict = {True: [], False: []}
     for run in (*PAPER["runs"], *(run for run in RESULTS["runs"] if not run.get("classes"))):
         for test, before in run.get("contrasted", {}).items():
-            after = run[test if test in run else f"suspect, {test}"]
+            after = run.get("fewer images", run)[test] if "experiment" in run else run[f"suspect, {test}"]
             assert (before["statistic"], after["statistic"]) == ("contrasted response+ridge+pattern", STATISTIC)
             assert before["sha256"] == after["sha256"]
             if run.get("share", run.get("fraction")):
