@@ -779,7 +779,8 @@ def _finish(picture: Picture, marked: Pixels, marking: Marking, format: str) -> 
     wanted, lossless, change = marking.psnr(height, width), _lossless(picture, format), marked - picture.rgb
     alone = 0.0 if lossless else _error(picture.rgb, roundtrip(picture, picture.rgb, format))
     allowed = max(10 ** (-wanted / 10), alone + 10 ** (-wanted / 10) / 2)
-    enough = 0.0 if lossless else ENOUGH * min(allowed, alone + _error(picture.rgb, marked))
+    target = min(allowed, alone + _error(picture.rgb, marked))
+    enough = 0.0 if lossless else ENOUGH * target
     scale, low, high, made, file = 1.0, 0.0, math.inf, math.inf, (b"", marked)
     for _ in range(8):
         data = encode(picture, picture.rgb + np.clip(scale * change, -marking.epsilon, marking.epsilon), format)
@@ -790,7 +791,7 @@ def _finish(picture: Picture, marked: Pixels, marking: Marking, format: str) -> 
         if enough <= error <= allowed or (scale == LOUDEST and error <= allowed):
             break
         low, high = (low, scale) if error > allowed else (scale, high)
-        goal = (allowed if error > allowed else enough / ENOUGH) - alone
+        goal = (allowed if error > allowed else target) - alone
         scale *= 10 ** (-0.01 / 20) * math.sqrt(goal / max(error - alone, goal / 4))
         scale = min(scale, LOUDEST) if low < scale < high else (low + high) / 2
     return file

@@ -370,6 +370,14 @@ def load_suspect(path: Path, options: Options) -> Network:
     ).to(options.device)  # fmt: skip
 
 
+def check_suspects(paths: Sequence[Path], options: Options) -> None:
+    """Read each of several: one that cannot be read would cost the minutes that were spent on those before it."""
+    for path in paths:
+        check_file(path)
+    for path in paths if len(paths) > 1 else ():
+        load_suspect(path, options)
+
+
 @lru_cache(maxsize=4)  # the same tensor for the next suspect, so that what is computed of it is kept, too
 def positions(found: tuple[str, ...], names: tuple[str, ...]) -> Tensor:
     """The classes' positions in `names`, (N,); −1 for images of others, which serve the alignment alone."""
@@ -416,8 +424,7 @@ def verify(
     progress: Callable[[Path], None] = lambda _: None,
 ) -> list[Finding]:
     """Test every suspect with the key's declared statistic; the verdict is on the Holm-corrected p-value."""
-    for path in paths:
-        check_file(path)  # before minutes are spent on the others
+    check_suspects(paths, options)
     marker = key.network(options.device)
     results = []
     for path in paths:
@@ -495,8 +502,7 @@ def verify_black_box(
     progress: Callable[[Path], None] = lambda _: None,
 ) -> list[Finding]:
     """Test every suspect by its answers alone: see `blackbox`."""
-    for path in paths:
-        check_file(path)
+    check_suspects(paths, options)
     own = own_answers(queries, key, options)
     findings = []
     for path in paths:

@@ -135,6 +135,18 @@ def test_outputs_that_are_not_finite_are_an_error_that_names_the_file(place, tmp
     assert "overflows.pt: its outputs are not finite" in again.err
 
 
+@pytest.mark.parametrize("more", [[], ["--black-box"]])
+def test_a_suspect_that_cannot_be_read_is_told_before_another_is_examined(place, tmp_path, more):
+    shutil.copy(place / "k.safetensors", tmp_path)  # queries are kept beside it
+    sound, broken = suspect(place, "plain.pt", (0, 1, 2), NAMES), tmp_path / "broken.pt"
+    broken.write_bytes(sound.read_bytes()[:-1000])
+    asked = ["verify", sound, broken, "--key", tmp_path / "k.safetensors", "--data", place / "few", *more]
+    result = bad(*asked)
+    assert "broken.pt" in result.err and "examining" not in result.err
+    broken.unlink()
+    assert "no such file" in bad(*asked).err
+
+
 def test_who_finds_nothing_is_told_that_the_order_was_a_guess(place, monkeypatch):
     monkeypatch.setattr(verification, "synthetic_images", lambda size: torch.rand(40, 3, size, size))
     unnamed, named = suspect(place, "unnamed.pt", (0, 1, 2)), suspect(place, "plain.pt", (0, 1, 2), NAMES)
