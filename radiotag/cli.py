@@ -492,6 +492,9 @@ def train_demo(
     teacher: Annotated[
         Path | None, typer.Option(metavar="FILE", help="learn this model's outputs instead of the labels")
     ] = None,
+    robust: Annotated[
+        bool, typer.Option("--robust", help="withstand small changes: a better marking network, in twice the time")
+    ] = False,
     stem: Annotated[
         str, typer.Option(metavar="auto|small|stock", help="first layers; auto: small up to 64 pixels")
     ] = "auto",
@@ -515,6 +518,8 @@ def train_demo(
             raise RadiotagError(f"cannot write {target}: there is no folder {target.parent}", "make it, or change -o")
         if head_only and init is None:
             raise RadiotagError("--head-only needs a trained network", "give one with --init FILE")
+        if robust and (head_only or teacher):
+            raise typer.BadParameter("--robust trains all layers, on labels: leave out --head-only and --teacher")
         if stem not in {"auto", "small", "stock"}:
             raise typer.BadParameter(f"--stem is auto, small or stock, not {stem}")
         from radiotag import networks, training
@@ -522,7 +527,9 @@ def train_demo(
         report.note("reading images …")
         first = networks.load(init) if init else None
         images = training.load_folder(data, image_size or (first.spec.image_size if first else None))
-        recipe = training.Recipe(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, head_only=head_only)
+        recipe = training.Recipe(
+            epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, head_only=head_only, robust=robust
+        )
         small = None if stem == "auto" else stem == "small"
         network = (
             training.initialised_from(init, images, seed=seed)

@@ -33,6 +33,7 @@ from radiotag.networks import (
     to_metadata,
 )
 
+RADIUS = 0.0045  # root mean square of the changes that robust training is to withstand, of pixels in [0, 1]
 IN_MEMORY = 6 * 2**30  # bytes of decoded images; beyond, they lie in a temporary file that the system pages in
 
 
@@ -48,6 +49,7 @@ class Recipe:
     warmup: float = 0.2  # share of the steps in which the rate climbs; it falls linearly to zero after
     seed: int = 0
     head_only: bool = False
+    robust: bool = False  # trained on `attacked` images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +115,40 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     rows = (top + steps)[:, None, :, None]  # (B, 1, S, 1)
     index = torch.arange(batch)[:, None, None, None]
     return padded[index, torch.arange(3)[None, :, None, None], rows, columns[:, None, None, :]]
+
+
+def attacked(network: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, 3, S, S) in [0, 1] → the same, moved up the loss by RADIUS at most: a step from a random point of that ball.
+
+    A network trained on these (Madry et al., ICLR 2018; one step: Wong et al., ICLR 2020) answers along directions that
+    other networks share, so that marks made with it are learnt by suspects of other architectures more (Springer et
+    al., NeurIPS 2021, on attacks that transfer). Batch normalisation works as in training, and keeps its statistics.
+    """
+    radius = RADIUS * math.sqrt(pixels[0].numel())
+    start = F.normalize(torch.randn(pixels.shape, generator=generator).flatten(1), dim=1)  # (B, 3·S·S)
+    start = radius * start * torch.rand((len(pixels), 1), generator=generator)
+    change = start.view(pixels.shape).to(pixels)  # (B, 3, S, S)
+    moved = (pixels + change).requires_grad_()
+    with _statistics_kept(network):
+        loss = F.cross_entropy(network(moved).float(), labels, reduction="sum")
+        (g,) = torch.autograd.grad(loss, moved)
+    change = change + radius * F.normalize(g.flatten(1), dim=1).view_as(g)
+    length = change.flatten(1).norm(dim=1).clamp_min(radius).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    found: Tensor = (pixels + change * radius / length).clamp(0, 1)
+    return found.detach()
+
+
+@contextmanager
+def _statistics_kept(network: nn.Module) -> Iterator[None]:
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, before, strict=True):
+            layer.momentum = momentum
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
@@ -232,7 +268,8 @@ def _resume(output: Path, network: Network, optimiser: torch.optim.SGD, recipe: 
         raise RadiotagError(f"{output} holds no optimiser state", "resume from a .pt checkpoint")
     try:
         content = torch.load(output, map_location="cpu", weights_only=True)
-        _refuse_another(asdict(recipe) | {"epochs": 0}, content["recipe"] | {"epochs": 0})
+        then = asdict(Recipe()) | content["recipe"]  # an earlier version's has not all settings
+        _refuse_another(asdict(recipe) | {"epochs": 0}, then | {"epochs": 0})
         _refuse_another(to_metadata(network.spec), content["radiotag"])
         network.module.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
@@ -268,9 +305,10 @@ def _epoch(
     for i, batch in enumerate(batches):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(epoch * len(batches) + i, recipe.epochs * len(batches), recipe)
-        pixels = augment(data.images[batch], generator).to(device)
+        pixels, labels = augment(data.images[batch], generator).to(device), data.labels[batch].to(device)
         with mixed_precision(device):
-            loss = _loss(network, pixels, data.labels[batch].to(device), teacher)
+            pixels = attacked(network, pixels, labels, generator) if recipe.robust else pixels
+            loss = _loss(network, pixels, labels, teacher)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()

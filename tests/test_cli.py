@@ -1316,6 +1316,17 @@ def test_train_demo_learns_from_a_teacher(world, tmp_path):
     assert not torch.equal(student, other)
 
 
+def test_train_demo_trains_a_marking_network_that_withstands_changes(world, tmp_path):
+    answer = train(world, tmp_path / "robust.pt", "--robust", "--json").json
+    assert answer["architecture"] == "resnet10"
+    robust, plain = (load(path).module.state_dict() for path in (tmp_path / "robust.pt", world.model))
+    assert not torch.equal(robust["fc.weight"], plain["fc.weight"])
+    assert torch.load(tmp_path / "robust.pt", weights_only=True)["recipe"]["robust"] is True
+    good("keygen", "-o", tmp_path / "k.safetensors", "--network", tmp_path / "robust.pt")
+    for more in (["--teacher", world.model], ["--init", world.model, "--head-only"]):
+        assert "--robust" in bad("train-demo", world.imgs, "-o", tmp_path / "m.pt", "--robust", *more, code=2).err
+
+
 def test_train_demo_writes_safetensors(world, tmp_path):
     model = tmp_path / "m.safetensors"
     assert train(world, model).code == 0

@@ -304,12 +304,13 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.parametrize("robust", [False, True])
 @pytest.mark.parametrize("architecture", ["shufflenet_v2_x0_5", "mobilenet_v3_small"])  # the second has dropout
-def test_a_resumed_training_repeats_an_undisturbed_one(architecture, tmp_path):
-    data = dataset()
+def test_a_resumed_training_repeats_an_undisturbed_one(architecture, robust, tmp_path):
+    data, recipe = dataset(), replace(RECIPE, robust=robust)
     torch.manual_seed(1)
     whole = fresh(data, architecture)
-    train(whole, data, RECIPE, output=tmp_path / "whole.pt")
+    train(whole, data, recipe, output=tmp_path / "whole.pt")
     path, epochs = tmp_path / "m.pt", []
 
     def interrupt(epoch, share, loss):
@@ -317,11 +318,11 @@ def test_a_resumed_training_repeats_an_undisturbed_one(architecture, tmp_path):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train(fresh(data, architecture), data, RECIPE, output=path, progress=interrupt)
+        train(fresh(data, architecture), data, recipe, output=path, progress=interrupt)
     assert not same(read_checkpoint(path)[0], weights(whole))
     network = fresh(data, architecture)
     torch.manual_seed(99)  # another process, where the global generator is elsewhere
-    train(network, data, RECIPE, output=path, resume=True, progress=lambda epoch, *_: epochs.append(epoch))
+    train(network, data, recipe, output=path, resume=True, progress=lambda epoch, *_: epochs.append(epoch))
     assert sorted(set(epochs)) == [1, 2]
     assert same(weights(network), weights(whole))
     assert same(read_checkpoint(path)[0], read_checkpoint(tmp_path / "whole.pt")[0])
@@ -337,6 +338,18 @@ def test_resuming_what_is_done_or_not_begun(tmp_path):
     assert same(weights(first), weights(again))
     assert path.read_bytes() == before
     train(again, data, replace(RECIPE, epochs=2), output=path, resume=True)  # more epochs are no contradiction
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+
+
+def test_a_training_that_an_earlier_version_began_goes_on(tmp_path):
+    data, path = dataset(), tmp_path / "m.pt"
+    train(fresh(data), data, replace(RECIPE, epochs=1), output=path)
+    content = torch.load(path, weights_only=True)
+    del content["recipe"]["robust"]
+    torch.save(content, path)
+    with pytest.raises(RadiotagError, match="its robust is False, not True"):
+        train(fresh(data), data, replace(RECIPE, epochs=2, robust=True), output=path, resume=True)
+    train(fresh(data), data, replace(RECIPE, epochs=2), output=path, resume=True)
     assert torch.load(path, weights_only=True)["epoch"] == 2
 
 
@@ -442,6 +455,45 @@ def test_a_step_is_pytorchs_own(monkeypatch):
         gradient = parameter.grad + decay
         expected = parameter.detach() - rate * (gradient + 0.9 * gradient)
         torch.testing.assert_close(network.module.get_parameter(name), expected, rtol=1e-4, atol=2e-6)
+
+
+def test_an_attack_is_the_gradients_step_from_a_random_point_of_the_ball(monkeypatch):
+    data = dataset(40)
+    pixels = data.images.float() / 255 * 0.8 + 0.1  # nothing is clipped
+    network = fresh(data, "resnet10").train().requires_grad_(True)
+    before, radius = weights(network), training.RADIUS * math.sqrt(3 * 16 * 16)
+    change = training.attacked(network, pixels, data.labels, generator()) - pixels
+    assert network.training and all(layer.momentum == 0.1 for layer in network.modules() if hasattr(layer, "momentum"))
+    after = weights(network)
+    assert all(torch.equal(before[k], after[k]) for k in before if not k.endswith("num_batches_tracked"))
+    assert all(parameter.grad is None for parameter in network.parameters())
+    length = change.flatten(1).norm(dim=1)
+    assert length.max() < 1.0001 * radius and length.min() > 0.5 * radius
+    draws = generator()  # the same random points, and each one's own gradient by a loop
+    start = torch.randn(pixels.shape, generator=draws)
+    start = start / start.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * radius
+    moved = (pixels + start * torch.rand((40, 1), generator=draws).view(-1, 1, 1, 1)).requires_grad_()
+    F.cross_entropy(network(moved), data.labels).backward()
+    for i in range(40):
+        step = moved[i].detach() - pixels[i] + radius * moved.grad[i] / moved.grad[i].norm()
+        torch.testing.assert_close(change[i], step * min(1.0, radius / float(step.norm())), rtol=1e-3, atol=1e-6)
+    dark = training.attacked(network, torch.zeros_like(pixels), data.labels, generator())
+    assert 0 <= float(dark.min()) < float(dark.max()) <= radius
+
+
+def test_robust_training_withstands_more(monkeypatch):
+    monkeypatch.setattr(training, "RADIUS", 0.03)
+    images, labels = synthetic.demo_images(200, 16, seed=0)
+    data = Dataset(images=images, labels=labels, names=synthetic.CLASS_NAMES)
+    lost = []
+    for robust in (False, True):
+        network = fresh(data, "resnet10")
+        train(network, data, Recipe(epochs=8, batch_size=20, robust=robust))
+        pixels = images.float() / 255
+        harder = training.attacked(network, pixels, labels, generator())
+        with torch.no_grad():
+            lost.append(F.cross_entropy(network(harder), labels) - F.cross_entropy(network(pixels), labels))
+    assert lost[1] < 0.5 * lost[0], lost
 
 
 def test_head_only_changes_the_head_alone():
