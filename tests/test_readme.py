@@ -430,6 +430,44 @@ def test_the_card_shows_what_each_candidate_left(name):
     ]  # fmt: skip
 
 
+def test_the_card_shows_what_a_robust_network_does():
+    card, found = (ROOT / "radiotag/builtin.md").read_text(encoding="utf-8"), NETWORKS["robust"]
+    rows, prose = card.splitlines(), " ".join(card.split())
+    for name in ("built-in", "longer", "robust"):
+        runs = [[r for r in found["runs"] if (r["network"], r["arch"]) == (name, a)] for a in ("resnet10", "resnet18")]
+        assert [len(each) for each in runs] == [2, 2]
+        cells = [f"{100 * found['networks'][name]['accuracy']:.2f} %", " / ".join(f"{r['gain']:.2f}" for r in runs[0])]
+        for each in runs:
+            cells.append(" / ".join(minus(r["real"]["log10_p"]) for r in each))
+            cells.append(" / ".join(f"{r['real']['mean_cosine']:.3f}".replace("-", "−") for r in each))
+        assert any(line.startswith(f"| {name} |") and line.endswith(f"| {' | '.join(cells)} |") for line in rows)
+    robust, plain = (f"{100 * found['networks'][name]['withstood']['0.25']:.0f} %" for name in ("robust", "built-in"))
+    assert (
+        f"on {robust} of 500 test images when these are attacked so (ten steps), the built-in network on {plain}."
+        in prose
+    )
+
+
+@pytest.mark.parametrize(
+    ("experiment", "title"),
+    [
+        ("scratch/10%", "resnet10"), ("scratch/2%", "resnet10, 2 % marked"), ("scratch/clean", "resnet10, none marked"),
+        *((f"architectures/{a}", a) for a in ("resnet18", "vgg11_bn", "densenet121", "mobilenet_v3_large")),
+        ("survives/cropped", "cropped"), ("survives/averaged", "averaged"),
+    ],
+)  # fmt: skip
+def test_the_card_shows_the_patterns_with_either_network(experiment, title):
+    cells, name = [title], f"{experiment}, key 2"
+    for test in ("bare", "real"):
+        (run,) = (r for r in PAPER["runs"] if r["experiment"] == name and statistic(r[test]) == "present")
+        (other,) = (
+            r for r in NETWORKS["robust"]["contrast"]
+            if (r["experiment"], r["test"], r["network"]) == (name, test, "robust")
+        )  # fmt: skip
+        cells += [f"{each['pattern_cosine']:.3f}" for each in (run[test], other)]
+    assert f"| {' | '.join(cells)} |" in (ROOT / "radiotag/builtin.md").read_text(encoding="utf-8").splitlines()
+
+
 def test_larger_images_are_measured():
     runs = MARKING["large"]
     assert [(run["images"], run["side"], run["fraction"], run["psnr"]) for run in runs] == [(20_000, 224, 0.1, 40)] * 2
