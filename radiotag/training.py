@@ -33,7 +33,7 @@ from radiotag.networks import (
     to_metadata,
 )
 
-RADIUS = 0.0045  # root mean square of the changes that robust training is to withstand, of pixels in [0, 1]
+RADIUS = 0.0045  # root mean square of the changes that robust training is to withstand: 0.25 in L2 at 32 pixels
 IN_MEMORY = 6 * 2**30  # bytes of decoded images; beyond, they lie in a temporary file that the system pages in
 
 

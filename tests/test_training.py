@@ -457,7 +457,7 @@ def test_a_step_is_pytorchs_own(monkeypatch):
         torch.testing.assert_close(network.module.get_parameter(name), expected, rtol=1e-4, atol=2e-6)
 
 
-def test_an_attack_is_the_gradients_step_from_a_random_point_of_the_ball(monkeypatch):
+def test_an_attack_is_the_gradients_step_from_a_random_point_of_the_ball():
     data = dataset(40)
     pixels = data.images.float() / 255 * 0.8 + 0.1  # nothing is clipped
     network = fresh(data, "resnet10").train().requires_grad_(True)
@@ -469,7 +469,7 @@ def test_an_attack_is_the_gradients_step_from_a_random_point_of_the_ball(monkeyp
     assert all(parameter.grad is None for parameter in network.parameters())
     length = change.flatten(1).norm(dim=1)
     assert length.max() < 1.0001 * radius and length.min() > 0.5 * radius
-    draws = generator()  # the same random points, and each one's own gradient by a loop
+    draws = generator()  # the same random points, and each image's step by itself
     start = torch.randn(pixels.shape, generator=draws)
     start = start / start.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * radius
     moved = (pixels + start * torch.rand((40, 1), generator=draws).view(-1, 1, 1, 1)).requires_grad_()
