@@ -493,7 +493,7 @@ def train_demo(
         Path | None, typer.Option(metavar="FILE", help="learn this model's outputs instead of the labels")
     ] = None,
     robust: Annotated[
-        bool, typer.Option("--robust", help="for a marking network: withstand small changes; 1.6 times as slow")
+        bool, typer.Option("--robust", help="for a marking network: withstand small changes; half as slow again")
     ] = False,
     stem: Annotated[
         str, typer.Option(metavar="auto|small|stock", help="first layers; auto: small up to 64 pixels")
