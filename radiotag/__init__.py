@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.3.1"
+__version__ = "0.4.0"
 
 
 class RadiotagError(Exception):

@@ -205,9 +205,10 @@ def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
     for model in (suspect(place, "plain.pt", (0, 1, 2), NAMES), suspect(place, "permuted.pt", (2, 0, 1))):
         _, rows, _ = verification.examine(model, key, key.network(), Options(), place / "few", None, 64)
         assert rows.classes == (0,) and len(rows.declared) == 1
-        expected = rows_by_carrier(place, model)[1]
+        every = rows_by_carrier(place, model)
+        near = {row: float(torch.cosine_similarity(rows.declared[0], every[row], dim=0)) for row in every}
         # not the same to the last bit: an ordinary classifier of one class has no other classes to tell it from
-        assert float(torch.cosine_similarity(rows.declared[0], expected, dim=0)) > 0.99
+        assert near.pop(1) > 0.95 and max(near.values()) < 0.5
 
 
 @pytest.mark.parametrize("data", [False, True])

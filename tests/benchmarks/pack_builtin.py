@@ -1,7 +1,8 @@
 """Make what the package holds: the built-in marking network from a checkpoint, and images inverted from it.
 
     mkdir -p both/train && cp -r cifar10/train/* tiny-imagenet-100/train/* both/train
-    radiotag train-demo both/train -o marker.pt --arch resnet10 --epochs 8 --seed 1 --image-size 32 --stem small
+    radiotag train-demo both/train -o both.pt --arch resnet10 --epochs 8 --seed 1 --image-size 32 --stem small
+    radiotag train-demo both/train -o marker.pt --init both.pt --robust --epochs 6 --lr 0.05 --seed 1
     python tests/benchmarks/pack_builtin.py network marker.pt
     python tests/benchmarks/pack_builtin.py images
 
