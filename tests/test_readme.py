@@ -292,6 +292,7 @@ def test_what_other_architectures_leave_is_said():
     before = (minus(before_by_both(run["experiment"], "real")) for run in runs)
     said = "another one, marked by radiotag 0.3's network, left {}, {}, {}, {} and {}."
     assert said.format(*before) in PROSE
+    assert f"luckier one, which left {minus(before_by_both('scratch/10%', 'real'), 1)} at 10 %):" in PROSE
     first = (minus(before_by_both("scratch/10%", test)) for test in ("real", "bare"))
     assert "left {} with real images and {} without in the first row's suspect".format(*first) in PROSE
     names = "100 classes, from scratch", "100 classes, vgg11_bn", "100 classes, mobilenet_v3_large"
