@@ -63,9 +63,9 @@ def unpacked(archive: Path, work: Path) -> Path:
 
 
 def once(a: argparse.Namespace) -> None:
-    longer = f"-epochs{a.epochs}" if a.epochs != EPOCHS else ""
+    kind = (f"-{a.arch}" if a.arch != "resnet10" else "") + (f"-epochs{a.epochs}" if a.epochs != EPOCHS else "")
     several = (f"-keys{a.keys}" if a.keys != 1 else "") + (f"-classes{a.classes}" if a.classes else "")
-    work = a.work / f"q{a.fraction:g}-seed{a.seed}{longer}{several}"
+    work = a.work / f"q{a.fraction:g}-seed{a.seed}{kind}{several}"
     work.mkdir(parents=True, exist_ok=True)
     unpacked(a.data, a.work)
     log = work / "log.json"
@@ -78,7 +78,7 @@ def once(a: argparse.Namespace) -> None:
     for place, owner in enumerate(owners):
         source, results[owner] = owned(a, work, log, source, place, owner)
     trained = {"train": step(log, "train", f"train-demo {source} -o suspect.pt {train(a.seed)} --val ../cifar10/test")}
-    clean = f"clean-seed{a.seed}{longer}"
+    clean = f"clean-seed{a.seed}{kind}"
     if a.clean:
         command = f"train-demo cifar10/train -o {clean}.pt {train(a.seed)} --val cifar10/test"
         trained["train clean"] = step(a.work / f"{clean}.json", "train", command)
@@ -158,8 +158,8 @@ def verified(suspects: dict[str, str], log: Path, owner: str, tests: list[str]) 
 
 def place(run: dict) -> tuple:
     """What tells one run from another, in the order of the table."""
-    names = bool(run.get("classes")), -run["fraction"], run["train"]["epochs"], run["seed"], run.get("owner", "")
-    return (*names, tuple(run.get("classes") or ()))
+    names = bool(run.get("classes")), -run["fraction"], run["train"]["epochs"], run["train"]["architecture"]
+    return (*names, run["seed"], run.get("owner", ""), tuple(run.get("classes") or ()))
 
 
 def table(a: argparse.Namespace) -> None:
@@ -168,15 +168,15 @@ def table(a: argparse.Namespace) -> None:
     made = set(map(place, runs))
     runs += [run for run in before["runs"] if place(run) not in made]  # of other work folders
     runs.sort(key=place)
-    heads = ("q", "epochs", "seed", "classes", "key", "PSNR", "accuracy", *TESTS, "paper", "clean")
-    line = "{:>5}{:>7}{:>5} {:<11}{:>4}{:>6}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>30}"
+    heads = ("suspect", "q", "epochs", "seed", "classes", "key", "PSNR", "accuracy", *TESTS, "paper", "clean")
+    line = "{:<19}{:>5}{:>7}{:>5} {:<11}{:>4}{:>6}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>30}"
     print(line.format(*heads))
     for run in runs:
         found = [f"{run[f'suspect, {test}']['log10_p']:.2f}" if f"suspect, {test}" in run else "" for test in TESTS]
         clean = [f"{run[f'clean, {test}']['log10_p']:.2f}" for test in TESTS if f"clean, {test}" in run]
         cells = (
-            f"{run['fraction']:.0%}", run["train"]["epochs"], run["seed"], " ".join(run.get("classes") or ["all"]),
-            run.get("owner", ""),
+            run["train"]["architecture"], f"{run['fraction']:.0%}", run["train"]["epochs"], run["seed"],
+            " ".join(run.get("classes") or ["all"]), run.get("owner", ""),
             f"{run['psnr_median']:.1f}", f"{run['train']['accuracy']:.2%}", *found,
             f"{run['suspect, real']['paper_log10_p']:.2f}", " / ".join(clean),
         )  # fmt: skip
