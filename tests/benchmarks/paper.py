@@ -165,6 +165,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **{f"scratch/{q:.0%}, seed {seed}": Experiment(share=q, seed=seed) for q in SHARES for seed in (3, 4)},
     "scratch/clean": Experiment(share=0),
     **{f"architectures/{arch}": Experiment(arch=arch) for arch in OTHERS},
+    **{f"architectures/{arch}, seed 3": Experiment(arch=arch, seed=3) for arch in OTHERS},
     "other data/tiny-imagenet-100": Experiment(network="tiny.pt"),
     "other data/cifar10": Experiment(**TINY, network="narrow.pt"),
     **{f"another set/{arch}": Experiment(**DIGITS, arch=arch) for arch in ("resnet10", "resnet18")},
