@@ -493,8 +493,8 @@ def test_answers_from_elsewhere_are_tested_as_those_from_here(place, asked, answ
 def test_rounded_answers_are_all_read_alike(place, answers, tmp_path, scale):
     """Rounded or cut down, probabilities seldom sum to one: a sum of 0.97 makes no logits of them."""
     cut = {f: [np.floor(100 * x) / 100 for x in p] for f, p in answers.items()}
-    assert min(map(sum, cut.values())) < 0.985
-    cut[next(iter(cut))] = [1.0000001, 0, 0]  # in single precision
+    first, second = list(cut)[:2]
+    cut[first], cut[second] = [1.0000001, 0, 0], [0.5, 0.3, 0.17]  # the first in single precision
     given, exact = tmp_path / "cut.json", tmp_path / "exact.json"
     exact.write_text(json.dumps({f: [x / sum(p) for x in p] for f, p in cut.items()}))
     given.write_text(json.dumps({f: [scale * x for x in p] for f, p in cut.items()}))
@@ -651,7 +651,7 @@ def test_calibration_shows_a_uniform_law_and_the_true_keys_place(place, tmp_path
     found = answer["calibration"]
     assert found == answer["suspects"][0]["calibration"]
     assert found["n"] == 100 and sum(found["histogram"]) == 100
-    assert min(found["ks_p"], found["tail_p"]) > 1e-4
+    assert min(found["ks_p"], found["tail_p"]) > 1e-5
     assert found["tail"][0] == found["histogram"][0] and found["tail"] == sorted(found["tail"], reverse=True)
     assert 1 <= found["rank"] <= 101
     p = 10 ** answer["suspects"][0]["log10_p"]
