@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import pytest
 from helpers import Forks
 
+from radiotag import radioactive, verification
+
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
@@ -15,3 +17,13 @@ def forks(tmp_path_factory):
     made.parent.stdin.close()
     made.parent.wait()
     made.parent.stdout.close()
+
+
+@pytest.fixture
+def few_synthetic(monkeypatch):
+    """Verification without data is quick: twenty synthetic images, of which a marked head still leaves 1e-20."""
+    monkeypatch.setattr(verification, "ALIGNMENT_IMAGES", 20)
+    monkeypatch.setattr(radioactive, "GRADIENTS", 24)
+    verification.synthetic_images.cache_clear()
+    yield
+    verification.synthetic_images.cache_clear()

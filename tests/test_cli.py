@@ -470,6 +470,13 @@ def test_the_fraction_holds_in_each_class_and_the_rest_is_copied(world, tmp_path
     for path, row in rows.items():
         assert (digest(output / path) == digest(world.imgs / path)) == (row["status"] == "copied")
         assert (output / path).stat().st_mtime_ns == (world.imgs / path).stat().st_mtime_ns
+    chosen = {frozenset(p for p in rows if rows[p]["status"] == "marked")}
+    for i in range(3):  # two keys choose alike once in 216
+        good("keygen", "-o", tmp_path / f"{i}.safetensors", "--classes", 3)
+        mark(world, tmp_path / f"{i}", "--fraction", 0.5, key=tmp_path / f"{i}.safetensors")
+        others = rows_of(tmp_path / f"{i}")
+        chosen.add(frozenset(p for p in others if others[p]["status"] == "marked"))
+    assert len(chosen) > 1
 
 
 def test_a_fraction_of_nothing_copies_all(world, tmp_path):
@@ -1197,16 +1204,16 @@ def test_a_mark_is_not_given_up_where_the_format_alone_costs_more_than_is_allowe
 def test_what_an_encoder_takes_of_a_mark_is_given_back_within_the_psnr(world, tmp_path):
     folder = tmp_path / "imgs" / "ant"
     folder.mkdir(parents=True)
-    for i in range(60):
+    for i in range(240):
         photo(i, (32, 32)).save(folder / f"{i}.jpg", quality=30)
     more = "--key", world.key, "--steps", 8, "--fraction", 0.1, "--json"  # so few all carry the pattern
     kept, png = (
         good("mark", tmp_path / "imgs", "-o", tmp_path / format, "--format", format, *more).json
         for format in ("keep", "png")
     )
-    assert kept["marked"] == png["marked"] == 6
+    assert kept["marked"] == png["marked"] == 24
     assert kept["psnr_min"] >= 34
-    assert kept["psnr_median"] < png["psnr_median"] + 1.1  # by writing alone the file would have 1.5 dB more, at least
+    assert kept["psnr_median"] < png["psnr_median"] + 0.8  # by writing alone the file would have 1.5 dB more, at least
 
 
 def test_the_seed_changes_the_marks(world, tmp_path):
@@ -1462,7 +1469,7 @@ def test_a_model_that_carries_the_mark_is_detected(world, radioactive_model):
     assert answer["detected"] is True
     assert suspect["detected"] is True
     assert suspect["log10_p"] <= -4
-    assert suspect["paper_log10_p"] < -0.5  # six images align little
+    assert suspect["paper_log10_p"] < -1  # six images align little
     assert suspect["mean_cosine"] > 0.1  # four standard deviations of the mean of three under the null
     assert abs(suspect["pattern_cosine"]) < 0.5  # its head knows nothing of patterns
     text = verify(world, radioactive_model)
@@ -1518,23 +1525,20 @@ def test_alpha_moves_the_verdict_and_not_the_number(world, clean_result):
     assert b["detected"] == (b["log10_p"] <= np.log10(0.5))
 
 
-def test_synthetic_images_serve_where_there_are_no_others(world, radioactive_model, monkeypatch, no_cache):
-    monkeypatch.setattr(verification, "ALIGNMENT_IMAGES", 20)
-    monkeypatch.setattr(radioactive, "GRADIENTS", 24)
-    verification.synthetic_images.cache_clear()
+def test_synthetic_images_serve_where_there_are_no_others(world, radioactive_model, few_synthetic):
     assert call("verify", radioactive_model, "--key", world.key).code == 0
     assert call("verify", world.model, "--key", world.key).code == 3
 
 
-def test_a_manifest_restricts_the_classes(world, radioactive_model, tmp_path):
+def test_a_manifest_restricts_the_classes(world, radioactive_model, tmp_path, few_synthetic):
     source = tmp_path / "imgs"
     shutil.copytree(world.imgs / "bee", source / "bee")
     shutil.copytree(world.imgs / "cat", source / "cat")
     mark(world, tmp_path / "out", source=source)
     manifest = tmp_path / "out.manifest.jsonl"
-    answer = verify(world, radioactive_model, more=["--marked", manifest, "--alpha", 0.01, "--json"]).json
+    answer = call("verify", radioactive_model, "--key", world.key, "--marked", manifest, "--json").json
     assert answer["suspects"][0]["classes_used"] == 2
-    assert answer["detected"] is True  # of two classes and six images not every key leaves 1e-4
+    assert answer["detected"] is True
     foreign = verify(world, radioactive_model, more=["--marked", manifest], key=world.numbered)
     assert foreign.code == 1
     assert fingerprint_of(world.key) in foreign.err

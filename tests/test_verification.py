@@ -147,15 +147,13 @@ def test_a_suspect_that_cannot_be_read_is_told_before_another_is_examined(place,
     assert "no such file" in bad(*asked).err
 
 
-def test_who_finds_nothing_is_told_that_the_order_was_a_guess(place, monkeypatch):
-    monkeypatch.setattr(verification, "synthetic_images", lambda size: torch.rand(40, 3, size, size))
+def test_who_finds_nothing_is_told_that_the_order_was_a_guess(place, few_synthetic):
     unnamed, named = suspect(place, "unnamed.pt", (0, 1, 2)), suspect(place, "plain.pt", (0, 1, 2), NAMES)
     told = [verify(place, model).json["suspects"][0] for model in (unnamed, named)]
     told.append(verify(place, unnamed, more=["--data", place / "few"]).json["suspects"][0])
     shutil.copytree(place / "few" / NAMES[0], place / "flat", dirs_exist_ok=True)  # images of no known class
     told.append(verify(place, unnamed, more=["--data", place / "flat"]).json["suspects"][0])
-    leaning = suspect(place, "leaning.pt", (0, 1, 2), lean=200)  # forty images of noise: with some keys not 1e-4
-    told.append(verify(place, leaning, more=["--alpha", 0.01]).json["suspects"][0])
+    told.append(verify(place, suspect(place, "leaning.pt", (0, 1, 2), lean=20)).json["suspects"][0])
     assert told[4]["detected"]
     guessed = [any("paired in order" in warning for warning in one["warnings"]) for one in told]
     assert guessed == [True, True, False, True, False]  # a hostile file may name its classes as it likes
@@ -495,6 +493,7 @@ def test_rounded_answers_are_all_read_alike(place, answers, tmp_path, scale):
     cut = {f: [np.floor(100 * x) / 100 for x in p] for f, p in answers.items()}
     first, second = list(cut)[:2]
     cut[first], cut[second] = [1.0000001, 0, 0], [0.5, 0.3, 0.17]  # the first in single precision
+    assert min(map(sum, cut.values())) < 0.985
     given, exact = tmp_path / "cut.json", tmp_path / "exact.json"
     exact.write_text(json.dumps({f: [x / sum(p) for x in p] for f, p in cut.items()}))
     given.write_text(json.dumps({f: [scale * x for x in p] for f, p in cut.items()}))
@@ -651,7 +650,7 @@ def test_calibration_shows_a_uniform_law_and_the_true_keys_place(place, tmp_path
     found = answer["calibration"]
     assert found == answer["suspects"][0]["calibration"]
     assert found["n"] == 100 and sum(found["histogram"]) == 100
-    assert min(found["ks_p"], found["tail_p"]) > 1e-5
+    assert min(found["ks_p"], found["tail_p"]) > 1e-4
     assert found["tail"][0] == found["histogram"][0] and found["tail"] == sorted(found["tail"], reverse=True)
     assert 1 <= found["rank"] <= 101
     p = 10 ** answer["suspects"][0]["log10_p"]
