@@ -13,6 +13,7 @@ from radiotag.radioactive import STATISTIC
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CARD = (ROOT / "radiotag/builtin.md").read_text(encoding="utf-8")
 TEXT = README + (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")  # the summary and all of it
 PROSE, ROWS = " ".join(TEXT.split()), TEXT.replace("*", "").splitlines()
 RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text(encoding="utf-8"))
@@ -319,8 +320,7 @@ def test_what_another_architecture_did_not_show_is_said():
 
 @pytest.mark.parametrize("name", NETWORKS["networks"])
 def test_the_card_shows_what_each_candidate_left(name):
-    card = (ROOT / "radiotag/builtin.md").read_text(encoding="utf-8")
-    shown = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
+    shown = next(line for line in CARD.splitlines() if line.startswith(f"| {name} |"))
     assert [cell.strip() for cell in shown.strip("|").split("|")][3:] == [
         f"{100 * NETWORKS['networks'][name]['accuracy']:.2f} %",
         *(
@@ -345,14 +345,14 @@ def cells_of_network(every, name):
 
 
 def test_the_card_shows_what_a_robust_network_does():
-    card, found = (ROOT / "radiotag/builtin.md").read_text(encoding="utf-8"), NETWORKS["robust"]
-    rows, prose = card.splitlines(), " ".join(card.split())
+    found = NETWORKS["robust"]
+    rows, prose = CARD.splitlines(), " ".join(CARD.split())
     for name in ("both", "longer", "robust"):
         cells = [f"{100 * found['networks'][name]['accuracy']:.2f} %", *cells_of_network(found["runs"], name)]
         assert any(line.startswith(f"| {name} |") and line.endswith(f"| {' | '.join(cells)} |") for line in rows)
     shipped = found["networks"]["built-in"]
-    assert f"| Accuracy | {100 * shipped['accuracy']:.2f} % on" in card
-    assert f"({shipped['seconds'] / 60:.0f} minutes on one core with bfloat16)" in card
+    assert f"| Accuracy | {100 * shipped['accuracy']:.2f} % on" in CARD
+    assert f"({shipped['seconds'] / 60:.0f} minutes on one core with bfloat16)" in CARD
     names = "robust", "both", "built-in"
     robust, plain, ours = (f"{100 * found['networks'][name]['withstood']['0.25']:.0f} %" for name in names)
     assert f"It is right on {ours} of the images attacked so." in prose
@@ -362,12 +362,12 @@ def test_the_card_shows_what_a_robust_network_does():
 
 
 def test_the_card_shows_what_other_networks_left():
-    card, robust = (ROOT / "radiotag/builtin.md").read_text(encoding="utf-8"), NETWORKS["robust"]
+    robust = NETWORKS["robust"]
     found = robust["architectures"]
     for name in ("both", "built-in", "from the start", "googlenet"):
         accuracy = {**robust["networks"], **found["networks"]}[name]["accuracy"]
         cells = name, f"{100 * accuracy:.2f} %", *cells_of_network(found["runs"], name)
-        assert f"| {' | '.join(cells)} |" in card.splitlines()
+        assert f"| {' | '.join(cells)} |" in CARD.splitlines()
     both, ours = (
         [
             statistics.mean(
@@ -379,12 +379,12 @@ def test_the_card_shows_what_other_networks_left():
         for name in ("both", "built-in")
     )  # fmt: skip
     told = "averages {:.3f} in a resnet10 and {:.3f} in a resnet18, that of the built-in network {:.3f} and {:.3f}:"
-    assert told.format(*both, *ours) in " ".join(card.split())
+    assert told.format(*both, *ours) in " ".join(CARD.split())
     slow, fast = (
         1e3 * statistics.median(run["seconds_per_image"] for run in found["runs"] if run["network"] == name)
         for name in ("googlenet", "built-in")
     )
-    assert f"({slow:.0f} ms an image for {fast:.0f})" in card
+    assert f"({slow:.0f} ms an image for {fast:.0f})" in CARD
 
 
 def test_the_card_shows_what_a_robust_network_costs():
@@ -394,7 +394,7 @@ def test_the_card_shows_what_a_robust_network_costs():
     assert len(before) == len(ours) == 7 and {run["real"]["statistic"] for run in before.values()} == {STATISTIC}
     for title, runs in (("both", before), ("built-in", ours)):
         cells = title, *(minus(runs[name]["real"]["log10_p"]) for name in before)
-        assert f"| {' | '.join(cells)} |" in (ROOT / "radiotag/builtin.md").read_text(encoding="utf-8").splitlines()
+        assert f"| {' | '.join(cells)} |" in CARD.splitlines()
 
 
 @pytest.mark.parametrize("test", ["bare", "real"])
@@ -405,7 +405,7 @@ def test_the_card_shows_what_either_network_leaves_with_the_same_key(experiment,
     (run,) = (run for run in PAPER["runs"] if run["experiment"] == experiment)
     title = experiment.split("/")[1].replace("10%", "resnet10") + (", `--data`" if test == "real" else ", no `--data`")
     cells = title, found["both"], found["built-in"], minus(run[test]["log10_p"])
-    assert f"| {' | '.join(cells)} |" in (ROOT / "radiotag/builtin.md").read_text(encoding="utf-8").splitlines()
+    assert f"| {' | '.join(cells)} |" in CARD.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -417,14 +417,13 @@ def test_the_card_shows_what_either_network_leaves_with_the_same_key(experiment,
     ],
 )  # fmt: skip
 def test_the_card_shows_the_patterns_with_either_network(experiment, title):
-    card = (ROOT / "radiotag/builtin.md").read_text(encoding="utf-8")
     rows = [row for row in NETWORKS["robust"]["contrast"] if row["experiment"] == experiment]
     found = {(row["network"], row["test"]): f"{row['pattern_cosine']:.3f}" for row in rows}
     cells = [title, *(found[network, test] for test in ("bare", "real") for network in ("both", "robust"))]
-    assert f"| {' | '.join(cells)} |" in card.splitlines()
+    assert f"| {' | '.join(cells)} |" in CARD.splitlines()
     if title in {"resnet18", "vgg11_bn"}:
         more = (found["more robust", test] for test in ("bare", "real"))
-        assert "{} and {} of the ".format(*more) + title in " ".join(card.split())
+        assert "{} and {} of the ".format(*more) + title in " ".join(CARD.split())
 
 
 def test_larger_images_are_measured():
