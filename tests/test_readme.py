@@ -389,6 +389,24 @@ def test_the_card_shows_what_other_networks_left():
     assert f"({slow:.0f} ms an image for {fast:.0f})" in CARD
 
 
+@pytest.mark.parametrize(
+    ("name", "seed"), [("built-in", 41), ("from the start", 41), ("built-in", 51), ("longer from the start", 51)]
+)
+def test_the_card_shows_what_longer_training_left(name, seed):
+    found = NETWORKS["robust"]["architectures"]
+    every = [run for run in found["five owners"] if (run["network"], run["seed"]) == (name, seed)]
+    cells = [name, f"{statistics.mean(run['gain'] for run in every):.2f}"]
+    for arch in ("resnet10", "resnet18"):
+        runs = [run for run in every if run["arch"] == arch]
+        cells.append(" / ".join(minus(run["real"]["log10_p"]) for run in runs))
+        cells.append(minus(statistics.mean(run["real"]["mean_cosine"] for run in runs), 3))
+        assert len(runs) == 5
+    assert f"| {' | '.join(cells)} |" in CARD.splitlines()
+    longer = found["networks"]["longer from the start"]
+    assert f"{longer['seconds'] / 60:.0f} minutes on one" in CARD
+    assert f"it knows {100 * longer['accuracy']:.2f} % of the test images" in CARD
+
+
 def test_the_card_shows_what_a_robust_network_costs():
     before = {run["experiment"]: run for run in NETWORKS["robust"]["head only"]["rows"]}
     ours = {run["experiment"]: run for run in PAPER["runs"] if run["experiment"] in before}
