@@ -293,6 +293,11 @@ def test_what_other_architectures_leave_is_said():
     left = (minus(run[test]["log10_p"]) for test in ("real", "bare") for run in others)
     told = "two others left {} and {} with real images, and {} and {} without, in suspects like the first row's"
     assert told.format(*left) in PROSE
+    every = {
+        run["train"]["architecture"]: run["suspect, real"]["log10_p"] for run in RESULTS["runs"] if run["seed"] == 5
+    }
+    told = "a tenth left {} in a vgg11_bn, and {} in a mobilenet_v3_large. Of 100 classes"
+    assert told.format(minus(every["vgg11_bn"]), minus(every["mobilenet_v3_large"])) in PROSE
     names = "100 classes, from scratch", "100 classes, vgg11_bn", "100 classes, mobilenet_v3_large"
     hundred = [BY_SHARE[name, "10 %"][0] for name in names]
     said = "where a resnet10 has {}, a vgg11_bn has {} and a mobilenet_v3_large {}, and without real images {} and {}"
