@@ -1,10 +1,13 @@
 """Make what the package holds: the built-in marking network from a checkpoint, and images inverted from it.
 
+`withstands` measures what share of 500 held-out images a network still classifies right when they are attacked.
+
     mkdir -p both/train && cp -r cifar10/train/* tiny-imagenet-100/train/* both/train
     radiotag train-demo both/train -o both.pt --arch resnet10 --epochs 8 --seed 1 --image-size 32 --stem small
     radiotag train-demo both/train -o marker.pt --init both.pt --robust --epochs 6 --lr 0.05 --seed 1
     python tests/benchmarks/pack_builtin.py network marker.pt
     python tests/benchmarks/pack_builtin.py images
+    python tests/benchmarks/pack_builtin.py withstands marker.pt both/val
 
 The weights are rounded to int8, a quarter of the bytes. The images are what the rounded network makes of dead leaves
 when they are moved towards its classes and the statistics of its batch normalisation, with one thread (another number
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from radiotag.images import png
 from radiotag.networks import BUILTIN, load, pack, to_metadata
 from radiotag.synthetic import INVERTED, dead_leaves
+from radiotag.training import load_folder
 
 STEPS, BATCH, COUNT, SEED = 150, 100, 400, 7
 
@@ -78,5 +82,24 @@ def write_sheet(tiles: Tensor) -> None:
     print(f"{INVERTED}: {INVERTED.stat().st_size / 1e6:.2f} MB")
 
 
+def withstands(checkpoint: Path, held_out: Path) -> None:
+    """Ten steps up the loss, each of a quarter of the L2 distance allowed, pixels in [0, 1]."""
+    model = load(checkpoint).eval()
+    data = load_folder(held_out, model.spec.image_size, model.spec.class_names)
+    chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[:500]
+    x, y = data.images[chosen].float() / 255, data.labels[chosen]  # (500, 3, S, S), (500,)
+    for radius in (0.25, 0.5):
+        moved = x
+        for _ in range(10):
+            at = moved.clone().requires_grad_()
+            (uphill,) = torch.autograd.grad(F.cross_entropy(model(at), y, reduction="sum"), at)
+            step = moved - x + radius / 4 * F.normalize(uphill.flatten(1), dim=1).view_as(x)
+            length = step.flatten(1).norm(dim=1).clamp_min(radius).view(-1, 1, 1, 1)
+            moved = (x + step * radius / length).clamp(0, 1)
+        with torch.no_grad():
+            right = (model(moved).argmax(1) == y).float().mean().item()
+        print(f"L2 distance {radius}: {right:.1%} of {len(y)} images")
+
+
 if __name__ == "__main__":
-    network(Path(sys.argv[2])) if sys.argv[1] == "network" else images()
+    {"network": network, "images": images, "withstands": withstands}[sys.argv[1]](*map(Path, sys.argv[2:]))
