@@ -20,8 +20,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import random
-import resource
 import shlex
 import subprocess
 import sys
@@ -310,6 +310,15 @@ def quality(source: Path, output: Path) -> float:
     return float(np.median(found))
 
 
+def measured(command: list[str]) -> tuple[float, float]:
+    """Seconds and megabytes that a command takes."""
+    started = time.monotonic()
+    _, status, used = os.wait4(subprocess.Popen(command).pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+    return time.monotonic() - started, used.ru_maxrss / 1e3
+
+
 def timed(work: Callable[[], object]) -> float:
     started = time.monotonic()
     work()
@@ -399,7 +408,7 @@ def scale(a: argparse.Namespace) -> None:
     """Plan, mark (one image in 200) and go on in a folder of many small files: seconds, and the memory it took."""
     rng, result = np.random.default_rng(0), {"command": f"scale --files {a.files}", **machine()}
     with tempfile.TemporaryDirectory(dir=a.work) as folder:
-        key, seconds = Path(folder) / "k.safetensors", {}
+        key = Path(folder) / "k.safetensors"
         subprocess.run([sys.executable, "-m", "radiotag", "keygen", "-q", "-o", str(key)], check=True)
         for count in (a.files // 100, a.files):
             source = Path(folder) / str(count)
@@ -409,12 +418,10 @@ def scale(a: argparse.Namespace) -> None:
                 pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
                 Image.fromarray(pixels).save(target, compress_level=1)
             command = [sys.executable, "-m", "radiotag", "mark", str(source), "--key", str(key), "-q"]
-            for name, more in (("plan", ["--dry-run"]), ("mark", []), ("again", [])):
-                run = [*command, "--fraction", "0.005", *more]
-                seconds[name] = timed(lambda command=run: subprocess.run(command, check=True))
-            # The largest of all children so far: the small folder's first, so that the large one's shows if it grew.
-            memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
-            result[str(count)] = {"megabytes": memory, **{f"{name}_seconds": s for name, s in seconds.items()}}
+            runs = {"plan": ["--dry-run"], "mark": [], "again": []}
+            took = {name: measured([*command, "--fraction", "0.005", *more]) for name, more in runs.items()}
+            result[str(count)] = {f"{name}_seconds": seconds for name, (seconds, _) in took.items()}
+            result[str(count)]["megabytes"] = max(memory for _, memory in took.values())
             print(count, json.dumps(result[str(count)]), flush=True)
     (a.work / "mark-scale.json").write_text(json.dumps(result, indent=1, sort_keys=True))
 
