@@ -167,14 +167,17 @@ EXPERIMENTS: dict[str, Experiment] = {
     "scratch/clean": Experiment(share=0),
     **{f"architectures/{arch}": Experiment(arch=arch) for arch in OTHERS},
     **{f"architectures/{arch}, seed 3": Experiment(arch=arch, seed=3) for arch in OTHERS},
-    "other data/tiny-imagenet-100": Experiment(network="tiny.pt"),
+    **{f"other data/tiny-imagenet-100{more}": Experiment(network="tiny.pt", seed=seed) for more, seed in SEEDS.items()},
     "other data/cifar10": Experiment(**TINY, network="narrow.pt"),
     **{f"another set/{arch}": Experiment(**DIGITS, arch=arch) for arch in ("resnet10", "resnet18")},
     "survives/JPEG files stay JPEG": Experiment(format="keep"),
     **{f"survives/{how}": Experiment(published=how) for how in PUBLISHED},
     **{f"survives/{how}": Experiment(trained=how) for how in TRAINED},
     **{f"survives/{how}": Experiment(afterwards=how) for how in AFTERWARDS},
-    **{f"100 classes, head/{q:.0%}": Experiment(**TINY_HEAD, share=q) for q in (0.01, 0.1)},
+    **{
+        f"100 classes, head/{q:.0%}{more}": Experiment(**TINY_HEAD, share=q, seed=seed)
+        for q in (0.01, 0.1) for more, seed in SEEDS.items()
+    },
     **{f"100 classes, scratch/{q:.0%}": Experiment(**TINY, share=q) for q in (0.01, 0.1)},
     **{f"100 classes, architectures/{arch}": Experiment(**TINY, arch=arch) for arch in TINY_OTHERS},
 }  # fmt: skip
