@@ -169,7 +169,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     **{f"architectures/{arch}, seed 3": Experiment(arch=arch, seed=3) for arch in OTHERS},
     **{f"other data/tiny-imagenet-100{more}": Experiment(network="tiny.pt", seed=seed) for more, seed in SEEDS.items()},
     "other data/cifar10": Experiment(**TINY, network="narrow.pt"),
-    **{f"another set/{arch}": Experiment(**DIGITS, arch=arch) for arch in ("resnet10", "resnet18")},
+    **{
+        f"another set/{arch}{more}": Experiment(**DIGITS, arch=arch, seed=seed)
+        for arch in ("resnet10", "resnet18") for more, seed in SEEDS.items()
+    },
     "survives/JPEG files stay JPEG": Experiment(format="keep"),
     **{f"survives/{how}": Experiment(published=how) for how in PUBLISHED},
     **{f"survives/{how}": Experiment(trained=how) for how in TRAINED},
