@@ -21,6 +21,7 @@ RESULTS = json.loads((ROOT / "tests/benchmarks/results/evidence.json").read_text
 PAPER = json.loads((ROOT / "tests/benchmarks/results/paper.json").read_text(encoding="utf-8"))
 MARKING = json.loads((ROOT / "tests/benchmarks/results/marking.json").read_text(encoding="utf-8"))
 NETWORKS = json.loads((ROOT / "tests/benchmarks/results/networks.json").read_text(encoding="utf-8"))
+BY_NAME = {run["experiment"]: run for run in PAPER["runs"]}
 OF_RESNET10 = [run for run in RESULTS["runs"] if run["train"]["architecture"] == "resnet10"]
 TESTS = ("bare", "real", "black-box", "originals")
 SHIPPED = "0.4"  # the version whose built-in network ships
@@ -238,7 +239,7 @@ def test_all_rows_are_of_the_declared_statistic():
 
 def test_the_null_is_measured():
     """The clean suspect under 20,000 fresh keys: none of its p-values may be smaller more often than it says."""
-    run = next(run for run in PAPER["runs"] if run["experiment"] == "scratch/clean")
+    run = BY_NAME["scratch/clean"]
     for test, title in (("bare", "no `--data`"), ("real", "`--data cifar10/test`")):
         found = run[test]["calibration"]
         assert (found["n"], len(found["tail"]), run["share"]) == (20_000, 4, 0)
@@ -248,8 +249,9 @@ def test_the_null_is_measured():
 
 
 def test_what_a_mark_costs_is_measured():
-    runs = {run["experiment"]: run for run in PAPER["runs"]}
-    marked, clean = (f"{100 * runs[f'scratch/{name}']['accuracy']:.2f} %" for name in ("10%", "clean"))  # of one seed
+    marked, clean = (
+        f"{100 * BY_NAME[f'scratch/{name}']['accuracy']:.2f} %" for name in ("10%", "clean")
+    )  # of one seed
     assert f"it knows {marked} of the test images, and {clean} where none is marked" in PROSE
 
 
@@ -293,8 +295,7 @@ def test_what_other_architectures_leave_is_said():
     assert said.format(*(minus(run["real"]["log10_p"]) for run in runs)) in PROSE
     said = f"and a resnet50, which learnt {100 * deep['accuracy']:.2f} % of the test images, "
     assert said + minus(deep["real"]["log10_p"]) in PROSE
-    by_name = {run["experiment"]: run for run in PAPER["runs"]}
-    another = (by_name[f"{run['experiment']}, seed 3"] for run in runs)
+    another = (BY_NAME[f"{run['experiment']}, seed 3"] for run in runs)
     said = "another one left {}, {}, {}, {} and {} (resnet50 was not tried)."
     left = [run["real"]["log10_p"] for run in another]
     assert said.format(*map(minus, left)) in PROSE
@@ -484,6 +485,7 @@ def test_larger_images_are_measured():
 
 def test_speed_and_scale_are_measurements():
     speed, scale = MARKING["speed"], MARKING["scale"]
+    assert {version(MARKING[name]) for name in ("speed", "step", "scale")} == {SHIPPED}
     for name, title in (("cifar", "of CIFAR-10, built-in network"), ("photos", "photographs, ResNet-18 of 224 pixels")):
         each = speed[name]
         cells = (
