@@ -120,7 +120,13 @@ def fresh_carriers(key: Key, digest: Callable[[int], bytes]) -> tuple[Tensor, Te
     return carriers, uniform_carriers(classes, PATTERN_DIMENSION, lambda _: stream[split:])
 
 
-def new_key(weights: State, network: dict[str, Any], dimension: int, classes: int | Sequence[str]) -> Key:
+def new_key(
+    weights: State,
+    network: dict[str, Any],
+    dimension: int,
+    classes: int | Sequence[str],
+    entropy: Callable[[int], bytes] = os.urandom,
+) -> Key:
     """Draw a key for a marking network (weights as stored, its Spec as plain values); classes by number or by name."""
     names = None if isinstance(classes, int) else list(classes)
     count = classes if isinstance(classes, int) else len(classes)
@@ -128,8 +134,8 @@ def new_key(weights: State, network: dict[str, Any], dimension: int, classes: in
         raise RadiotagError("a key needs at least one class")
     metadata = {"format": FORMAT, "statistic": STATISTIC, "network": network, "class_names": names}
     metadata = json.loads(json.dumps(metadata))  # as it comes back from the file: no tuples
-    carriers, patterns = uniform_carriers(count, dimension), uniform_carriers(count, PATTERN_DIMENSION)
-    secret = os.urandom(32)
+    carriers, patterns = (uniform_carriers(count, d, entropy) for d in (dimension, PATTERN_DIMENSION))
+    secret = entropy(32)
     print_ = fingerprint(carriers, patterns, secret, weights, metadata)
     return Key(
         carriers=carriers, patterns=patterns, secret=secret, weights=weights, metadata=metadata, fingerprint=print_

@@ -171,6 +171,22 @@ class Forks:
         return [self.end(one) for one in begun]
 
 
+# ---------------------------------------------------------------- keys
+
+
+def entropy(seed):
+    """A deterministic stand-in for os.urandom: SHA-256 in counter mode."""
+    counter = 0
+
+    def read(count):
+        nonlocal counter
+        blocks = range(counter, counter + -(-count // 32))
+        counter = blocks.stop
+        return b"".join(hashlib.sha256(f"{seed}/{i}".encode()).digest() for i in blocks)[:count]
+
+    return read
+
+
 # ---------------------------------------------------------------- files and images
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers import entropy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import fft, integrate, linalg, optimize, stats
@@ -76,19 +77,6 @@ SPEC = Spec(
 INSIDE = math.nextafter(1.0, 0.0)  # the largest cosine below 1
 
 unhurried = settings(deadline=None)  # the machine may be busy
-
-
-def entropy(seed):
-    """A deterministic stand-in for os.urandom: SHA-256 in counter mode."""
-    counter = 0
-
-    def read(count):
-        nonlocal counter
-        blocks = range(counter, counter + -(-count // 32))
-        counter = blocks.stop
-        return b"".join(hashlib.sha256(f"{seed}/{i}".encode()).digest() for i in blocks)[:count]
-
-    return read
 
 
 def gaussian(*shape, seed=0):
