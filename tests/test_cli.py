@@ -1315,9 +1315,10 @@ def test_train_demo_trains_the_head_alone(world, tmp_path):
 
 def test_train_demo_starts_from_a_model_of_other_classes(world, tmp_path):
     data = write_images(tmp_path / "two", count=6, names=("x", "y"))
-    answer = train(world, tmp_path / "m.pt", "--init", world.model, "--json", data=data).json
+    more = ("--init", world.model, "--image-size", 24, "--json")
+    answer = train(world, tmp_path / "m.pt", *more, data=data).json
     assert (answer["classes"], answer["architecture"]) == (2, "resnet10")
-    assert load(tmp_path / "m.pt").spec.class_names == ("x", "y")
+    assert load(tmp_path / "m.pt").spec.class_names == ("x", "y") and load(tmp_path / "m.pt").spec.image_size == 24
 
 
 def test_train_demo_learns_from_a_teacher(world, tmp_path):

@@ -270,6 +270,17 @@ def test_starting_from_a_checkpoint_of_the_same_classes_keeps_everything(tmp_pat
     assert network.spec == replace(old.spec, class_names=("x", "y", "z"))
 
 
+def test_starting_from_a_checkpoint_for_images_of_another_size_looks_at_those(tmp_path):
+    """Not at what is left of them once they are resized to those that it was first trained on."""
+    old, data = fresh(dataset(classes=3)), dataset(classes=3, size=32)
+    save_checkpoint(tmp_path / "m.pt", old.module, old.spec)
+    network = initialised_from(tmp_path / "m.pt", data, seed=4)
+    assert same(weights(old), weights(network)) and network.spec == replace(old.spec, image_size=32)
+    pixels = data.images / 255
+    assert torch.equal(network(pixels), load(tmp_path / "m.pt", image_size=32)(pixels))
+    assert not torch.equal(network(pixels), load(tmp_path / "m.pt")(pixels))
+
+
 def test_squeezenet_cannot_change_its_classes(tmp_path):
     old = fresh(dataset(), "squeezenet1_1")
     save_checkpoint(tmp_path / "m.pt", old.module, old.spec)
