@@ -100,8 +100,7 @@ def owned(a: argparse.Namespace, work: Path, log: Path, source: str, place: int,
     every = sorted(path.name for path in (a.work / "cifar10/train").iterdir())
     mine = every[place * a.classes : (place + 1) * a.classes]
     images, names = (part(work, mine, f"part{owner}"), f"--data part{owner}") if mine else (source, "--classes 10")
-    network = "builtin" if a.network == "builtin" else f"../{a.network}"
-    made = step(log, f"keygen{owner}", f"keygen -o k{owner}.safetensors {names} --network {network}")
+    made = step(log, f"keygen{owner}", f"keygen -o k{owner}.safetensors {names} --network builtin")
     command = f"mark {images} -o marked{owner} --key k{owner}.safetensors --format png --fraction {a.fraction:g}"
     mark = step(log, f"mark{owner}", command)
     psnr = [r["psnr"] for r in read_manifest(work / f"marked{owner}.manifest.jsonl")[1].values() if "psnr" in r]
@@ -194,7 +193,6 @@ def main() -> None:
     one.add_argument("data", type=Path)
     one.add_argument("--fraction", type=float, default=0.1)
     one.add_argument("--seed", type=int, default=2)
-    one.add_argument("--network", default="builtin", help="the marking network, or a checkpoint in the work folder")
     one.add_argument("--arch", default="resnet10")
     one.add_argument("--epochs", type=int, default=EPOCHS)
     one.add_argument("--keys", type=int, default=1, help="owners, each of whom marks a share of the same images")

@@ -9,10 +9,11 @@
 `evidence` marks a share of CIFAR-10's first images by each of the recipes given (RECIPES), every recipe with a key and
 images of its own, trains one suspect from scratch on all of them and verifies it by each key: so recipes are compared
 in one suspect. With several marking networks (`--network`) every recipe is made with each. It repeats nothing that lies
-in the work folder: suspects of other seeds share the marked images of the first. `--side` enlarges the images for
-the marking; suspects see at most 64 pixels of it. The recipe 'two networks' needs a second one (what
-`evidence.py run --clean` left, of another seed). `speed` times the plain recipe beside radiotag's on the same images in
-one run. `photos` is a folder of photographs, which a ResNet-18 with 224-pixel input marks, of random weights.
+in the work folder: suspects of other seeds share the marked images of the first. `--side` enlarges the images for the
+marking; suspects see at most 64 pixels of it. `table --part` says which part of the file a work folder's marks are. The
+recipe 'two networks' needs a second one (what `evidence.py run --clean` left, of another seed). `speed` times the plain
+recipe beside radiotag's on the same images in one run. `photos` is a folder of photographs, which a ResNet-18 with
+224-pixel input marks, of random weights.
 """
 
 import argparse
@@ -438,7 +439,7 @@ def table(a: argparse.Namespace) -> None:
             f"{1e3 * r['seconds_per_image']:.0f}", f"{r['accuracy']:.2%}", f"{r['real']['log10_p']:.2f}",
             f"{r['real']['mean_cosine']:.3f}", f"{r['real']['pattern_cosine']:.3f}",
         )  # fmt: skip
-        by = (r["recipe"], r.get("network", "builtin"), r.get("arch", "resnet10"))
+        by = (r["recipe"], r["network"], r["arch"])
         print("{:<32}{:<10}{:<16}".format(*by) + "".join(f"{number:>9}" for number in numbers))
     others = {
         name: json.loads((a.work / f"mark-{name}.json").read_text())
@@ -446,7 +447,9 @@ def table(a: argparse.Namespace) -> None:
         if (a.work / f"mark-{name}.json").exists()
     }
     if a.json:
-        a.json.write_text(json.dumps({"runs": runs, **others}, indent=1, sort_keys=True) + "\n")
+        before = json.loads(a.json.read_text()) if a.json.exists() else {}
+        found = {**others, a.part: runs} if runs else others
+        a.json.write_text(json.dumps({**before, **found}, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:
@@ -477,7 +480,8 @@ def main() -> None:
     large.add_argument("--files", type=int, default=200_000)
     every = commands.add_parser("table")
     every.set_defaults(call=table)
-    every.add_argument("--json", type=Path, default=None)
+    every.add_argument("--json", type=Path, default=None, help="a file whose other parts stay")
+    every.add_argument("--part", default="runs", help="of the file, for the marks of this work folder")
     for part in (one, fast, bare, large, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))
     a = parser.parse_args()

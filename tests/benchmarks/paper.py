@@ -1,13 +1,14 @@
 """The paper's experiments at the scale of two cores, and what is left of a mark after what a suspect's owner may do.
 
     python tests/benchmarks/paper.py run cifar10.zip tiny-imagenet-100.zip --work bench-out --only 'survives/*'
-    python tests/benchmarks/paper.py table --work bench-out --json paper.json --key 2
+    python tests/benchmarks/paper.py table --work bench-out --json paper.json
 
 Every experiment (EXPERIMENTS, named TABLE/ROW) marks a share of each class, trains a suspect and verifies it with and
 without real images. Keys, marked folders and models are shared where they can be. Nothing that lies in the work folder
 is made again and a training goes on from its last epoch, so an interrupted run goes on; two runs may share the folder.
-Another folder has other keys: `--key` counts them, and the file keeps the runs of the others. The work folder must hold
-the marking networks of other data, which come from (90 and 60 minutes on a core without bfloat16)
+An experiment's seconds are those of what it did itself: what another had made, or it had itself before it was
+interrupted, is not in them. `table` gathers all, and keeps those of other work folders that the file holds. The work
+folder must hold the marking networks of other data, which come from (90 and 60 minutes on a core without bfloat16)
 
     radiotag train-demo tiny-imagenet-100/train -o tiny.pt --arch resnet10 --epochs 12 --seed 1 --image-size 32
     radiotag train-demo cifar10/train -o narrow.pt --arch resnet10 --epochs 8 --seed 1
@@ -22,7 +23,6 @@ import fcntl
 import fnmatch
 import io
 import json
-import re
 import shutil
 import statistics
 import time
@@ -155,7 +155,7 @@ def train_otherwise(network: Network, data: training.Dataset, how: str, epochs: 
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
 OTHERS = ("resnet18", "resnet50", "vgg11_bn", "densenet121", "mobilenet_v3_large")
-SEEDS = {"": 2, ", seed 3": 3, ", seed 4": 4}  # where a run takes less than ten minutes
+SEEDS = {"": 2, ", seed 3": 3, ", seed 4": 4}
 HEAD = {"images": 0, "head_only": True, "epochs": 4}
 TINY = {"data": "tiny-imagenet-100", "images": 20_000, "size": 32}
 DIGITS = {"data": "digits", "images": 0}
@@ -164,19 +164,22 @@ TINY_HEAD = {**HEAD, "data": "tiny-imagenet-100"}
 EXPERIMENTS: dict[str, Experiment] = {
     **{f"head/{q:.0%}{more}": Experiment(**HEAD, share=q, seed=seed) for q in SHARES for more, seed in SEEDS.items()},
     **{f"scratch/{q:.0%}{more}": Experiment(share=q, seed=seed) for q in SHARES for more, seed in SEEDS.items()},
-    "scratch/clean": Experiment(share=0),
-    **{f"architectures/{arch}": Experiment(arch=arch) for arch in OTHERS},
-    **{f"architectures/{arch}, seed 3": Experiment(arch=arch, seed=3) for arch in OTHERS},
+    **{f"scratch/clean{more}": Experiment(share=0, seed=seed) for more, seed in SEEDS.items()},
+    **{f"architectures/{arch}{more}": Experiment(arch=arch, seed=s) for arch in OTHERS for more, s in SEEDS.items()},
     **{f"other data/tiny-imagenet-100{more}": Experiment(network="tiny.pt", seed=seed) for more, seed in SEEDS.items()},
     "other data/cifar10": Experiment(**TINY, network="narrow.pt"),
     **{
         f"another set/{arch}{more}": Experiment(**DIGITS, arch=arch, seed=seed)
         for arch in ("resnet10", "resnet18") for more, seed in SEEDS.items()
     },
-    "survives/JPEG files stay JPEG": Experiment(format="keep"),
-    **{f"survives/{how}": Experiment(published=how) for how in PUBLISHED},
-    **{f"survives/{how}": Experiment(trained=how) for how in TRAINED},
-    **{f"survives/{how}": Experiment(afterwards=how) for how in AFTERWARDS},
+    **{f"survives/JPEG files stay JPEG{more}": Experiment(format="keep", seed=seed) for more, seed in SEEDS.items()},
+    **{f"survives/{how}{more}": Experiment(published=how, seed=s) for how in PUBLISHED for more, s in SEEDS.items()},
+    **{f"survives/{how}{more}": Experiment(trained=how, seed=s) for how in TRAINED for more, s in SEEDS.items()},
+    **{f"survives/{how}{more}": Experiment(afterwards=how, seed=s) for how in AFTERWARDS for more, s in SEEDS.items()},
+    **{
+        f"survives/averaged, 20 % marked{more}": Experiment(share=0.2, afterwards="averaged", seed=seed)
+        for more, seed in SEEDS.items()
+    },
     **{
         f"100 classes, head/{q:.0%}{more}": Experiment(**TINY_HEAD, share=q, seed=seed)
         for q in (0.01, 0.1) for more, seed in SEEDS.items()
@@ -277,15 +280,16 @@ def suspect(work: Path, e: Experiment, folder: str, log: Path, model: str) -> No
 
 
 def changed(work: Path, e: Experiment, log: Path, model: str) -> None:
-    """The suspect of 'scratch/10%' after what the experiment says."""
-    before = run(work, "scratch/10%")["model"]
+    """The suspect from scratch of the same share and seed after what the experiment says."""
+    (more,) = (more for more, seed in SEEDS.items() if seed == e.seed)
+    before = run(work, f"scratch/{e.share:.0%}{more}")["model"]
     if e.afterwards == "fine-tuned":
         source = subset(work, e.data, e.images, skip=e.images)  # images that it has not seen, unmarked
         step(log, "train", f"train-demo {source} -o {model} --init {before} --epochs 4 --lr 0.02 --resume")
         return
     network = networks.load(work / before)
     if e.afterwards == "averaged":
-        other = networks.load(work / run(work, "scratch/clean")["model"])
+        other = networks.load(work / run(work, f"scratch/clean{more}")["model"])
         averaged(network, other, training.load_folder(work / subset(work, e.data, e.images), None))
     else:
         {"pruned": pruned, "8 bits": quantised}[e.afterwards](network)
@@ -337,23 +341,19 @@ def run_all(a: argparse.Namespace) -> None:
 
 
 def table(a: argparse.Namespace) -> None:
-    runs, ending = [json.loads(path.read_text()) for path in a.work.glob("*.result.json")], f", key {a.key}"
-    for found in runs if a.key > 1 else ():
-        found["experiment"] += ending
+    runs = [json.loads(path.read_text()) for path in a.work.glob("*.result.json")]
     if a.json and a.json.exists():
-        others = json.loads(a.json.read_text())["runs"]
-        runs += [r for r in others if re.search(r", key \d+$|$", r["experiment"])[0] != (ending if a.key > 1 else "")]
-    names = list(EXPERIMENTS)
-    runs.sort(key=lambda found: (names.index(found["experiment"].split(", key")[0]), found["experiment"]))
+        made = {found["experiment"] for found in runs}
+        runs += [r for r in json.loads(a.json.read_text())["runs"] if r["experiment"] not in made]  # of other folders
+    runs.sort(key=lambda found: list(EXPERIMENTS).index(found["experiment"]))
     line = "{:<34}{:>7}{:>7}{:>10}{:>8}{:>8}{:>8}{:>8}"
     print(line.format("experiment", "q", "PSNR", "accuracy", "bare", "real", "paper", "s"))
     for found in runs:
-        paper = found["real"]["paper_log10_p"]
         print(
             line.format(
                 found["experiment"], f"{found['share']:.0%}", f"{found['psnr']:.1f}" if found["psnr"] else "",
                 f"{found['accuracy']:.2%}", f"{found['bare']['log10_p']:.2f}", f"{found['real']['log10_p']:.2f}",
-                "" if paper is None else f"{paper:.2f}", f"{found['seconds']:.0f}",
+                f"{found['real']['paper_log10_p']:.2f}", f"{found['seconds']:.0f}",
             )
         )  # fmt: skip
     if a.json:
@@ -370,7 +370,6 @@ def main() -> None:
     every = commands.add_parser("table")
     every.set_defaults(call=table)
     every.add_argument("--json", type=Path, default=None)
-    every.add_argument("--key", type=int, default=1, help="which of several keys, each of a work folder of its own")
     for part in (some, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))
     a = parser.parse_args()
