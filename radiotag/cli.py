@@ -81,14 +81,16 @@ class Report:
     def say(self, *lines: str) -> None:
         """Results: stdout."""
         if not self.quiet and not self.as_json:
-            print("\n".join(printable(line) for line in lines))
+            print(
+                "\n".join(printable(line) for line in lines), flush=True
+            )  # who reads no more is met here, not at exit
 
     def give(self, **values: Any) -> None:
         """The JSON object, if it was asked for."""
         if self.as_json:
             seconds = round(time.monotonic() - self.started, 3)
             base = {"schema": SCHEMA, "command": self.command, "version": __version__}
-            print(json.dumps({**base, **values, "seconds": seconds}))
+            print(json.dumps({**base, **values, "seconds": seconds}), flush=True)
 
     def problem(self, message: str, hint: str) -> None:
         """Something that went wrong, and the way out: stderr always."""

@@ -68,7 +68,8 @@ def bad(*arguments, code=1):
 
 def environment(**more):
     root = str(Path(cli.__file__).parents[1])
-    kept = {k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "FORCE_COLOR", "RADIOTAG_DEBUG"}}
+    left_out = {"NO_COLOR", "FORCE_COLOR", "RADIOTAG_DEBUG", "PYTHONUNBUFFERED"}
+    kept = {k: v for k, v in os.environ.items() if k not in left_out}
     return kept | {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"} | more
 
 

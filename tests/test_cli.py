@@ -1808,10 +1808,15 @@ def test_a_report_that_cannot_be_written_costs_no_verdict(world, tmp_path, monke
     assert "hint: make room" in result.err
 
 
-def test_who_has_read_enough_is_no_error(world, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_who_has_read_enough_is_no_error(world, tmp_path, more):
     command = [sys.executable, "-m", "radiotag", "mark", world.imgs, "--key", world.key, "-o", tmp_path / "out"]
     with subprocess.Popen(
-        [*map(str, command), "--dry-run"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*map(str, command), "--dry-run"],
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         process.stdout.close()
         assert process.stderr.read().splitlines() == ["planning …"]
