@@ -81,9 +81,8 @@ class Report:
     def say(self, *lines: str) -> None:
         """Results: stdout."""
         if not self.quiet and not self.as_json:
-            print(
-                "\n".join(printable(line) for line in lines), flush=True
-            )  # who reads no more is met here, not at exit
+            # Whoever reads no more is met here, and not by the interpreter at its end.
+            print("\n".join(printable(line) for line in lines), flush=True)
 
     def give(self, **values: Any) -> None:
         """The JSON object, if it was asked for."""

@@ -287,12 +287,9 @@ def test_what_survives_leaves_as_little_doubt_as_is_said():
 
 
 def test_what_averaging_leaves_is_said():
-    whole, average, fifth = (
-        OTHERS[f"{name}"] for name in ("resnet10, nothing else", "averaged", "averaged, 20 % marked")
-    )
-    assert (
-        [run["seed"] for run in whole] == [run["seed"] for run in average] == [run["seed"] for run in fifth] == [2, 3]
-    )
+    names = "resnet10, nothing else", "averaged", "averaged, 20 % marked"
+    whole, average, fifth = every = [OTHERS[name] for name in names]
+    assert [[run["seed"] for run in runs] for runs in every] == [[2, 3]] * 3
     assert f"leaves least: {cells_of(average)[2]} with real images, which is nothing to accuse with" in PROSE
     pattern = [statistics.median(run["real"]["pattern_cosine"] for run in runs) for runs in (whole, average)]
     told = "the mean cosine with the patterns falls from {:.2f} to {:.2f}, and log10 p goes with its square"

@@ -345,7 +345,8 @@ def table(a: argparse.Namespace) -> None:
     if a.json and a.json.exists():
         made = {found["experiment"] for found in runs}
         runs += [r for r in json.loads(a.json.read_text())["runs"] if r["experiment"] not in made]  # of other folders
-    runs.sort(key=lambda found: list(EXPERIMENTS).index(found["experiment"]))
+    order = list(EXPERIMENTS)
+    runs.sort(key=lambda found: order.index(found["experiment"]))
     line = "{:<34}{:>7}{:>7}{:>10}{:>8}{:>8}{:>8}{:>8}"
     print(line.format("experiment", "q", "PSNR", "accuracy", "bare", "real", "paper", "s"))
     for found in runs:
