@@ -29,13 +29,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from radiotag import RadiotagError
-from radiotag.images import png, write_atomically
+from radiotag.errors import RadiotagError
+from radiotag.files import write_atomically
+from radiotag.images import png
+from radiotag.keys import Key
 from radiotag.networks import Network, resized
 from radiotag.radioactive import (
     PATTERN_DIMENSION,
     Floats,
-    Key,
     Marking,
     l2_radius,
     log_probabilities,

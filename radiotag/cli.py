@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from radiotag import RadiotagError, __version__, launched, out_of_memory, printable
+from radiotag import __version__
+from radiotag.errors import RadiotagError, out_of_memory, printable
+from radiotag.processes import launched
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from radiotag.blackbox import Queries
+    from radiotag.keys import Key
     from radiotag.manifest import Summary
     from radiotag.marking import Plan
     from radiotag.networks import Network
-    from radiotag.radioactive import Key
     from radiotag.training import Dataset, Recipe
     from radiotag.verification import Finding
 
@@ -237,9 +239,9 @@ def keygen(
         for path in (output, public):
             if path.exists() and not force:
                 raise RadiotagError(f"{path} exists", "choose another name with -o, or overwrite it with --force")
-        from radiotag.images import write_atomically
+        from radiotag.files import write_atomically
+        from radiotag.keys import new_key, public_half, save_key
         from radiotag.networks import marking_weights
-        from radiotag.radioactive import new_key, public_half, save_key
         from radiotag.shards import listing
 
         names = [name for name in listing(data)[2] if name] if data else None
@@ -314,8 +316,9 @@ def mark(
             raise typer.BadParameter(f"--format is keep or png, not {format_}")
         report.note("planning …")
         from radiotag import marking as folder
+        from radiotag.keys import load_key
         from radiotag.manifest import Summary
-        from radiotag.radioactive import Marking, load_key
+        from radiotag.radioactive import Marking
 
         secret = load_key(key)
         settings = Marking(epsilon=epsilon, min_psnr=min_psnr, steps=steps)
@@ -661,7 +664,7 @@ def verify(
         from radiotag import report as pages
         from radiotag import verification
         from radiotag.blackbox import check_export
-        from radiotag.radioactive import load_key
+        from radiotag.keys import load_key
 
         if export:
             check_export(export)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radiotag import RadiotagError, marking, networks, radioactive, synthetic, training, verification
-from radiotag.images import write_atomically
+from radiotag import keys, marking, networks, radioactive, synthetic, training, verification
+from radiotag.errors import RadiotagError
+from radiotag.files import write_atomically
 
 CLASSES = synthetic.CLASS_NAMES
 MADE = {
@@ -57,9 +58,9 @@ def run(
     _draw(folder / "images", size.images, size.pixels, seed=2 * seed)
     _draw(folder / "held-out", size.held_out, size.pixels, seed=2 * seed + 1)
     note("2/5 making a key, marking the images")
-    key = radioactive.new_key(*networks.marking_weights("builtin"), CLASSES)
-    radioactive.save_key(folder / "k.safetensors", key)
-    write_atomically(folder / "k.pub", radioactive.public_half(key).encode(), mode=0o644)
+    key = keys.new_key(*networks.marking_weights("builtin"), CLASSES)
+    keys.save_key(folder / "k.safetensors", key)
+    write_atomically(folder / "k.pub", keys.public_half(key).encode(), mode=0o644)
     settings = radioactive.Marking(steps=size.steps)
     plan = marking.plan(folder / "images", folder / "images-marked", key, settings, fraction=size.fraction)
     summary = marking.run(plan, key, settings, device=device)

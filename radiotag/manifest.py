@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from radiotag import RadiotagError
-from radiotag.images import fill_atomically
+from radiotag.errors import RadiotagError
+from radiotag.files import fill_atomically
 
 FORMAT = 1
 WRITTEN = "a manifest is what mark wrote beside its output, OUTPUT.manifest.jsonl"

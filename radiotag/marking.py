@@ -27,28 +27,28 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributed
 
-from radiotag import RadiotagError, launched, manifest, out_of_memory, shards
+from radiotag import manifest, shards
+from radiotag.errors import RadiotagError, out_of_memory
+from radiotag.files import PART, copy_atomically, file_hash, write_atomically
 from radiotag.images import (
     OTHER_SUFFIXES,
-    PART,
     SUFFIXES,
     Item,
     Picture,
     contact_sheet,
-    copy_atomically,
     decode,
     encode,
     extension,
-    file_hash,
     linf,
     psnr,
     roundtrip,
     ssim,
-    write_atomically,
 )
+from radiotag.keys import Key, choose, image_random, patterned
 from radiotag.manifest import FORMAT, Row, Summary
 from radiotag.networks import Network, resized
-from radiotag.radioactive import Key, Marking, choose, image_random, mark_images, padded, patterned
+from radiotag.processes import launched
+from radiotag.radioactive import Marking, mark_images, padded
 
 LOSSLESS = {"PNG", "BMP", "TIFF"}
 GREY = {"1", "L", "LA", "I;16"}

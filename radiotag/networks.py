@@ -30,8 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import VGG
 
-from radiotag import RadiotagError, first_line, out_of_memory
-from radiotag.images import write_atomically
+from radiotag.errors import RadiotagError, first_line, out_of_memory
+from radiotag.files import write_atomically
 from radiotag.programs import check_pickles, grown, read_archive
 
 SMALL_IMAGE = 64  # pixels; networks for an input up to here take the small-image stem by default

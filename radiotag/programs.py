@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from radiotag import RadiotagError, first_line
+from radiotag.errors import RadiotagError, first_line
 
 # as in the schema of torch.export's archives; complex and 8-bit float weights are none that this package could use
 DTYPES = {

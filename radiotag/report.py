@@ -10,9 +10,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from radiotag import RadiotagError, __version__, printable
-from radiotag.images import write_atomically
-from radiotag.radioactive import NULL, STATISTICS, Key
+from radiotag import __version__
+from radiotag.errors import RadiotagError, printable
+from radiotag.files import write_atomically
+from radiotag.keys import STATISTICS, Key
+from radiotag.radioactive import NULL
 from radiotag.verification import TAIL, VOIDS, Calibration, Finding
 
 WIDTH = 118  # characters

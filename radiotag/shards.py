@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from radiotag import RadiotagError, images
-from radiotag.images import OTHER_SUFFIXES, SUFFIXES, Item, fill_atomically
+from radiotag import images
+from radiotag.errors import RadiotagError
+from radiotag.files import PART, fill_atomically
+from radiotag.images import OTHER_SUFFIXES, SUFFIXES, Item
 
 BLOCK = 512
 CHUNK = 2**20
@@ -105,7 +107,7 @@ def scan(source: Path) -> tuple[Archive, list[Item], list[str], list[PurePosixPa
     files = [source] if source.is_file() else sorted(source.iterdir())
     shards = [path for path in files if is_shard(path)]
     beside = (path.name for path in files if path not in shards and path.is_file())
-    others = [PurePosixPath(name) for name in beside if not images.PART.fullmatch(name)]
+    others = [PurePosixPath(name) for name in beside if not PART.fullmatch(name)]
     members: dict[str, Member] = {}
     labels: dict[str, str] = {}
     unmarked: Counter[str] = Counter()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from radiotag import RadiotagError, first_line
+from radiotag.errors import RadiotagError, first_line
 from radiotag.images import decode, scan
 from radiotag.networks import (
     SMALL_IMAGE,

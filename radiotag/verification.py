@@ -16,8 +16,11 @@ import torch
 from scipy import optimize, stats
 from torch import Tensor
 
-from radiotag import RadiotagError, blackbox, out_of_memory
-from radiotag.images import decode, file_hash, scan
+from radiotag import blackbox
+from radiotag.errors import RadiotagError, out_of_memory
+from radiotag.files import file_hash
+from radiotag.images import decode, scan
+from radiotag.keys import Key, fresh_carriers
 from radiotag.manifest import Row, rank_journals, read_header, read_manifest
 from radiotag.networks import Network, check_file, load, resized
 from radiotag.radioactive import (
@@ -25,10 +28,8 @@ from radiotag.radioactive import (
     FEW,
     MANY,
     SMALL,
-    Key,
     Rows,
     evidence,
-    fresh_carriers,
     holm,
     log_answers,
     output_unknown,

@@ -8,12 +8,12 @@ import pytest
 import torch
 from helpers import Forks, entropy
 
-from radiotag import radioactive, verification
+from radiotag import keys, radioactive, verification
 
 
 def drawn_from(name):
     """What this process draws comes of a name from now on: no verdict of a test may hang on luck, even of 1e-4."""
-    radioactive.new_key.__defaults__ = (entropy(name),)
+    keys.new_key.__defaults__ = (entropy(name),)
     torch.manual_seed(int.from_bytes(entropy(name)(4), "little"))
 
 

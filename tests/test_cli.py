@@ -46,11 +46,11 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from radiotag import (
-    RadiotagError,
     __version__,
     cli,
     demo,
     images,
+    keys,
     marking,
     networks,
     radioactive,
@@ -58,9 +58,10 @@ from radiotag import (
     training,
     verification,
 )
+from radiotag.errors import RadiotagError
+from radiotag.keys import load_key
 from radiotag.manifest import locked, read_manifest
 from radiotag.networks import Network, load, save_checkpoint
-from radiotag.radioactive import load_key
 from radiotag.verification import marked_hashes, marked_rows
 
 COMMANDS = ("keygen", "mark", "train-demo", "verify")
@@ -242,7 +243,7 @@ def test_keygen_writes_a_secret_and_a_public_half(tmp_path):
     assert set(answer) == COMMON | {*("key", "public", "classes", "dimension", "network", "statistic", "fingerprint")}
     assert (answer["key"], answer["public"], answer["classes"]) == (str(key), str(public), 7)
     assert answer["network"] == "builtin"
-    assert answer["statistic"] == radioactive.STATISTIC
+    assert answer["statistic"] == keys.STATISTIC
     assert tuple(load_key(key).carriers.shape) == (7, answer["dimension"])
     assert f"sha256:{answer['fingerprint']}" in public.read_text()
     assert answer["fingerprint"] == fingerprint_of(key)
@@ -1511,7 +1512,7 @@ def test_verify_tells_people_what_the_number_means(world):
     text = verify(world, world.model).out
     for part in ("no evidence", "resnet10", "alignment R²", "classes used", "log10 p", "mean cosine", "null  "):
         assert part in text
-    assert radioactive.STATISTIC in text
+    assert keys.STATISTIC in text
     assert f"sha256:{fingerprint_of(world.key)}" in text
     assert "before the suspect" in text
     assert text.splitlines()[-1].startswith("next ")

@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms, PngImagePlugin
 from PIL.JpegImagePlugin import get_sampling
 
-from radiotag import RadiotagError, images
+from radiotag import files, images
+from radiotag.errors import RadiotagError
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 pixels = hnp.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3)))
@@ -860,7 +861,7 @@ def names_in(folder):
 def test_write_mode(tmp_path, umask, mode, want):
     old = os.umask(umask)
     try:
-        images.write_atomically(tmp_path / "f", b"content", mode)
+        files.write_atomically(tmp_path / "f", b"content", mode)
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == want
@@ -871,9 +872,9 @@ def test_write_mode(tmp_path, umask, mode, want):
 def test_write_replaces_and_takes_long_names(tmp_path):
     path = tmp_path / ("n" * 251 + ".png")
     for content in (b"old", b"new"):
-        images.write_atomically(path, content)
+        files.write_atomically(path, content)
     assert path.read_bytes() == b"new"
-    images.copy_atomically(path, tmp_path / ("m" * 255))
+    files.copy_atomically(path, tmp_path / ("m" * 255))
     assert (tmp_path / ("m" * 255)).read_bytes() == b"new"
     assert len(names_in(tmp_path)) == 2
 
@@ -893,7 +894,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch, step, error
     source.write_bytes(b"new")
     monkeypatch.setattr(os, step, fail)
     expected = RadiotagError if isinstance(error, OSError) else KeyboardInterrupt
-    for write in (lambda: images.write_atomically(path, b"new"), lambda: images.copy_atomically(source, path)):
+    for write in (lambda: files.write_atomically(path, b"new"), lambda: files.copy_atomically(source, path)):
         seen.clear()
         with pytest.raises(expected) as caught:
             write()
@@ -907,16 +908,16 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch, step, error
 
 def test_write_into_a_missing_folder_and_copy_of_nothing(tmp_path):
     with pytest.raises(RadiotagError, match=r"cannot write .*gone/f\.png"):
-        images.write_atomically(tmp_path / "gone/f.png", b"")
+        files.write_atomically(tmp_path / "gone/f.png", b"")
     with pytest.raises(RadiotagError, match=r"cannot read .*absent"):
-        images.copy_atomically(tmp_path / "absent", tmp_path / "f")
+        files.copy_atomically(tmp_path / "absent", tmp_path / "f")
     assert names_in(tmp_path) == []
 
 
 def test_copy_is_exact(tmp_path):
     data = noise(300_001).tobytes()
     (tmp_path / "a").write_bytes(data)
-    images.copy_atomically(tmp_path / "a", tmp_path / "b")
+    files.copy_atomically(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == data
 
 

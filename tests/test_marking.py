@@ -35,7 +35,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.models import get_model
 
-from radiotag import RadiotagError, images, manifest
+from radiotag import images, manifest
+from radiotag.errors import RadiotagError
 from radiotag.marking import ahead
 from radiotag.networks import Spec, save_checkpoint
 

@@ -19,7 +19,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from radiotag import RadiotagError, networks
+from radiotag import networks
+from radiotag.errors import RadiotagError
 from radiotag.networks import (
     Network,
     Spec,

@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
-from radiotag import RadiotagError
+from radiotag.errors import RadiotagError
 from radiotag.networks import load, read_checkpoint
 from radiotag.programs import _Module, check_pickles
 

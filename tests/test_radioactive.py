@@ -24,45 +24,40 @@ from hypothesis import strategies as st
 from scipy import fft, integrate, linalg, optimize, stats
 from torch import nn
 
-from radiotag import RadiotagError, radioactive
+from radiotag import keys as keys_module
+from radiotag import radioactive
+from radiotag.errors import RadiotagError
+from radiotag.keys import choose, fingerprint, image_random, load_key, new_key, patterned, public_half, save_key
 from radiotag.networks import Network, Spec, build, find_head, pack, save_checkpoint, to_metadata
 from radiotag.radioactive import (
     PATTERN_DIMENSION,
     Marking,
     Rows,
     aligned_rows,
-    choose,
     contrasted,
     cosine_log_sf,
     default_psnr,
     default_share,
     evidence,
     features,
-    fingerprint,
     fisher,
     holm,
-    image_random,
     images_a_class,
     l2_radius,
     likeliest,
-    load_key,
     log_answers,
     mark_images,
     marking_loss,
-    new_key,
     ordinary_network,
     ordinary_rows,
     pattern_coefficients,
     pattern_images,
     pattern_or_both,
-    patterned,
     project,
     project_own,
-    public_half,
     random_crop,
     resampled_log_p,
     responses,
-    save_key,
     stouffer,
     suspect_rows,
     uniform_carriers,
@@ -426,7 +421,7 @@ def test_key_returns_from_its_file_as_it_was(key, key_file):
         assert torch.equal(loaded.weights[name], tensor)
     assert loaded.fingerprint == key.fingerprint == print_of(loaded)
     assert loaded.class_names == key.class_names == ["cat", "dog", "emu"]
-    assert loaded.statistic == key.statistic == radioactive.STATISTIC
+    assert loaded.statistic == key.statistic == keys_module.STATISTIC
     assert loaded.metadata == key.metadata
 
 
@@ -472,7 +467,7 @@ def test_key_that_cannot_be_written_leaves_nothing(key, tmp_path, monkeypatch):
     def full(*_, **__):
         raise RadiotagError("disk full")
 
-    monkeypatch.setattr(radioactive, "write_atomically", full)
+    monkeypatch.setattr(keys_module, "write_atomically", full)
     with pytest.raises(RadiotagError, match="disk full"):
         save_key(tmp_path / "k", key)
     assert list(tmp_path.iterdir()) == []
@@ -540,7 +535,7 @@ def key_bytes(key, metadata, **tensors):
 
 def test_later_format_is_refused(key, tmp_path):
     path = tmp_path / "k"
-    refused(path, key_bytes(key, {**key.metadata, "format": radioactive.FORMAT + 1}))
+    refused(path, key_bytes(key, {**key.metadata, "format": keys_module.FORMAT + 1}))
     for declared in ("response+ridge+pattern", "contrasted response+ridge+pattern"):
         error = refused(path, key_bytes(key, {**key.metadata, "statistic": declared}))
         assert f"'{declared}'" in str(error)  # what a key declared is not replaced by something else
@@ -549,7 +544,7 @@ def test_later_format_is_refused(key, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "metadata", [[1], "key", 3, None, {"format": radioactive.FORMAT, "statistic": radioactive.STATISTIC}]
+    "metadata", [[1], "key", 3, None, {"format": keys_module.FORMAT, "statistic": keys_module.STATISTIC}]
 )
 def test_key_whose_metadata_are_not_a_keys_is_refused(key, tmp_path, metadata):
     refused(tmp_path / "k", key_bytes(key, metadata))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from radiotag import demo
-from radiotag.radioactive import STATISTIC
+from radiotag.keys import STATISTIC
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

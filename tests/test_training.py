@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from radiotag import RadiotagError, synthetic, training
+from radiotag import synthetic, training
+from radiotag.errors import RadiotagError
 from radiotag.networks import Network, Spec, build, load, read_checkpoint, save_checkpoint
 from radiotag.training import (
     Dataset,

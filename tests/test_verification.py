@@ -17,11 +17,12 @@ from helpers import bad, call, good
 from scipy.stats import binomtest
 from torch import nn
 
-from radiotag import RadiotagError, blackbox, networks, out_of_memory, radioactive, report, synthetic, verification
+from radiotag import blackbox, networks, radioactive, report, synthetic, verification
+from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.images import decode, png
+from radiotag.keys import load_key, new_key, save_key
 from radiotag.manifest import read_manifest
 from radiotag.networks import load, marking_weights, save_checkpoint
-from radiotag.radioactive import load_key, new_key, save_key
 from radiotag.report import histogram
 from radiotag.verification import TAIL, Finding, Options, match_outputs, pair_classes
 

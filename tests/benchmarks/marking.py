@@ -39,7 +39,7 @@ from evidence import machine, unpacked
 from PIL import Image
 from torch import Tensor
 
-from radiotag import networks, radioactive, training, verification
+from radiotag import keys, networks, radioactive, training, verification
 from radiotag.images import decode
 from radiotag.manifest import read_manifest
 
@@ -162,7 +162,7 @@ def mark_plainly(
 def mark_all(
     network: networks.Network,
     x: Tensor,
-    key: radioactive.Key,
+    key: keys.Key,
     y: Tensor,
     recipe: radioactive.Marking | Plain,
     psnr: float,
@@ -206,8 +206,8 @@ def evidence(a: argparse.Namespace) -> None:
         marks = marks.replace(" ", "-") + source  # whatever the suspect
         key_file, saved = a.work / f"{marks}.safetensors", a.work / f"{marks}.images.pt"
         if not key_file.exists():
-            key = radioactive.new_key(*networks.marking_weights(network), len(data.names))
-            radioactive.save_key(key_file, key)
+            key = keys.new_key(*networks.marking_weights(network), len(data.names))
+            keys.save_key(key_file, key)
         if not saved.exists():
             large = scaled(x[mine], a.side)
             marked, about = marked_by(name, float(db or 34), key_file, large, y[mine], a.second)
@@ -249,7 +249,7 @@ def marked_by(
     name: str, psnr: float, key_file: Path, x: Tensor, y: Tensor, other: Path | None
 ) -> tuple[Tensor, dict[str, float]]:
     """Images (N, 3, H, W) uint8 of labels (N,) marked by a recipe, and what that took and gave."""
-    key, recipe = radioactive.load_key(key_file), RECIPES[name]
+    key, recipe = keys.load_key(key_file), RECIPES[name]
     network, started = key.network(), time.monotonic()
     second = networks.load(other) if isinstance(recipe, Plain) and recipe.second else None
     marked = mark_all(network, x, key, y, recipe, psnr, second)
@@ -265,7 +265,7 @@ def marked_by(
 
 def verified(model: Path, key_files: list[Path], held_out: Path) -> list[dict[str, float | None]]:
     """What `verify --data` says under each key; what it computes of the suspect is the same under all of them."""
-    keys = [radioactive.load_key(path) for path in key_files]
+    keys = [keys.load_key(path) for path in key_files]
     _, rows, _ = verification.examine(model, keys[0], keys[0].network(), verification.Options(), held_out, None, 64)
     found = [radioactive.evidence(rows, key.carriers, key.patterns) for key in keys]
     return [
@@ -280,7 +280,7 @@ def verified(model: Path, key_files: list[Path], held_out: Path) -> list[dict[st
 
 def plain_folder(source: Path, output: Path, key_file: Path, psnr: float) -> None:
     """Mark a folder by the paper's recipe as a script would: one image size after another, no overlap, PNG."""
-    key = radioactive.load_key(key_file)
+    key = keys.load_key(key_file)
     network = key.network()
     by_size: dict[tuple[int, ...], list[Path]] = {}
     for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"}):
@@ -334,7 +334,7 @@ def stock_resnet18(path: Path) -> None:
     networks.save_checkpoint(path, networks.build(spec), spec)
 
 
-def step_cost(key: radioactive.Key, side: int, batch: int, size: int) -> dict:
+def step_cost(key: keys.Key, side: int, batch: int, size: int) -> dict:
     """Seconds of a step of marking beside a bare pass forward and back to the input, interleaved; medians of 5.
 
     Both in the same precision; the batch is of images of one size. A step is the whole work on a batch by the number of
@@ -399,7 +399,7 @@ def step(a: argparse.Namespace) -> None:
         stock_resnet18(Path(folder) / "resnet18.pt")
         sizes = {"cifar": ("builtin", 32, 64, 32), "photos": (f"{folder}/resnet18.pt", 375, 16, 224)}
         for name, (network, side, batch, size) in sizes.items():
-            key = radioactive.new_key(*networks.marking_weights(network), 10)
+            key = keys.new_key(*networks.marking_weights(network), 10)
             result[name] = step_cost(key, side, batch, size)
             print(name, json.dumps(result[name]), flush=True)
     (a.work / "mark-step.json").write_text(json.dumps(result, indent=1, sort_keys=True))

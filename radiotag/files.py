@@ -1,0 +1,60 @@
+"""Files on disk: they appear whole or not at all, and are known by their SHA-256."""
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from radiotag.errors import RadiotagError
+
+PART = re.compile(r"\.[0-9a-f]{16}\.part")  # what a file is called while it is written
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal, without holding it in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Write a file whole or not at all; `mode` sets its permissions, which otherwise follow the umask."""
+    fill_atomically(path, lambda file: file.write(data), mode)
+
+
+def copy_atomically(source: Path, target: Path) -> None:
+    """Copy a file's bytes, whole or not at all, without holding them in memory."""
+    try:
+        original = source.open("rb")
+    except OSError as error:
+        raise RadiotagError(f"cannot read {source}: {error.strerror}", "check the file and its permissions") from error
+    with original:
+        fill_atomically(target, lambda file: shutil.copyfileobj(original, file), None)
+
+
+def fill_atomically(
+    path: Path, fill: Callable[[IO[bytes]], object], mode: int | None, part: Path | None = None
+) -> None:
+    """Let `fill` write a file that then appears whole or not at all; till then as `part`, a name of this run's own."""
+    if part:
+        part.unlink(missing_ok=True)  # left by a run that was killed
+    # The name does not build on the target's, which may already have all the 255 bytes that a name can have.
+    part = part or path.parent / f".{secrets.token_hex(8)}.part"
+    try:
+        part.touch(mode=0o666 if mode is None else 0o600, exist_ok=False)
+        with part.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            part.chmod(mode)
+        part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            hint = "check that the folder exists, is writable and has space"
+            raise RadiotagError(f"cannot write {path}: {error.strerror or error}", hint) from error
+        raise
