@@ -1,6 +1,39 @@
-"""radiotag: mark an image data set, and prove later that a model was trained on it."""
+"""radiotag: mark an image data set, and prove later that a model was trained on it.
+
+How to read the package, from the science to the command line:
+
+- `radioactive`: carriers and patterns, the marking loss and its steps, exact p-values; next to the paper
+- `suspect`: what is computed of a suspect, behind a wall that no carrier passes
+- `keys`: key files, their public half, the choices that only a key's owner can repeat
+- `pairing`: which output is which class is which carrier
+- `verification`: suspects asked, tested and given a verdict, with `probes`, `calibration`, `blackbox` and `answers`
+- `stores`: where images come from and go to, a folder or tar shards, with `images` for the files themselves
+- `plan`, `marking_run`: a data set marked, interrupted and gone on with
+- `api`, `cli`: the same for Python and for the command line
+
+`keygen`, `mark`, `verify` and `load_key` can be called as `radiotag.keygen` and so on; PyTorch is imported at their
+first use.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from radiotag.errors import RadiotagError
 
-__all__ = ["RadiotagError", "__version__"]
+if TYPE_CHECKING:
+    from radiotag.api import keygen, load_key, verify
+    from radiotag.verification import Options
+
+__all__ = ["Options", "RadiotagError", "__version__", "keygen", "load_key", "verify"]
 __version__ = "0.4.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from radiotag import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'radiotag' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,17 +11,15 @@ blur the difference. What a pattern does by nature to any classifier of these cl
 network, where it knows them, and taken off.
 """
 
-import csv
 import hashlib
 import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -29,22 +27,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from radiotag.cosines import PATTERN_DIMENSION, pattern_images
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
 from radiotag.images import png
 from radiotag.keys import Key
 from radiotag.networks import Network, resized
-from radiotag.radioactive import (
-    PATTERN_DIMENSION,
-    Floats,
-    Marking,
-    l2_radius,
-    log_probabilities,
-    pattern_images,
-    uniform_carriers,
-)
+from radiotag.radioactive import Floats, Marking, l2_radius, uniform_carriers
+from radiotag.suspect import Batching, log_probabilities
 
-FORMAT = 1  # of the file of queries
+QUERIES_FORMAT = 1  # of the file of queries
 DECOYS, MOST_DECOYS = 23, 99_999
 IMAGES = 480  # in all, at most EACH a class: what is asked under each key
 EACH = 48
@@ -56,10 +48,6 @@ SURE = 1e-4  # probabilities are kept this far from 0 and 1: one sure mistake do
 
 class OfAnotherKey(RadiotagError):
     """Queries of another key, or of another version of radiotag."""
-
-
-class NotAnswered(RadiotagError):
-    """A file of predictions that answers none of some queries: they may be of another export."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,23 +127,27 @@ def shrunk(image: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the file of queries
 
 
-def cache_path(key_path: Path, key: Key, pixels: Sequence[Tensor], rows: Sequence[int], decoys: int) -> Path:
+def cache_path(key_path: Path, key: Key, queries: Queries) -> Path:
     """Where the queries of a key, images and number of decoys are kept: beside the key."""
-    digest = hashlib.sha256(f"{FORMAT}\0{key.fingerprint}\0{decoys}\0{list(rows)}".encode())
-    for image in pixels:
+    digest = hashlib.sha256(
+        f"{QUERIES_FORMAT}\0{key.fingerprint}\0{queries.decoys}\0{list(queries.rows)}".encode()
+    )
+    for image in queries.images:
         digest.update(f"\0{tuple(image.shape)}\0".encode() + image.contiguous().numpy().tobytes())
     return key_path.with_name(f"{key_path.stem}.queries-{digest.hexdigest()[:16]}.safetensors")
 
 
-def save(path: Path, queries: Queries, key: Key) -> None:
+def save_queries(path: Path, queries: Queries, key: Key) -> None:
     """Write the queries, readable by their owner only."""
     tensors = {f"{i}": image for i, image in enumerate(queries.images)}
-    described = {"format": FORMAT, "fingerprint": key.fingerprint, "rows": queries.rows, "labels": queries.labels,
-                 "names": queries.names}  # fmt: skip
+    described = {
+        "format": QUERIES_FORMAT, "fingerprint": key.fingerprint, "rows": queries.rows, "labels": queries.labels,
+        "names": queries.names,
+    }  # fmt: skip
     write_atomically(path, safetensors.torch.save(tensors, {"radiotag": json.dumps(described)}), mode=0o600)
 
 
-def load(path: Path, key: Key) -> Queries:
+def load_queries(path: Path, key: Key) -> Queries:
     """Read the queries back. RadiotagError if they are damaged or another key's."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -163,7 +155,7 @@ def load(path: Path, key: Key) -> Queries:
             rows, labels = tuple(described["rows"]), tuple(described["labels"])
             names = tuple(map(tuple, described["names"]))
             images = tuple(file.get_tensor(f"{i}") for i in range(len(rows)))
-        known = described["format"] == FORMAT and described["fingerprint"] == key.fingerprint
+        known = described["format"] == QUERIES_FORMAT and described["fingerprint"] == key.fingerprint
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise RadiotagError(f"{path} is damaged: {error}", "remove it, it will be made again") from error
     if not known:
@@ -177,54 +169,58 @@ def check_export(folder: Path) -> None:
         raise RadiotagError(f"{folder} exists", "choose another folder for --export, or remove it")
 
 
-def export(queries: Queries, key: Key, folder: Path) -> int:
+def export(
+    queries: Queries, key: Key, folder: Path, progress: Callable[[int, int], None] = lambda *_: None
+) -> int:
     """Write every query as a PNG under its random name; returns how many.
 
     Nothing in a name, its order, a time stamp or the file's layout tells the true key from a decoy.
     """
     check_export(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(enumerate(queries.names))
+    rows, count = list(enumerate(queries.names)), sum(map(len, queries.names))
     secrets.SystemRandom().shuffle(rows)  # a folder may list its files as they came
-    for number, names in rows:
+    for done, (number, names) in enumerate(rows, 1):
         for name, image in zip(names, shown(queries, key, number), strict=True):
             path = folder / f"{name}.png"
             write_atomically(path, png(image.permute(1, 2, 0).numpy()))
             os.utime(path, (0, 0))
-    return sum(map(len, queries.names))
+        progress(done * len(names), count)
+    return count
 
 
 # ---------------------------------------------------------------- answers
 
 
 @torch.no_grad()
-def ask(suspect: Network, queries: Queries, key: Key, batch_size: int) -> Tensor:
+def ask(suspect: Network, queries: Queries, key: Key, batching: Batching) -> Tensor:
     """The suspect's probabilities on all queries: (2(K + 1), N, C') float64 on the CPU; images at its own size."""
-    device, size = suspect.device, suspect.spec.image_size
-    every = (image for number in range(len(queries.names)) for image in shown(queries, key, number))
-    found = []
-    while part := list(islice(every, batch_size)):
+    device, size, count = suspect.device, suspect.spec.image_size, len(queries.names) * len(queries.rows)
+    images = (image for number in range(len(queries.names)) for image in shown(queries, key, number))
+    answers: list[Tensor] = []
+    while part := list(islice(images, batching.size)):
         pixels = torch.cat([resized(image[None].float() / 255, size) for image in part])
-        found.append(log_probabilities(suspect(pixels.to(device)).cpu().double()).exp())
-    return torch.cat(found).view(len(queries.names), len(queries.rows), -1)
+        answers.append(log_probabilities(suspect(pixels.to(device)).cpu().double()).exp())
+        batching.tell("questions", min(count, len(answers) * batching.size), count)
+    return torch.cat(answers).view(len(queries.names), len(queries.rows), -1)
 
 
-def evidence(
+def pattern_effects(
     queries: Queries,
     answers: Tensor,
     pairs: Sequence[tuple[int, int]],
-    own: Tensor | None = None,
-    own_names: Sequence[str] = (),
+    usual: Tensor | None = None,
+    marker_names: Sequence[str] = (),
 ) -> Floats:
     """What `resampled_log_p` tests: (K + 1, C), for (output, row) pairs: how much surer with a pattern than without.
 
     The difference of the right class's mean logits. answers (2(K + 1), N, C') are probabilities, NaN where there is no
-    answer; own (2(K + 1), N, C'') the marking network's, whose difference is taken off for the classes that it names.
+    answer. `usual` (2(K + 1), N, C'') are the marking network's: its difference is taken off for classes that it names.
     A class that some key has no answer for is left out, which looks at all keys alike.
     """
     rows = torch.tensor(queries.rows)
-    if own is not None and bool(((answers == 0) | (answers == 1) | answers.isnan()).all()):  # labels against labels
-        own = F.one_hot(own.argmax(2), own.shape[2]).double()
+    if usual is not None and bool(((answers == 0) | (answers == 1) | answers.isnan()).all()):  # labels against labels
+        usual = F.one_hot(usual.argmax(2), usual.shape[2]).double()
     columns = []
     for output, row in pairs:
         chosen = torch.nonzero(rows == row)[:, 0]
@@ -232,8 +228,8 @@ def evidence(
         if len(chosen) == 0 or column.isnan().any():
             continue
         name = queries.labels[int(chosen[0])]
-        if own is not None and name in own_names and bool(column.min() < column.max()):  # else it says nothing
-            column = column - _difference(own[:, chosen, own_names.index(name)])
+        if usual is not None and name in marker_names and bool(column.min() < column.max()):  # else it says nothing
+            column = column - _difference(usual[:, chosen, marker_names.index(name)])
         columns.append(column)
     if not columns:
         raise RadiotagError("no class was answered for under every key", "answer all of the exported images")
@@ -245,130 +241,3 @@ def _difference(right: Tensor) -> Tensor:
     """(2(K + 1), n) probabilities → (K + 1,): mean logit with each key's pattern less that without."""
     mean = right.clamp(SURE, 1 - SURE).logit().nanmean(1)
     return mean[0::2] - mean[1::2]
-
-
-def read_answers(path: Path, queries: Queries) -> tuple[Tensor, list[str]]:
-    """A file of predictions: ((2(K + 1), N, C') probabilities with NaN for what is missing, warnings).
-
-    CSV: a header with `file` first, then either `label` or one column a class (see `_probabilities`). JSON: an object
-    of file → label, list of numbers, or object of class → number. RadiotagError names the row that is wrong.
-    """
-    rows = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path, queries.labels)
-    known = {name: (k, i) for k, names in enumerate(queries.names) for i, name in enumerate(names)}
-    given: dict[str, Any] = {}
-    unknown = 0
-    for file, value in rows:
-        name = Path(file).stem
-        if name not in known:
-            unknown += 1
-        elif given.setdefault(name, value) != value:
-            raise RadiotagError(f"{path} answers {file} twice, and differently", "keep one answer an image")
-    if not given:
-        raise NotAnswered(f"{path} answers none of this key's exported images", "name them as they were exported")
-    warnings = [f"{unknown} answers are for files that were not exported, and ignored"] if unknown else []
-    if len(given) < len(known):
-        warnings.append(f"{len(known) - len(given)} of {len(known)} exported images have no answer")
-    names = _output_names(given.values(), path)
-    place = {name: i for i, name in enumerate(names)}
-    answers = torch.full((len(queries.names), len(queries.rows), len(names)), float("nan"), dtype=torch.float64)
-    for name, value in given.items():
-        answers[known[name]] = _numbers(value, place, f"{path}: {name}")
-    return _probabilities(answers, path), warnings
-
-
-def _read_csv(path: Path, classes: Sequence[str]) -> list[tuple[str, Any]]:
-    """Each file with its label, or with the numbers of its columns: of a single one, if that is called as a class."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RadiotagError(f"cannot read {path}: {error}", "give a CSV or JSON file") from error
-    if not lines or len(lines[0]) < 2:
-        raise RadiotagError(f"{path} has no header", "begin it with: file,label or file and one column a class")
-    header = lines[0]
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise RadiotagError(f"{path} has two columns {twice!r}", "name each class once")
-    found: list[tuple[str, Any]] = []
-    for number, line in enumerate(lines[1:], 2):
-        if not line:
-            continue
-        if len(line) != len(header):
-            columns = f"{len(line)} columns, the header has {len(header)}"
-            raise RadiotagError(f"{path}, line {number}: {columns}", "write as many as the header has")
-        if len(header) == 2 and header[1] not in classes:
-            found.append((line[0], line[1].strip()))
-            continue
-        try:
-            found.append((line[0], dict(zip(header[1:], map(float, line[1:]), strict=True))))
-        except ValueError as error:
-            hint = "write numbers, one a class, or labels in one column called label"
-            raise RadiotagError(f"{path}, line {number}: {error}", hint) from error
-    return found
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > 300:
-        raise ValueError("a number of more than 300 digits")
-    return int(digits)
-
-
-def _read_json(path: Path) -> list[tuple[str, Any]]:
-    try:
-        data = json.loads(path.read_bytes(), parse_int=_whole)
-    except (OSError, ValueError, RecursionError) as error:
-        raise RadiotagError(f"cannot read {path}: {error}", "give a CSV or JSON file") from error
-    if not isinstance(data, dict):
-        raise RadiotagError(f"{path} is not an object of file names", 'write {"FILE": ANSWER, ...}')
-    rows = []
-    for file, value in data.items():
-        plain = {str(i): v for i, v in enumerate(value)} if isinstance(value, list) else value
-        if isinstance(plain, dict):
-            numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in plain.values())
-            if not plain or not numbers:
-                raise RadiotagError(f"{path}: the answer for {file} is not made of numbers", "write one a class")
-            plain = {name: float(v) for name, v in plain.items()}
-        elif isinstance(plain, bool) or not isinstance(plain, str | int):
-            raise RadiotagError(f"{path}: the answer for {file} is neither a label nor numbers", "write one of them")
-        rows.append((file, plain if isinstance(plain, dict) else str(plain)))
-    return rows
-
-
-def _output_names(values: Iterable[Any], path: Path) -> tuple[str, ...]:
-    """The suspect's outputs in one order: as numbered, up to a thousand, or those that some answer names."""
-    values = list(values)
-    kinds = {isinstance(value, dict) for value in values}
-    if len(kinds) > 1:
-        raise RadiotagError(f"{path} mixes labels and numbers", "give one kind of answer")
-    names = {name for value in values for name in (value if isinstance(value, dict) else [value])}
-    numbered = all(name.isdecimal() and name.isascii() and len(name) < 9 for name in names)
-    if numbered and max(map(int, names)) < 1000:
-        return tuple(map(str, range(max(map(int, names)) + 1)))
-    return tuple(sorted(names, key=int) if numbered else sorted(names))
-
-
-def _numbers(value: Any, place: dict[str, int], where: str) -> Tensor:
-    """(C',) numbers as given; of a label, one and zeros."""
-    if isinstance(value, str):
-        return F.one_hot(torch.tensor(place[value]), len(place)).double()
-    numbers = torch.tensor([float(value.get(name, float("nan"))) for name in place], dtype=torch.float64)
-    if len(value) != len(place) or not bool(numbers.isfinite().all()):
-        raise RadiotagError(f"{where} needs {len(place)} numbers, all finite", "answer for every class, or for none")
-    return numbers
-
-
-def _probabilities(answers: Tensor, path: Path) -> Tensor:
-    """(…, C') probabilities of what a whole file holds: numbers from 0 to 1, per cent, or else logits.
-
-    For all answers alike: one by one, an answer that was rounded to a sum of 0.97 would pass for logits.
-    """
-    given = answers[~answers.isnan().any(-1)]  # (n, C')
-    least, most, usual = (float(x) for x in (given.min(), given.max(), given.sum(1).median()))
-    if answers.shape[-1] == 1 and least >= 0 and 1.01 < most < 101:
-        raise RadiotagError(f"{path}: one number an image, up to {most:g}", "write probabilities, from 0 to 1")
-    if answers.shape[-1] == 1:  # a sigmoid's
-        return answers.clamp(0, 1) if least > -0.01 and most < 1.01 else answers.sigmoid()
-    if least > -0.01 and (most < 1.01 or (most < 101 and abs(usual - 100) < 5)):  # as rounded, in single precision
-        shares = answers.clamp(min=0)
-        return shares / shares.sum(-1, keepdim=True).clamp(min=1e-300)  # an answer may be all zeros
-    return answers.softmax(-1)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from radiotag.marking import Plan
     from radiotag.networks import Network
     from radiotag.training import Dataset, Recipe
-    from radiotag.verification import Finding
+    from radiotag.verification import Finding, Options
+    from radiotag.verification import Progress as ShowProgress
 
 DETECTED, ERROR, NO_EVIDENCE, INTERRUPTED = 0, 1, 3, 130  # exit codes; 2 is a usage error
 SCHEMA = 1
@@ -231,27 +232,16 @@ def keygen(
     with reporting("keygen", json_, quiet) as report:
         if data and classes:
             raise typer.BadParameter("--classes and --data both say how many carriers: give one of them")
-        if not output.name or output.is_dir():
-            raise RadiotagError(f"{output} is a folder", "name a file with -o")
-        public = output.with_suffix(".pub")
-        if public == output:
-            raise RadiotagError(f"{output} is the public half's name", "name the key otherwise, k.safetensors for one")
-        for path in (output, public):
-            if path.exists() and not force:
-                raise RadiotagError(f"{path} exists", "choose another name with -o, or overwrite it with --force")
-        from radiotag.files import write_atomically
-        from radiotag.keys import new_key, public_half, save_key
-        from radiotag.networks import marking_weights
+        from radiotag import api
         from radiotag.shards import listing
 
         names = [name for name in listing(data)[2] if name] if data else None
         if data and not names:
             raise RadiotagError(f"{data} has no class sub-folders", "leave out --data, or give a folder of folders")
-        weights, described, dimension = marking_weights(network)
-        key = new_key(weights, described, dimension, names or classes or 1000)
+        key = api.keygen(output, network=network, classes=names or classes or 1000, force=force)
+        public, dimension = output.with_suffix(".pub"), key.carriers.shape[1]
+        described = key.metadata["network"]
         shown = f"{described['architecture']}, {described['image_size']} px"
-        save_key(output, key, exclusive=not force)
-        write_atomically(public, public_half(key).encode(), mode=0o644)
         report.say(
             f"key          {output} (keep it secret)",
             f"public half  {public} (publish it before the data)",
@@ -529,7 +519,7 @@ def train_demo(
         from radiotag import networks, training
 
         report.note("reading images …")
-        first = networks.load(init) if init else None
+        first = networks.load_network(init) if init else None
         images = training.load_folder(data, image_size or (first.spec.image_size if first else None))
         recipe = training.Recipe(
             epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, head_only=head_only, robust=robust
@@ -561,7 +551,7 @@ def _train(
 ) -> float | None:  # fmt: skip
     from radiotag import networks, training
 
-    taught = networks.load(teacher) if teacher else None
+    taught = networks.load_network(teacher) if teacher else None
     with progress_bar(report, "%") as bar:
         task = bar.add_task("training", total=100 * recipe.epochs, detail="")
 
@@ -661,8 +651,8 @@ def verify(
             raise typer.BadParameter(f"--alpha is above 0 and at most 0.5, not {alpha:g}")
         asked = {"--data": data, "--marked": marked, "--arch": arch, "--decoys": decoys}
         _check_verify(models, black_box, export, predictions, calibrate, asked)
+        from radiotag import api, verification
         from radiotag import report as pages
-        from radiotag import verification
         from radiotag.blackbox import check_export
         from radiotag.keys import load_key
 
@@ -675,30 +665,20 @@ def verify(
         secret = load_key(key)
         options = verification.Options(
             architecture=arch, image_size=image_size, mean=_triple(mean, "--mean"), std=_triple(std, "--std"),
+            manifest=marked, alpha=alpha, calibrate=calibrate, black_box=black_box, decoys=decoys,
             device=choose_device(device), batch_size=batch_size,
         )  # fmt: skip
-
-        def show(path: Path) -> None:
-            report.note(f"examining {path} …")
-
-        if predictions:
-            findings = verification.verify_predictions(predictions, secret, key, options, alpha=alpha)
-        elif black_box and data:
-            queries = verification.prepare_queries(secret, key, data, marked, decoys, alpha)
-            questions = len(queries.rows) * len(queries.names)
-            report.note(
-                f"black-box: {len(set(queries.rows))} classes, {len(queries.rows)} images with and without the patterns"
-                f" of the true key and of {queries.decoys} decoys: {questions} questions a suspect"
-            )
-            if export:
-                _export(report, queries, secret, export, key)
-                return
-            findings = verification.verify_black_box(models or [], queries, secret, options, alpha=alpha, progress=show)
-        else:
-            findings = verification.verify(
-                models or [], secret, options, data=data, manifest=marked, alpha=alpha, calibration=calibrate,
-                progress=show,
-            )  # fmt: skip
+        queries = _queries(report, secret, data, options) if black_box and data and not predictions else None
+        if export and queries:
+            _export(report, queries, secret, export)
+            return
+        with examining(report) as progress:
+            if predictions:
+                findings = verification.verify_predictions(predictions, secret, options, progress)
+            elif queries:
+                findings = verification.verify_black_box(models or [], queries, secret, options, progress)
+            else:
+                findings = api.verify(models or [], secret, data, options=options, progress=progress)
         problem = None
         if report_:
             try:
@@ -737,17 +717,49 @@ def _check_verify(
         raise typer.BadParameter("--calibrate is for the white-box test: black-box counts its null out exactly")
 
 
-def _export(report: Report, queries: "Queries", secret: "Key", folder: Path, key: Path) -> None:
+def _queries(report: Report, secret: "Key", data: Path, options: "Options") -> "Queries":
+    from radiotag import verification
+    from radiotag.probes import FolderImages
+
+    queries = verification.prepare_queries(secret, FolderImages(data, options.manifest), options)
+    report.note(
+        f"black-box: {len(set(queries.rows))} classes, {len(queries.rows)} images with and without the patterns of the "
+        f"true key and of {queries.decoys} decoys: {len(queries.rows) * len(queries.names)} questions a suspect"
+    )
+    return queries
+
+
+def _export(report: Report, queries: "Queries", secret: "Key", folder: Path) -> None:
     from radiotag import blackbox
 
-    count = blackbox.export(queries, secret, folder)
+    with progress_bar(report, "images") as bar:
+        task = bar.add_task("exporting", total=None, detail="")
+        count = blackbox.export(
+            queries, secret, folder, lambda done, of: bar.update(task, completed=done, total=of)
+        )
     report.say(
         f"exported     {count} images to {folder} (which is which is kept beside the key)",
         "ask          the suspect for a label or its probabilities on each; write file,label or file,CLASS,CLASS,...",
         f"key          sha256:{secret.fingerprint}",
-        f"next         radiotag verify --key {shlex.quote(str(key))} --predictions answers.csv",
+        f"next         radiotag verify --key {shlex.quote(str(secret.path))} --predictions answers.csv",
     )
     report.give(fingerprint=secret.fingerprint, export=str(folder), images=count)
+
+
+@contextmanager
+def examining(report: Report) -> Iterator["ShowProgress"]:
+    """A progress bar of what is done with each suspect; where there is none, a line for each suspect."""
+    told: set[str] = set()
+    with progress_bar(report, "") as bar:
+        task = bar.add_task("examining", total=None, detail="")
+
+        def show(suspect: str, what: str, done: int, of: int) -> None:
+            if suspect not in told:
+                told.add(suspect)
+                report.note(f"examining {suspect} …")
+            bar.update(task, description=f"{Path(suspect).name}: {what}", completed=done, total=of)
+
+        yield show
 
 
 def _tell(

@@ -11,6 +11,7 @@ from typing import Any
 from radiotag import keys, marking, networks, radioactive, synthetic, training, verification
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
+from radiotag.probes import FolderImages
 
 CLASSES = synthetic.CLASS_NAMES
 MADE = {
@@ -73,7 +74,7 @@ def run(
         accuracy.append(_train(folder / images, held_out, paths[-1], size, seed, device))
     note("5/5 verifying both")
     options = verification.Options(device=device)
-    findings = verification.verify(paths, key, options, data=folder / "held-out")
+    findings = verification.verify(paths, key, options, FolderImages(folder / "held-out"))
     return Result(
         folder=folder, key=folder / "k.safetensors", fingerprint=key.fingerprint, marked=summary.marked,
         images=size.images, psnr=summary.statistics()["psnr_median"] or math.nan,

@@ -7,7 +7,7 @@ import os
 import random
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from radiotag.cosines import PATTERN_DIMENSION
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
 from radiotag.networks import Network, State, from_state, spec_from, unpack
-from radiotag.radioactive import PATTERN_DIMENSION, uniform_carriers
+from radiotag.radioactive import uniform_carriers
 
-FORMAT = 1  # of key files
+KEY_FORMAT = 1  # of key files
 STATISTIC = "contrasted pattern or pattern+response+ridge"  # what new keys declare
 STATISTICS = {
     STATISTIC: "response and ridge alignment, unit vectors summed (the ridge's halved without labelled images), "
@@ -42,6 +43,7 @@ class Key:
     weights: State  # the marking network, as stored (int8 weights have a scale beside them)
     metadata: dict[str, Any]  # format, statistic, network (a Spec), class_names or None
     fingerprint: str  # SHA-256 over all of the above, hexadecimal
+    path: Path | None = field(default=None, compare=False)  # the file it was read from, or written to
 
     @property
     def class_names(self) -> list[str] | None:
@@ -62,7 +64,7 @@ class Key:
         return from_state(unpack(self.weights), spec).to(device)
 
 
-def fresh_carriers(key: Key, digest: Callable[[int], bytes]) -> tuple[Tensor, Tensor]:
+def null_carriers(key: Key, digest: Callable[[int], bytes]) -> tuple[Tensor, Tensor]:
     """Carriers (C, d) and patterns (C, m) of another key like this one, from a stream of bytes: digest(n) begins it."""
     (classes, dimension), split = key.carriers.shape, 8 * key.carriers.numel()
     stream = digest(split + 8 * key.patterns.numel())
@@ -82,7 +84,7 @@ def new_key(
     count = classes if isinstance(classes, int) else len(classes)
     if count < 1:
         raise RadiotagError("a key needs at least one class")
-    metadata = {"format": FORMAT, "statistic": STATISTIC, "network": network, "class_names": names}
+    metadata = {"format": KEY_FORMAT, "statistic": STATISTIC, "network": network, "class_names": names}
     metadata = json.loads(json.dumps(metadata))  # as it comes back from the file: no tuples
     carriers, patterns = (uniform_carriers(count, d, entropy) for d in (dimension, PATTERN_DIMENSION))
     secret = entropy(32)
@@ -151,7 +153,7 @@ def load_key(path: Path) -> Key:
         reason = "it is a folder" if path.is_dir() else str(error)
         hint = "give the secret half: --key k.safetensors" if path.suffix == ".pub" else f"check the path; {NEW_KEY}"
         raise RadiotagError(f"{path} is not a radiotag key: {reason}", hint) from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != KEY_FORMAT:
         raise RadiotagError(f"{path} is of a format that this version does not know", "pip install -U radiotag")
     if metadata.get("statistic") not in STATISTICS:
         declared = f"{path} declares the statistic {metadata.get('statistic')!r}, which this version does not compute"
@@ -159,15 +161,16 @@ def load_key(path: Path) -> Key:
     weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
     print_ = fingerprint(carriers, patterns, secret, weights, metadata)
     return Key(
-        carriers=carriers, patterns=patterns, secret=secret, weights=weights, metadata=metadata, fingerprint=print_
-    )
+        carriers=carriers, patterns=patterns, secret=secret, weights=weights, metadata=metadata, fingerprint=print_,
+        path=path,
+    )  # fmt: skip
 
 
 def _check(metadata: Any, carriers: Tensor, patterns: Tensor, secret: bytes) -> None:
     """Raise KeyError or ValueError where a key file is damaged; a later format may look otherwise."""
     if not isinstance(metadata, dict):
         raise ValueError("its description is no mapping")
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != KEY_FORMAT:
         return
     names, _ = metadata["class_names"], metadata["network"]
     unit = all(

@@ -135,6 +135,21 @@ def row_at(file: IO[bytes], place: int) -> Row:
     return dict(json.loads(file.readline()))
 
 
+def recorded_rows(path: Path) -> list[Row]:
+    """What a manifest, and what an interrupted run of several processes left beside it, records of its images."""
+    return [row for journal in (path, *rank_journals(path)) for row in read_manifest(journal)[1].values()]
+
+
+def marked_rows(path: Path | None) -> list[Row]:
+    """The recorded rows of marked images; none without a manifest."""
+    return [row for row in recorded_rows(path) if row["status"] == "marked"] if path else []
+
+
+def marked_hashes(rows: Iterable[Row]) -> frozenset[str]:
+    """SHA-256 of every marked file; one that came out as it went in, as an image of two colours may, is none."""
+    return frozenset(row["sha256_out"] for row in rows if row["sha256_out"] != row.get("sha256_in"))
+
+
 def rank_journal(path: Path, rank: int) -> Path:
     """The journal of one of several processes; the first writes the manifest itself."""
     return path.with_name(f"{path.name}.rank{rank}") if rank else path

@@ -48,7 +48,7 @@ from radiotag.keys import Key, choose, image_random, patterned
 from radiotag.manifest import FORMAT, Row, Summary
 from radiotag.networks import Network, resized
 from radiotag.processes import launched
-from radiotag.radioactive import Marking, mark_images, padded
+from radiotag.radioactive import ImageToMark, Marking, mark_images, padded
 
 LOSSLESS = {"PNG", "BMP", "TIFF"}
 GREY = {"1", "L", "LA", "I;16"}
@@ -757,9 +757,11 @@ def mark_pictures(
         return _finish(picture, _array(image), marking, format)
 
     lossy = not all(_lossless(picture, format) for picture in pictures)
-    images = [_tensor(picture.rgb) for picture in pictures]
-    grey = [picture.mode in GREY for picture in pictures]
-    marked = mark_images(network, images, carriers, draws, marking, read_back if lossy else None, patterns, grey)
+    given = [
+        ImageToMark(image=_tensor(picture.rgb), carrier=u, pattern=v, draw=draw, grey=picture.mode in GREY)
+        for picture, u, v, draw in zip(pictures, carriers, patterns, draws, strict=True)
+    ]
+    marked = mark_images(network, given, marking, read_back if lossy else None)
     return list(pool.map(finish, pictures, marked))
 
 

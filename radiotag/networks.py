@@ -14,9 +14,8 @@ import mmap
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -32,6 +31,7 @@ from torchvision.models.vgg import VGG
 
 from radiotag.errors import RadiotagError, first_line, out_of_memory
 from radiotag.files import write_atomically
+from radiotag.foreign import kind_of
 from radiotag.programs import check_pickles, grown, read_archive
 
 SMALL_IMAGE = 64  # pixels; networks for an input up to here take the small-image stem by default
@@ -42,6 +42,7 @@ AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extr
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # as in torchvision's own weight files
 BARE = "save the bare weights: torch.save(model.state_dict(), FILE), or a safetensors file"
 CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "weights", "model_ema", "ema")  # within a file
+NO_CLASSIFIER = "radiotag tests image classifiers alone; if it is one, name it with --arch FILE.py:FUNCTION"
 CHECKPOINTS = "a checkpoint of train-demo or of a torchvision classifier"  # what a marking network comes in
 SHELLS = {getattr(torch, "float4_e2m1fn_x2", None)}  # types that PyTorch stores and cannot convert
 State = dict[str, Tensor]
@@ -71,8 +72,10 @@ def resized(pixels: Tensor, size: int) -> Tensor:
 class Network(nn.Module):
     """A classifier with its input convention: takes pixels in [0, 1], resizes and normalises them itself."""
 
-    def __init__(self, module: nn.Module, spec: Spec) -> None:
+    def __init__(self, module: nn.Module, spec: Spec, *, own_layout: bool = False) -> None:
+        """own_layout: leave the memory layout alone; modules that use `.view` need it as PyTorch makes it."""
         super().__init__()
+        self.layout = torch.contiguous_format if own_layout else torch.channels_last
         self.module, self.spec = module.eval().requires_grad_(False), spec
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
@@ -82,7 +85,7 @@ class Network(nn.Module):
     def prepare(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] → the network's input (B, 3, S, S)."""
         pixels = resized(pixels, self.spec.image_size)
-        return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
+        return ((pixels - self.mean) / self.std).contiguous(memory_format=self.layout)  # type: ignore[operator]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] → logits (B, C)."""
@@ -154,7 +157,6 @@ def find_head(network: Network) -> tuple[nn.Linear | None, int]:
 # ---------------------------------------------------------------- building
 
 
-@cache
 def architectures() -> tuple[str, ...]:
     """Every torchvision classifier, and resnet10: one basic block a stage, for two cores."""
     names = torchvision.models.list_models(module=torchvision.models)
@@ -222,6 +224,32 @@ def from_state(state: Mapping[str, Tensor], spec: Spec, *, builder: Callable[...
     network.head, outputs = find_head(network)
     if builder and outputs != spec.classes:
         network.spec = replace(spec, classes=outputs, class_names=None)
+    return network
+
+
+def wrap_module(
+    module: nn.Module,
+    *,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Network:
+    """A classifier that a caller holds, with its input convention. The module itself is set to evaluation.
+
+    image_size in pixels, square; mean and std of pixels in [0, 1]. What is not given is ImageNet's usual, and assumed.
+    """
+    spec = Spec(
+        architecture=type(module).__name__,
+        classes=1,
+        small_stem=False,
+        image_size=image_size or 224,
+        mean=tuple(mean or IMAGENET_MEAN),
+        std=tuple(std or IMAGENET_STD),
+    )
+    network = Network(module, spec, own_layout=True)
+    network.head, classes = find_head(network)
+    network.spec = replace(spec, classes=classes)
+    network.assumed = not (image_size and mean and std)
     return network
 
 
@@ -306,14 +334,12 @@ def _skeleton(spec: Spec) -> nn.Module:
         return build(spec)
 
 
-@cache
 def _stock_shapes(name: str, stem: bool, image_size: int) -> Shapes:
     """The tensors of an architecture for one class, in its own order."""
     spec = Spec(architecture=name, classes=1, small_stem=stem, image_size=image_size, mean=(), std=())
     return _shapes(_skeleton(spec).state_dict())
 
 
-@cache
 def _size(name: str) -> int:
     """Number of parameters for 1000 classes, as torchvision publishes it."""
     if name == "resnet10":
@@ -543,7 +569,7 @@ def _are_names(names: object) -> bool:
     return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
-def load(
+def load_network(
     path: Path,
     *,
     architecture: str | None = None,
@@ -588,6 +614,8 @@ def _guess(state: State, architecture: str | None, builder: Callable[..., Any] |
         if found and architecture in (None, found[0]):
             architecture, stem, size = found
     if architecture is None:
+        if kind := kind_of(state):
+            raise RadiotagError(f"it looks like {kind}, not an image classifier", NO_CLASSIFIER)
         raise RadiotagError("unknown architecture", "name it with --arch NAME or --arch FILE.py:FUNCTION")
     usual, mean, std = published_input(architecture)
     size = size or image_size or (32 if stem else usual)
@@ -641,14 +669,14 @@ def marking_weights(name: str) -> tuple[State, dict[str, Any], int]:
     A torchvision name takes that model's default weights through torchvision's own cache.
     """
     if name == "builtin":
-        network = load(BUILTIN)
+        network = load_network(BUILTIN)
         weights = pack(network.module.state_dict())  # a quarter of the bytes, and the very numbers it was shipped with
     elif name in architectures():
         network = _pretrained(name)
         weights = dict(network.module.state_dict())
     elif Path(name).is_file():
         try:
-            network = load(Path(name))
+            network = load_network(Path(name))
         except RadiotagError as error:
             other = "--arch" in error.hint or "--image-size" in error.hint  # which keygen has not
             raise RadiotagError(str(error), f"give {CHECKPOINTS}" if other else error.hint) from error

@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from radiotag import __version__
+from radiotag.calibration import TAIL, Calibration
 from radiotag.errors import RadiotagError, printable
 from radiotag.files import write_atomically
 from radiotag.keys import STATISTICS, Key
 from radiotag.radioactive import NULL
-from radiotag.verification import TAIL, VOIDS, Calibration, Finding
+from radiotag.verification import VOIDS, Finding
 
 WIDTH = 118  # characters
 BLACK_BOX = (

@@ -27,7 +27,7 @@ from radiotag.networks import (
     Spec,
     build,
     find_head,
-    load,
+    load_network,
     mixed_precision,
     save_checkpoint,
     to_metadata,
@@ -179,7 +179,7 @@ def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: in
 
 def initialised_from(path: Path, data: Dataset, *, seed: int) -> Network:
     """The network of a checkpoint, for images of the data's size; a fresh last layer where the classes are others."""
-    network = load(path, image_size=int(data.images.shape[-1]))
+    network = load_network(path, image_size=int(data.images.shape[-1]))
     names = data.names if data.names != ("",) else None
     if network.spec.classes == len(data.names):
         network.spec = replace(network.spec, class_names=names)

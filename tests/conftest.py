@@ -1,6 +1,7 @@
 """Two processes share the tests (pytest-xdist), so that each of them, and whatever they start, computes alone."""
 
 import os
+from functools import lru_cache
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from helpers import Forks, entropy
 
-from radiotag import keys, radioactive, verification
+from radiotag import keys, probes, suspect, synthetic
 
 
 def drawn_from(name):
@@ -34,11 +35,14 @@ def forks(tmp_path_factory):
     made.parent.stdout.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def drawn_once():
+    """Dead leaves are the same for every suspect; the tests of a process draw them once."""
+    probes.dead_leaves = lru_cache(maxsize=8)(synthetic.dead_leaves)
+
+
 @pytest.fixture
 def few_synthetic(monkeypatch):
     """Verification without data is quick: twenty synthetic images, of which a marked head still leaves 1e-20."""
-    monkeypatch.setattr(verification, "ALIGNMENT_IMAGES", 20)
-    monkeypatch.setattr(radioactive, "GRADIENTS", 24)
-    verification.synthetic_images.cache_clear()
-    yield
-    verification.synthetic_images.cache_clear()
+    monkeypatch.setattr(probes, "ALIGNMENT_IMAGES", 20)
+    monkeypatch.setattr(suspect, "GRADIENTS", 24)

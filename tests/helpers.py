@@ -1,6 +1,7 @@
 """What several test modules share: running the commands in this process and in forked ones, and plain oracles."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -13,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from scipy import fft, stats
+from torch import nn
 from torch.distributed import TCPStore
 
 from radiotag import cli
+from radiotag.networks import Spec
 
 # ---------------------------------------------------------------- running
 
@@ -236,3 +241,81 @@ def brute_ssim(a, b):
         light = (2 * mean_p * mean_q + 2.55**2) / (mean_p**2 + mean_q**2 + 2.55**2)
         found.append(light * (2 * both + 7.65**2) / (var_p + var_q + 7.65**2))
     return np.mean(found)
+
+
+# ---------------------------------------------------------------- networks and vectors
+
+
+SPEC = Spec(
+    architecture="resnet10", classes=3, small_stem=True, image_size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25)
+)
+
+
+def gaussian(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def unit(rows):
+    rows = np.asarray(rows)
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def binomial_limits(count, probability):
+    """What a right test passes but once in a million runs; the seeds are fixed, so it passes always or never."""
+    return stats.binom.ppf([5e-7, 1 - 5e-7], count, probability)
+
+
+def small_weights():
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "conv.weight": torch.randn(2, 3, 2, 2, generator=generator),
+        "bn.bias": torch.randn(2, generator=generator),
+        "bn.num_batches_tracked": torch.tensor(7),
+        "fc.weight": torch.randint(-127, 128, (3, 4), dtype=torch.int8, generator=generator),
+        "fc.weight.scale": torch.rand(3, 1, generator=generator),
+    }
+
+
+class Toy(nn.Module):
+    """What the functions under test take of a Network, around any features and a linear head."""
+
+    def __init__(self, body, weight, size=4):
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(weight.shape[1], weight.shape[0]).to(weight.dtype)
+        self.head.weight.data, self.head.bias.data = (
+            weight.clone(),
+            torch.linspace(-1, 1, len(weight), dtype=weight.dtype),
+        )
+        self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.2, 0.25, 0.5]).view(1, 3, 1, 1))
+        self.spec = dataclasses.replace(SPEC, classes=len(weight), image_size=size)
+        self.dimension, self.device = weight.shape[1], torch.device("cpu")
+        self.eval().requires_grad_(False)
+
+    def features(self, x):
+        return self.body(x).flatten(1)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def linear(matrix):
+    layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False).to(matrix.dtype)
+    layer.weight.data = matrix
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+def toys(seed):
+    return Toy(linear(gaussian(6, 48, seed=seed)), gaussian(3, 6, seed=seed + 10))
+
+
+def images_in_unit_range(count, size=4, seed=9):
+    return torch.from_numpy(np.random.default_rng(seed).random((count, 3, size, size)))
+
+
+def by_cosines(image):
+    """The patterns' coefficients of (3, H, W) by scipy's DCT: the lowest frequencies, even ones across, no constant."""
+    grid = fft.dctn(image, axes=(1, 2), norm="ortho")[:, :6, :6:2]
+    short = [(0, wanted - have) for wanted, have in zip((3, 6, 3), grid.shape, strict=True)]
+    return np.pad(grid, short).reshape(3, -1)[:, 1:].ravel()

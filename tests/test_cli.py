@@ -45,24 +45,12 @@ from safetensors import safe_open
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from radiotag import (
-    __version__,
-    cli,
-    demo,
-    images,
-    keys,
-    marking,
-    networks,
-    radioactive,
-    synthetic,
-    training,
-    verification,
-)
+from radiotag import __version__, cli, demo, images, keys, marking, networks, probes, synthetic, training
+from radiotag import suspect as suspect_module
 from radiotag.errors import RadiotagError
 from radiotag.keys import load_key
-from radiotag.manifest import locked, read_manifest
-from radiotag.networks import Network, load, save_checkpoint
-from radiotag.verification import marked_hashes, marked_rows
+from radiotag.manifest import locked, marked_hashes, marked_rows, read_manifest
+from radiotag.networks import Network, load_network, save_checkpoint
 
 COMMANDS = ("keygen", "mark", "train-demo", "verify")
 NAMES = ("ant", "bee", "cat")
@@ -322,7 +310,7 @@ def test_keygen_on_a_trained_network(world, tmp_path):
     key = tmp_path / "own.safetensors"
     answer = good("keygen", "-o", key, "--network", world.model, "--classes", 3, "--json").json
     assert answer["network"] == str(world.model)
-    theirs, ours = load(world.model).module.state_dict(), load_key(key).network().module.state_dict()
+    theirs, ours = load_network(world.model).module.state_dict(), load_key(key).network().module.state_dict()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     assert mark(world, tmp_path / "out", key=key).code == 0
 
@@ -1248,7 +1236,7 @@ def test_train_demo_tells_what_it_made(world):
     assert (answer["model"], answer["architecture"]) == (str(world.model), "resnet10")
     assert (answer["classes"], answer["epochs"]) == (3, 1)
     assert 0 <= answer["accuracy"] <= 1
-    network = load(world.model)
+    network = load_network(world.model)
     assert network.spec.class_names == NAMES
     assert network.spec.image_size == 32
     held_out = training.load_folder(world.clean, 32, NAMES)
@@ -1300,7 +1288,7 @@ def test_train_demo_interrupted_goes_on_to_the_same_model(world, forks, tmp_path
     assert "--resume" in cut.err
     resumed = forks.run(*command, "-o", tmp_path / "cut.pt", "--resume")
     assert resumed.code == 0, resumed.err
-    theirs, ours = (load(tmp_path / name).module.state_dict() for name in ("whole.pt", "cut.pt"))
+    theirs, ours = (load_network(tmp_path / name).module.state_dict() for name in ("whole.pt", "cut.pt"))
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
@@ -1308,7 +1296,7 @@ def test_train_demo_trains_the_head_alone(world, tmp_path):
     head = tmp_path / "head.pt"
     result = train(world, head, "--init", world.model, "--head-only", data=world.clean)
     assert result.code == 0, result.err
-    before, after = load(world.model).module.state_dict(), load(head).module.state_dict()
+    before, after = load_network(world.model).module.state_dict(), load_network(head).module.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"fc.weight", "fc.bias"}
     assert "--init" in bad("train-demo", world.imgs, "-o", tmp_path / "m.pt", "--head-only").err
@@ -1319,20 +1307,23 @@ def test_train_demo_starts_from_a_model_of_other_classes(world, tmp_path):
     more = ("--init", world.model, "--image-size", 24, "--json")
     answer = train(world, tmp_path / "m.pt", *more, data=data).json
     assert (answer["classes"], answer["architecture"]) == (2, "resnet10")
-    assert load(tmp_path / "m.pt").spec.class_names == ("x", "y") and load(tmp_path / "m.pt").spec.image_size == 24
+    spec = load_network(tmp_path / "m.pt").spec
+    assert spec.class_names == ("x", "y") and spec.image_size == 24
 
 
 def test_train_demo_learns_from_a_teacher(world, tmp_path):
     assert train(world, tmp_path / "student.pt", "--teacher", world.model).code == 0
     assert train(world, tmp_path / "labels.pt").code == 0
-    student, other = (load(tmp_path / name).module.state_dict()["fc.weight"] for name in ("student.pt", "labels.pt"))
+    student, other = (
+        load_network(tmp_path / name).module.state_dict()["fc.weight"] for name in ("student.pt", "labels.pt")
+    )
     assert not torch.equal(student, other)
 
 
 def test_train_demo_trains_a_marking_network_that_withstands_changes(world, tmp_path):
     answer = train(world, tmp_path / "robust.pt", "--robust", "--json").json
     assert answer["architecture"] == "resnet10"
-    robust, plain = (load(path).module.state_dict() for path in (tmp_path / "robust.pt", world.model))
+    robust, plain = (load_network(path).module.state_dict() for path in (tmp_path / "robust.pt", world.model))
     assert not torch.equal(robust["fc.weight"], plain["fc.weight"])
     assert torch.load(tmp_path / "robust.pt", weights_only=True)["recipe"]["robust"] is True
     good("keygen", "-o", tmp_path / "k.safetensors", "--network", tmp_path / "robust.pt")
@@ -1343,9 +1334,9 @@ def test_train_demo_trains_a_marking_network_that_withstands_changes(world, tmp_
 def test_train_demo_writes_safetensors(world, tmp_path):
     model = tmp_path / "m.safetensors"
     assert train(world, model).code == 0
-    theirs, ours = load(world.model).module.state_dict(), load(model).module.state_dict()
+    theirs, ours = load_network(world.model).module.state_dict(), load_network(model).module.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert load(model).spec == load(world.model).spec
+    assert load_network(model).spec == load_network(world.model).spec
     assert call("verify", model, "--key", world.key, "--data", world.few).code == 3
     assert "resume" in train(world, model, "--resume").err
 
@@ -1385,18 +1376,11 @@ SUSPECT_AND_MODEL = SUSPECT_KEYS | {"model", "accuracy"}
 def small_demonstration(monkeypatch, size, alignment, gradients):
     real = demo.run
     monkeypatch.setattr(demo, "run", lambda *a, **k: real(*a, **k, size=size))
-    monkeypatch.setattr(verification, "ALIGNMENT_IMAGES", alignment)
-    monkeypatch.setattr(radioactive, "GRADIENTS", gradients)
-    verification.synthetic_images.cache_clear()
+    monkeypatch.setattr(probes, "ALIGNMENT_IMAGES", alignment)
+    monkeypatch.setattr(suspect_module, "GRADIENTS", gradients)
 
 
-@pytest.fixture
-def no_cache():
-    yield
-    verification.synthetic_images.cache_clear()
-
-
-def test_the_demonstration_makes_everything(tmp_path, monkeypatch, no_cache):
+def test_the_demonstration_makes_everything(tmp_path, monkeypatch):
     """Far too small to detect anything: it is the way through that is tested."""
     small_demonstration(monkeypatch, demo.Size(images=20, held_out=10, fraction=0.5, epochs=1), 30, 80)
     monkeypatch.chdir(tmp_path)
@@ -1595,7 +1579,8 @@ def test_a_hostile_pickle_is_not_run(world, tmp_path, form):
     if form == "pickle":
         suspect.write_bytes(pickle.dumps(trap))
     else:
-        torch.save({"model": load(world.model).module.state_dict(), "x": trap} if form == "nested" else trap, suspect)
+        nested = {"model": load_network(world.model).module.state_dict(), "x": trap}
+        torch.save(nested if form == "nested" else trap, suspect)
     result = bad("verify", suspect, "--key", world.key, "--data", world.few, "--json")
     assert not sprung.exists()
     answer = result.json
@@ -1658,7 +1643,7 @@ def test_a_network_from_the_user_s_own_file(world, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:No complete tensor")
 def test_a_program_is_verified_as_its_weights_are(world, tmp_path):
-    module, example = load(world.model).module.eval(), torch.rand(2, 3, 32, 32)
+    module, example = load_network(world.model).module.eval(), torch.rand(2, 3, 32, 32)
     torch.save(module.state_dict(), tmp_path / "weights.pt")
     torch.jit.save(torch.jit.trace(module, example), tmp_path / "script.pt")
     torch.export.save(torch.export.export(module, (example,)), tmp_path / "export.pt2")
@@ -1822,9 +1807,3 @@ def test_who_has_read_enough_is_no_error(world, tmp_path, more):
         process.stdout.close()
         assert process.stderr.read().splitlines() == ["planning …"]
     assert process.returncode == 1
-
-
-def test_images_of_other_classes_are_labelled_as_such():
-    from radiotag.verification import positions
-
-    assert positions(("dog", "cat", "emu", "cat"), ("cat", "dog")).tolist() == [1, 0, -1, 0]

@@ -29,7 +29,7 @@ from radiotag.networks import (
     builder_from,
     find_head,
     from_state,
-    load,
+    load_network,
     pack,
     read_checkpoint,
     recognise,
@@ -134,7 +134,7 @@ def with_weights(module, state):
 
 
 def loads(path, **options):
-    return load(path, **{"image_size": 32, "mean": MEAN, "std": STD, **options})
+    return load_network(path, **{"image_size": 32, "mean": MEAN, "std": STD, **options})
 
 
 # ---------------------------------------------------------------- every architecture
@@ -272,7 +272,7 @@ def test_published_inputs_are_those_of_torchvision_and_used_for_a_bare_file(tmp_
     assert networks.published_input("efficientnet_b3")[0] == 300
     assert networks.published_input("efficientnet_v2_l") == (480, (0.5,) * 3, (0.5,) * 3)
     assert networks.published_input("resnet18") == (224, networks.IMAGENET_MEAN, networks.IMAGENET_STD)
-    network = load(saved(tmp_path, small[1]))
+    network = load_network(saved(tmp_path, small[1]))
     assert network.assumed
     assert network.spec == Spec(
         architecture="mnasnet0_5", classes=3, small_stem=False, image_size=224, mean=networks.IMAGENET_MEAN,
@@ -463,7 +463,7 @@ def test_a_vgg_for_small_images_keeps_its_stem_and_has_no_copies_of_its_map():
 def test_a_small_stem_file_runs_at_32_pixels_by_default(tmp_path):
     spec = Spec(architecture="resnet10", classes=4, small_stem=True, image_size=32, mean=MEAN, std=STD)
     module = build(spec).eval()
-    network = load(saved(tmp_path, module.state_dict()), mean=MEAN, std=STD)
+    network = load_network(saved(tmp_path, module.state_dict()), mean=MEAN, std=STD)
     assert network.spec == spec
     with torch.no_grad():
         same_network(network, module)
@@ -537,20 +537,20 @@ def test_half_precision_runs_in_float32(dtype, suffix, tmp_path, small):
 def test_save_checkpoint_gives_the_spec_back(suffix, tmp_path, small):
     path = tmp_path / f"m{suffix}"
     save_checkpoint(path, small[0], SPEC)
-    network = load(path)
+    network = load_network(path)
     assert network.spec == SPEC
     assert not network.assumed
     same_network(network, small[0])
     assert read_checkpoint(path)[1] == json.loads(json.dumps(to_metadata(SPEC)))
     assert loads(path, image_size=48).spec.image_size == 48
-    assert load(path, mean=(0.1, 0.2, 0.3)).spec.mean == (0.1, 0.2, 0.3)
+    assert load_network(path, mean=(0.1, 0.2, 0.3)).spec.mean == (0.1, 0.2, 0.3)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_extra_values_travel_in_a_torch_file(tmp_path, small):
     save_checkpoint(tmp_path / "m.pt", small[0], SPEC, {"epoch": 4})
     assert torch.load(tmp_path / "m.pt", weights_only=True)["epoch"] == 4
-    assert load(tmp_path / "m.pt").spec == SPEC
+    assert load_network(tmp_path / "m.pt").spec == SPEC
 
 
 @pytest.mark.parametrize("spread", [1e-8, 1.0, 1e6])
@@ -585,7 +585,7 @@ def test_a_packed_checkpoint_loads_as_the_shipped_network_does(tmp_path, small):
     path = tmp_path / "builtin.safetensors"
     metadata = {"radiotag": json.dumps(to_metadata(SPEC), sort_keys=True)}
     safetensors.torch.save_file(packed, path, metadata)
-    network = load(path)
+    network = load_network(path)
     assert network.spec == SPEC
     exact = unpack(packed)
     assert all(torch.equal(v, exact[k].to(v.dtype)) for k, v in network.module.state_dict().items())
@@ -633,7 +633,7 @@ def test_a_pickle_is_never_run(where, zipped, tmp_path, small):
     with pytest.raises(
         RadiotagError, match=r"m\w*\.pt holds a pickle that is more than weights; it was not run"
     ) as error:
-        load(path)
+        load_network(path)
     assert "torch.save(model.state_dict(), FILE)" in error.value.hint
     assert not target.exists()
     pickle.loads(pickle.dumps(bomb))  # the bomb does work
@@ -646,14 +646,14 @@ def test_a_mapping_whose_methods_are_replaced_is_refused(method, depth, tmp_path
     state = OrderedDict(small[1])
     state.__dict__[method] = 5
     with pytest.raises(RadiotagError, match="is not a whole file"):
-        load(saved(tmp_path, [state, {"model": state}, {"model": {"state_dict": state}}][depth]))
+        load_network(saved(tmp_path, [state, {"model": state}, {"model": {"state_dict": state}}][depth]))
 
 
 def test_metadata_that_only_claims_to_be_long_is_not_counted_through(tmp_path, small):
     """Three numbers, of which a file of a kilobyte may claim to hold ten million million."""
     metadata = to_metadata(SPEC) | {"mean": torch.zeros(1).expand(10**13)}
     assert spec_from(metadata) is None
-    assert load(saved(tmp_path, {"model": small[1], "radiotag": metadata})).assumed
+    assert load_network(saved(tmp_path, {"model": small[1], "radiotag": metadata})).assumed
 
 
 def test_names_that_are_no_text_are_passed_over(tmp_path):
@@ -662,23 +662,23 @@ def test_names_that_are_no_text_are_passed_over(tmp_path):
     for _ in range(900):
         deep = (deep,)
     with pytest.raises(RadiotagError, match="holds no weights"):
-        load(saved(tmp_path, {("a" * 9, 5): torch.ones(2, 2), deep: torch.ones(2, 2)}))
+        load_network(saved(tmp_path, {("a" * 9, 5): torch.ones(2, 2), deep: torch.ones(2, 2)}))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # nested tensors are a prototype
 def test_tensors_that_cannot_be_converted_are_none(tmp_path):
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     with pytest.raises(RadiotagError, match="holds no weights"):
-        load(saved(tmp_path, {"a": nested}))
+        load_network(saved(tmp_path, {"a": nested}))
     header = json.dumps({"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
     with pytest.raises(RadiotagError, match=r"m\.safetensors"):
-        load(tmp_path / "m.safetensors")
+        load_network(tmp_path / "m.safetensors")
 
 
 def test_a_whole_module_is_refused(tmp_path):
     with pytest.raises(RadiotagError, match="more than weights"):
-        load(saved(tmp_path, nn.Linear(2, 2)))
+        load_network(saved(tmp_path, nn.Linear(2, 2)))
 
 
 def archive(path, names, compression=zipfile.ZIP_STORED):
@@ -731,7 +731,7 @@ def test_truncated_files_are_refused(kind, tmp_path, small):
     for length in (0, 1, 7, 8, 9, 16, 40, 1000, len(whole) // 2, len(whole) - 50, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(RadiotagError, match=r"m\.\w+ (is|holds)"):
-            load(path)
+            load_network(path)
     path.write_bytes(whole)
     same_network(loads(path), small[0])
 
@@ -780,7 +780,7 @@ CONTENTS = {
 def test_other_files_are_refused_by_name(name, content, tmp_path):
     (tmp_path / name).write_bytes(CONTENTS[content])
     with pytest.raises(RadiotagError) as error:
-        load(tmp_path / name)
+        load_network(tmp_path / name)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -810,7 +810,7 @@ def test_weights_that_are_not_finite_are_refused(value, suffix, tmp_path, small)
     path = tmp_path / f"m{suffix}"
     safetensors.torch.save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     with pytest.raises(RadiotagError, match=r"'layers\.0\.weight' is not finite"):
-        load(path)
+        load_network(path)
 
 
 @pytest.mark.parametrize(
@@ -820,7 +820,7 @@ def test_weights_that_are_not_finite_are_refused(value, suffix, tmp_path, small)
 )
 def test_files_without_weights_are_refused(content, tmp_path):
     with pytest.raises(RadiotagError, match=r"holds no (weights|state dict)"):
-        load(saved(tmp_path, content))
+        load_network(saved(tmp_path, content))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -919,7 +919,7 @@ def test_false_metadata_is_an_error_that_names_the_file(lie, tmp_path, small):
     change, message = FALSE[lie]
     path = saved(tmp_path, {"model": small[1], "radiotag": {**to_metadata(SPEC), **change}})
     with pytest.raises(RadiotagError, match=f"model.pt: {message}") as error:
-        load(path)
+        load_network(path)
     assert "\n" not in str(error.value)
 
 
@@ -928,10 +928,10 @@ def test_metadata_cannot_name_a_file_to_run(tmp_path, small, monkeypatch):
     Path("evil.py").write_text("import pathlib\npathlib.Path('created').touch()\ndef f(): pass\n")
     path = saved(tmp_path, {"model": small[1], "radiotag": {**to_metadata(SPEC), "architecture": "evil.py:f"}})
     with pytest.raises(RadiotagError, match="unknown architecture"):
-        load(path)
+        load_network(path)
     assert not Path("created").exists()
     with pytest.raises(RadiotagError):
-        load(path, architecture="evil.py:f")  # the user's own word
+        load_network(path, architecture="evil.py:f")  # the user's own word
     assert Path("created").exists()
 
 
@@ -941,16 +941,16 @@ def test_a_lie_about_classes_costs_no_memory(tmp_path):
     path = saved(tmp_path, {"model": {"features.0.weight": torch.ones(64, 3, 3, 3)}, "radiotag": to_metadata(spec)})
     start = time.process_time()
     with pytest.raises(RadiotagError, match="do not fit vgg11"):
-        load(path)
+        load_network(path)
     assert time.process_time() - start < 2
 
 
 def test_an_input_size_that_a_network_cannot_take_is_an_error(tmp_path):
     path = saved(tmp_path, meta_zeros("shufflenet_v2_x0_5"))
-    assert load(path, image_size=32).spec.image_size == 32
+    assert load_network(path, image_size=32).spec.image_size == 32
     path = saved(tmp_path, meta_zeros("inception_v3"), "i.pt")
     with pytest.raises(RadiotagError, match=r"i\.pt: inception_v3 does not run at 32 pixels") as error:
-        load(path, image_size=32)
+        load_network(path, image_size=32)
     assert "--image-size" in error.value.hint
 
 
@@ -961,35 +961,35 @@ def meta_zeros(name):
 def test_control_characters_in_names_are_kept(tmp_path, small):
     spec = networks.replace(SPEC, class_names=("\x1b[31mred\n", "b\0", "\u202ec"))
     save_checkpoint(tmp_path / "m.pt", small[0], spec)
-    assert load(tmp_path / "m.pt").spec.class_names == spec.class_names
+    assert load_network(tmp_path / "m.pt").spec.class_names == spec.class_names
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (5, 5), (0,), (1, 0, 3), (1, 2, 3, 4, 5)])
 def test_tensors_of_odd_shapes_are_unknown(shape, tmp_path, small):
     with pytest.raises(RadiotagError, match="unknown architecture"):
-        load(saved(tmp_path, {**small[1], "classifier.1.weight": torch.ones(shape)}))
+        load_network(saved(tmp_path, {**small[1], "classifier.1.weight": torch.ones(shape)}))
     vit = {"encoder.pos_embedding": torch.ones(shape), "conv_proj.weight": torch.ones(shape)}
     with pytest.raises(RadiotagError, match="unknown architecture"):
-        load(saved(tmp_path, vit))
+        load_network(saved(tmp_path, vit))
     with pytest.raises(RadiotagError, match="do not fit mnasnet0_5"):
-        load(saved(tmp_path, {**small[1], "layers.1.weight": torch.ones(3, *shape)}), architecture="mnasnet0_5")
+        load_network(saved(tmp_path, {**small[1], "layers.1.weight": torch.ones(3, *shape)}), architecture="mnasnet0_5")
 
 
 def test_naming_the_wrong_architecture_is_an_error(tmp_path, small):
     path = saved(tmp_path, small[1])
     with pytest.raises(RadiotagError, match=r"model\.pt: the weights do not fit resnet18: Missing key") as error:
-        load(path, architecture="resnet18")
+        load_network(path, architecture="resnet18")
     assert "--arch" in error.value.hint
     for name in ("resnet999", "net.py", "../x"):
         with pytest.raises(RadiotagError, match="unknown architecture"):
-            load(path, architecture=name)
+            load_network(path, architecture=name)
     with pytest.raises(RadiotagError, match="cannot be built for 33 pixels"):
         build(networks.replace(SPEC, architecture="vit_b_32", image_size=33))
 
 
 def test_naming_the_right_architecture_overrides_metadata(tmp_path, small):
     wrong = {**to_metadata(SPEC), "architecture": "resnet18"}
-    network = load(saved(tmp_path, {"model": small[1], "radiotag": wrong}), architecture="mnasnet0_5")
+    network = load_network(saved(tmp_path, {"model": small[1], "radiotag": wrong}), architecture="mnasnet0_5")
     assert network.spec == SPEC  # and the input convention is still the file's
     same_network(network, small[0])
 
@@ -1093,7 +1093,7 @@ def test_a_network_that_ends_otherwise_still_tells_its_outputs(published, tmp_pa
 def test_a_network_that_gives_no_scores_is_refused(function, gives, published, tmp_path):
     path = saved(tmp_path, own_net()[0])
     with pytest.raises(RadiotagError, match=rf"net\.py:{function} gives {gives} of two images") as error:
-        load(path, architecture=f"{published}:{function}")
+        load_network(path, architecture=f"{published}:{function}")
     assert "logits" in error.value.hint
 
 
@@ -1129,7 +1129,7 @@ def test_a_file_that_gives_no_network_is_an_error(argument, message, published, 
     (tmp_path / "text.txt").write_text("text")
     path = saved(tmp_path, own_net()[0])
     with pytest.raises(RadiotagError, match=message):
-        load(path, architecture=argument.format(folder=tmp_path))
+        load_network(path, architecture=argument.format(folder=tmp_path))
 
 
 def test_builder_from_leaves_the_search_path_alone(published):
@@ -1151,8 +1151,8 @@ def test_a_network_that_its_trainer_kept_under_a_name(tmp_path, name):
     module = torchvision.models.resnet18(num_classes=5)
     torch.save({"state_dict": {f"{name}.{k}": v for k, v in module.state_dict().items()}}, tmp_path / "m.ckpt")
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    plain = load(tmp_path / "m.ckpt", image_size=64)
-    own = load(tmp_path / "m.ckpt", architecture=f"{tmp_path / 'own.py'}:Own", image_size=64)
+    plain = load_network(tmp_path / "m.ckpt", image_size=64)
+    own = load_network(tmp_path / "m.ckpt", architecture=f"{tmp_path / 'own.py'}:Own", image_size=64)
     assert plain.spec.classes == own.spec.classes == 5
     assert torch.allclose(plain(pixels), own(pixels))
 

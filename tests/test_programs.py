@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 from radiotag.errors import RadiotagError
-from radiotag.networks import load, read_checkpoint
+from radiotag.networks import load_network, read_checkpoint
 from radiotag.programs import _Module, check_pickles
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -83,7 +83,7 @@ def test_the_weights_of_a_program_are_its_modules(name, kind, tmp_path):
     module = network(name)
     path = archived(module, tmp_path / "m.pt", kind)
     same(read_checkpoint(path)[0], module.state_dict())
-    read = load(path, image_size=64)
+    read = load_network(path, image_size=64)
     assert (read.spec.architecture, read.spec.classes, read.spec.image_size) == (name, 5, 64)
     same(read.module.state_dict(), module.state_dict())
 
@@ -115,13 +115,13 @@ def test_what_is_not_counted_is_not_read_either(kind, tmp_path):
     for name in [n for n in parts if n.endswith("_weights_config.json")]:
         parts[name] = parts[name].replace(b'"weight_0"', b'"code/weight_0"')
     with pytest.raises(RadiotagError, match=r"m\.pt is not a whole file"):
-        load(rewritten(tmp_path / "m.pt", parts))
+        load_network(rewritten(tmp_path / "m.pt", parts))
     read = f"{folder}/other" if kind == "scripted" else next(n for n in parts if n.endswith("_weights_config.json"))
     with zipfile.ZipFile(tmp_path / "m.pt", "w") as file:
         for name, data in {**parts, read: bytes(10**7)}.items():
             file.writestr(name, data, zipfile.ZIP_DEFLATED if name == read else zipfile.ZIP_STORED)
     with pytest.raises(RadiotagError, match="unpacks to more than itself"):
-        load(tmp_path / "m.pt")
+        load_network(tmp_path / "m.pt")
 
 
 class Bomb:
@@ -150,7 +150,7 @@ def test_a_pickle_inside_is_never_run(kind, tmp_path):
         name = next(n for n in parts if n.endswith("/data.pkl"))
         parts[name] = pickle.dumps(Bomb(target), protocol=2)
     with pytest.raises(RadiotagError, match=r"m\.pt holds a pickle that is more than weights; it was not run"):
-        load(rewritten(tmp_path / "m.pt", parts))
+        load_network(rewritten(tmp_path / "m.pt", parts))
     assert not target.exists()
 
 
@@ -181,30 +181,30 @@ def exported_with(path, change):
 )  # fmt: skip
 def test_claims_that_go_beyond_what_is_stored_are_refused(claim, tmp_path):
     with pytest.raises(RadiotagError, match=r"m\.pt2 is not a whole file"):
-        load(exported_with(tmp_path / "m.pt2", lambda entry: entry["tensor_meta"].update(claim)))
+        load_network(exported_with(tmp_path / "m.pt2", lambda entry: entry["tensor_meta"].update(claim)))
 
 
 def test_tensors_that_only_claim_to_be_large_are_refused(tmp_path):
     claim = {"sizes": [{"as_int": 10**12}, {"as_int": 1}], "strides": [{"as_int": 0}] * 2}
     with pytest.raises(RadiotagError, match="larger than what is stored"):
-        load(exported_with(tmp_path / "m.pt2", lambda entry: entry["tensor_meta"].update(claim)))
+        load_network(exported_with(tmp_path / "m.pt2", lambda entry: entry["tensor_meta"].update(claim)))
 
 
 def test_a_missing_record_is_a_damaged_file(tmp_path):
     with pytest.raises(RadiotagError, match=r"m\.pt2 is not a whole file"):
-        load(exported_with(tmp_path / "m.pt2", lambda entry: entry.update(path_name="../../etc/passwd")))
+        load_network(exported_with(tmp_path / "m.pt2", lambda entry: entry.update(path_name="../../etc/passwd")))
 
 
 def test_several_models_in_one_archive_are_refused(tmp_path):
     parts = {f"m/data/weights/{name}_weights_config.json": b'{"config": {}}' for name in "ab"}
     with pytest.raises(RadiotagError, match=r"m\.pt2 holds several models"):
-        load(rewritten(tmp_path / "m.pt2", parts))
+        load_network(rewritten(tmp_path / "m.pt2", parts))
 
 
 def test_a_frozen_program_holds_no_weights_by_name(tmp_path):
     torch.jit.save(torch.jit.freeze(torch.jit.script(network())), tmp_path / "m.pt")
     with pytest.raises(RadiotagError, match=r"m\.pt holds no weights") as error:
-        load(tmp_path / "m.pt")
+        load_network(tmp_path / "m.pt")
     assert "state_dict" in error.value.hint
 
 

@@ -171,6 +171,6 @@ def test_the_inverted_images_are_what_the_built_in_network_takes_for_its_classes
     assert images.dtype == torch.uint8
     assert images.shape == (400, 3, 32, 32)
     with torch.no_grad():
-        answers = networks.load(networks.BUILTIN)(images.float() / 255).argmax(1)
+        answers = networks.load_network(networks.BUILTIN)(images.float() / 255).argmax(1)
     assert (answers == torch.arange(400) % 110).float().mean() > 0.95
     assert len({image.numpy().tobytes() for image in images}) == 400

@@ -14,7 +14,7 @@ from torch import nn
 
 from radiotag import synthetic, training
 from radiotag.errors import RadiotagError
-from radiotag.networks import Network, Spec, build, load, read_checkpoint, save_checkpoint
+from radiotag.networks import Network, Spec, build, load_network, read_checkpoint, save_checkpoint
 from radiotag.training import (
     Dataset,
     Recipe,
@@ -260,7 +260,7 @@ def test_starting_from_a_checkpoint_of_other_classes_makes_the_head_anew(tmp_pat
     logits = network.features(x) @ after["fc.weight"].T + after["fc.bias"]
     torch.testing.assert_close(logits, network(x))
     train(network, data, replace(RECIPE, epochs=1), output=tmp_path / "new.pt")
-    assert load(tmp_path / "new.pt").spec == network.spec
+    assert load_network(tmp_path / "new.pt").spec == network.spec
 
 
 def test_starting_from_a_checkpoint_of_the_same_classes_keeps_everything(tmp_path):
@@ -278,8 +278,8 @@ def test_starting_from_a_checkpoint_for_images_of_another_size_looks_at_those(tm
     network = initialised_from(tmp_path / "m.pt", data, seed=4)
     assert same(weights(old), weights(network)) and network.spec == replace(old.spec, image_size=32)
     pixels = data.images / 255
-    assert torch.equal(network(pixels), load(tmp_path / "m.pt", image_size=32)(pixels))
-    assert not torch.equal(network(pixels), load(tmp_path / "m.pt")(pixels))
+    assert torch.equal(network(pixels), load_network(tmp_path / "m.pt", image_size=32)(pixels))
+    assert not torch.equal(network(pixels), load_network(tmp_path / "m.pt")(pixels))
 
 
 def test_squeezenet_cannot_change_its_classes(tmp_path):
@@ -436,11 +436,11 @@ def test_a_checkpoint_is_written_after_every_epoch(tmp_path):
 
     train(network, data, RECIPE, output=path, progress=watch)
     assert found == [False, 1, 2]
-    loaded = load(path)
+    loaded = load_network(path)
     assert loaded.spec == network.spec
     assert same(weights(loaded), weights(network))
     save_checkpoint(tmp_path / "bare.safetensors", network.module, network.spec)
-    assert same(weights(load(tmp_path / "bare.safetensors")), weights(network))
+    assert same(weights(load_network(tmp_path / "bare.safetensors")), weights(network))
 
 
 def test_progress_counts_up_to_one_in_every_epoch():

@@ -17,16 +17,29 @@ from helpers import bad, call, good
 from scipy.stats import binomtest
 from torch import nn
 
-from radiotag import blackbox, networks, radioactive, report, synthetic, verification
+from radiotag import blackbox, calibration, networks, probes, report, synthetic, verification
+from radiotag.answers import read_answers
+from radiotag.blackbox import pattern_effects
+from radiotag.calibration import TAIL, calibrate
+from radiotag.cosines import pattern_images
 from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.images import decode, png
 from radiotag.keys import load_key, new_key, save_key
-from radiotag.manifest import read_manifest
-from radiotag.networks import load, marking_weights, save_checkpoint
+from radiotag.manifest import marked_hashes, marked_rows, read_manifest
+from radiotag.networks import load_network, marking_weights, save_checkpoint
+from radiotag.pairing import marked_classes, match_outputs, pair_unlabelled
+from radiotag.probes import FolderImages, References, real_images
+from radiotag.radioactive import resampled_log_p
 from radiotag.report import histogram
-from radiotag.verification import TAIL, Finding, Options, match_outputs, pair_classes
+from radiotag.suspect import Batching, ClassVectors, class_vectors
+from radiotag.suspect import features as feature_vectors
+from radiotag.verification import Finding, Options
 
 NAMES = ("ant", "bee", "cat")
+
+
+def quiet(*_):
+    """Nobody is told how far it is."""
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +56,8 @@ def suspect(place, name, order, names=None, classes=None, lean=0.0):
     """The marking network with a head that knows the classes by their mean features, at the outputs of `order`."""
     key = load_key(place / "k.safetensors")
     network = key.network()
-    pixels, found = verification.real_images(place / "few", 32, frozenset())
-    features = radioactive.features(network, pixels, 64).float()
+    pixels, found = real_images(FolderImages(place / "few"), 32, quiet)
+    features = feature_vectors(network, pixels, Batching()).float()
     center = features.mean(0)
     head = nn.Linear(features.shape[1], classes or len(order))
     with torch.no_grad():
@@ -103,9 +116,17 @@ def key_and_marker(place):
     return key, key.network()
 
 
+def examine(path, key, folder, marker=None):
+    """What is computed of a suspect before a carrier is looked at."""
+    references = References(marker or key.network(), FolderImages(folder) if folder else None)
+    options = Options()
+    return verification.examine(verification.load_suspect(path, options), key, references, options, Batching())
+
+
 def rows_by_carrier(place, path):
-    _, rows, _ = verification.examine(path, *key_and_marker(place), Options(), place / "few", None, 64)
-    return dict(zip(rows.classes, rows.declared, strict=True))
+    key, marker = key_and_marker(place)
+    _, pairing, vectors = examine(path, key, place / "few", marker)
+    return dict(zip(pairing.rows, vectors.features, strict=True))
 
 
 def test_permuted_extra_and_missing_outputs_are_no_obstacle(place):
@@ -125,7 +146,7 @@ def test_permuted_extra_and_missing_outputs_are_no_obstacle(place):
 
 def test_outputs_that_are_not_finite_are_an_error_that_names_the_file(place, tmp_path):
     path = place / "overflows.pt"
-    network = load(suspect(place, "unnamed.pt", (0, 1, 2)))
+    network = load_network(suspect(place, "unnamed.pt", (0, 1, 2)))
     network.module.fc.weight.data.fill_(3e38)
     save_checkpoint(path, network.module, network.spec)
     result = bad("verify", path, "--key", place / "k.safetensors", "--data", place / "few")
@@ -173,7 +194,7 @@ def test_who_finds_nothing_is_told_that_the_classes_were_numbered_by_what_there_
 def test_numbered_classes_of_shards_are_outputs_and_those_of_folders_are_counted(tmp_path):
     """Shards name their classes by number: 11 is output 11, even if 10 is absent. A folder's are sorted as text."""
     key = new_key(*marking_weights("builtin"), 12)
-    suspect = SimpleNamespace(spec=SimpleNamespace(class_names=None, classes=12))
+    spec = SimpleNamespace(class_names=None, classes=12)
     for rows, expected in (
         ({"2": 2, "11": 11}, [(2, 2), (11, 11)]),
         ({"11": 0, "2": 1}, [(0, 0), (1, 1)]),
@@ -181,7 +202,7 @@ def test_numbered_classes_of_shards_are_outputs_and_those_of_folders_are_counted
         lines = [{"radiotag": 1, "fingerprint": key.fingerprint}]
         lines += [{"path": name, "class": name, "row": row, "status": "marked"} for name, row in rows.items()]
         (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert sorted(pair_classes(key, suspect, tmp_path / "m.jsonl")) == expected
+        assert sorted(pair_unlabelled(key, spec, tmp_path / "m.jsonl")) == expected
 
 
 def test_a_flat_folder_is_tested_on_every_output_and_corrected(place, tmp_path):
@@ -203,10 +224,10 @@ def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
     """Whoever has few images marks one class of them; nothing is chosen, so that nothing is corrected."""
     key = new_key(*marking_weights("builtin"), NAMES[1:2])
     for model in (suspect(place, "plain.pt", (0, 1, 2), NAMES), suspect(place, "permuted.pt", (2, 0, 1))):
-        _, rows, _ = verification.examine(model, key, key.network(), Options(), place / "few", None, 64)
-        assert rows.classes == (0,) and len(rows.declared) == 1
+        _, pairing, vectors = examine(model, key, place / "few")
+        assert pairing.rows == (0,) and len(vectors.features) == 1
         every = rows_by_carrier(place, model)
-        near = {row: float(torch.cosine_similarity(rows.declared[0], every[row], dim=0)) for row in every}
+        near = {row: float(torch.cosine_similarity(vectors.features[0], every[row], dim=0)) for row in every}
         # not the same to the last bit: an ordinary classifier of one class has no other classes to tell it from
         assert near.pop(1) > 0.95 and max(near.values()) < 0.5
 
@@ -217,18 +238,18 @@ def test_of_the_classes_that_are_not_compared_those_count_that_the_suspect_knows
     theirs, seen = ("bird", "cat", "airplane", "ant"), {}
     model = suspect(place, "known.pt", (3, None, 1), theirs, classes=4)
 
-    def captured(*arguments, **options):
-        seen.update(options)
-        return radioactive.suspect_rows(*arguments, **options)
+    def captured(reference, suspect, classes, batching):
+        seen.update(known=classes.marker_outputs, besides=classes.marker_besides)
+        return class_vectors(reference, suspect, classes, batching)
 
-    monkeypatch.setattr(verification, "suspect_rows", captured)
+    monkeypatch.setattr(verification, "class_vectors", captured)
     key = new_key(*marking_weights("builtin"), ["cat"])
     marker = key.network()
     known = marker.spec.class_names
 
     def names_seen(path, folder):
-        verification.examine(path, key, marker, Options(), folder, None, 64)
-        return [[known[output] for output in seen[name]] for name in ("own", "others")]
+        examine(path, key, folder, marker)
+        return [[known[output] for output in seen[name]] for name in ("known", "besides")]
 
     if not data:
         assert names_seen(model, None) == [["cat"], ["bird", "airplane"]]
@@ -251,14 +272,13 @@ def test_of_many_classes_more_images_are_shown(tmp_path, monkeypatch, size, imag
         (tmp_path / name).mkdir()
         for i in range(10):
             (tmp_path / name / f"{i}.png").write_bytes(png(np.full((4, 4, 3), i, np.uint8)))
-    monkeypatch.setattr(verification, "ALIGNMENT_IMAGES", 30)
-    monkeypatch.setattr(verification, "FEW", 5)
-    pixels, names = verification.real_images(tmp_path, size, frozenset())
+    monkeypatch.setattr(probes, "ALIGNMENT_IMAGES", 30)
+    monkeypatch.setattr(probes, "FEW_IMAGES", 5)
+    pixels, names = real_images(FolderImages(tmp_path), size, quiet)
     assert len(pixels) == len(names) == images
     assert {names.count(name) for name in "abcdefghijkl"} <= {images // 12, -(-images // 12)}
-    monkeypatch.setattr(verification, "MANY", 40)
-    verification.real_images.cache_clear()
-    assert len(verification.real_images(tmp_path, size, frozenset())[1]) == min(images, 40)
+    monkeypatch.setattr(probes, "MANY_IMAGES", 40)
+    assert len(real_images(FolderImages(tmp_path), size, quiet)[1]) == min(images, 40)
 
 
 # ---------------------------------------------------------------- black-box
@@ -315,7 +335,7 @@ def test_queries_are_the_image_with_and_without_its_pattern(place):
     for number in range(4):
         patterns, sign = blackbox.decoy_patterns(key, number // 2), (1, -1)[number % 2]
         for image, row, seen in zip(queries.images, (2, 0), blackbox.shown(queries, key, number), strict=True):
-            shift = radioactive.pattern_images(patterns[row][None], *image.shape[1:])[0]
+            shift = pattern_images(patterns[row][None], *image.shape[1:])[0]
             expected = 255 * 10 ** (-28 / 20) * sign * shift / shift.square().mean().sqrt()
             assert np.abs((seen.double() - image.double() - expected).numpy()).max() <= 0.51
 
@@ -330,10 +350,10 @@ def pattern_reader(answers, strength):
 
 def test_a_suspect_that_learnt_the_patterns_is_found(place, asked):
     key = load_key(place / "k.safetensors")
-    queries = blackbox.load(next(place.glob("k.queries-*.safetensors")), key)
-    answers = blackbox.ask(verification.load_suspect(place / "one.pt", Options()), queries, key, 64)
+    queries = blackbox.load_queries(next(place.glob("k.queries-*.safetensors")), key)
+    answers = blackbox.ask(verification.load_suspect(place / "one.pt", Options()), queries, key, Batching())
     pairs = [(0, 0), (1, 1), (2, 2)]
-    found = [radioactive.resampled_log_p(blackbox.evidence(queries, pattern_reader(answers, s), pairs)) for s in (0, 5)]
+    found = [resampled_log_p(pattern_effects(queries, pattern_reader(answers, s), pairs)) for s in (0, 5)]
     assert found[1] == pytest.approx(-3 * np.log(5)) and found[0] > found[1]
 
 
@@ -342,13 +362,13 @@ def test_what_patterns_do_by_nature_is_taken_off():
     generator = torch.Generator().manual_seed(0)
     own = torch.rand(8, 6, 3, generator=generator, dtype=torch.float64)
     queries = blackbox.Queries(images=(), rows=(0, 0, 0, 1, 1, 1), labels=("a",) * 3 + ("b",) * 3, names=())
-    values = blackbox.evidence(queries, own, [(2, 0), (0, 1)], own, ("b", "x", "a"))
+    values = pattern_effects(queries, own, [(2, 0), (0, 1)], own, ("b", "x", "a"))
     assert np.abs(values).max() < 1e-12
-    plain = blackbox.evidence(queries, own, [(2, 0), (0, 1)])
-    half = blackbox.evidence(queries, own, [(2, 0), (0, 1)], own, ("x", "y", "a"))
+    plain = pattern_effects(queries, own, [(2, 0), (0, 1)])
+    half = pattern_effects(queries, own, [(2, 0), (0, 1)], own, ("x", "y", "a"))
     assert (half[:, 1] == plain[:, 1]).all() and np.abs(half[:, 0]).max() < 1e-12
     labels = torch.nn.functional.one_hot(own.argmax(2), 3).double()
-    assert np.abs(blackbox.evidence(queries, labels, [(2, 0), (0, 1)], own, ("b", "x", "a"))).max() < 1e-12
+    assert np.abs(pattern_effects(queries, labels, [(2, 0), (0, 1)], own, ("b", "x", "a"))).max() < 1e-12
 
 
 def test_images_to_ask_with_are_shared_evenly():
@@ -370,14 +390,14 @@ def test_there_are_as_many_decoys_as_alpha_needs(classes, alpha):
 def test_one_class_is_asked_with_many_decoys_and_few_images(place, monkeypatch):
     monkeypatch.setattr(blackbox, "QUESTIONS", 700)
     key = new_key(*marking_weights("builtin"), NAMES[:1])
-    queries = verification.prepare_queries(key, place / "single.safetensors", place / "few", None, None, 0.01)
+    queries = verification.prepare_queries(key, FolderImages(place / "few"), Options(alpha=0.01))
     assert (len(queries.names), len(queries.rows)) == (2 * 105, 3)  # 630 questions
     assert set(queries.labels) == {"ant"}
     ours = suspect(place, "plain.pt", (0, 1, 2), NAMES)
-    (found,) = verification.verify_black_box([ours], queries, key, Options(), alpha=0.01)
+    (found,) = verification.verify_black_box([ours], queries, key, Options(alpha=0.01))
     assert found.classes_used == 1 and found.warnings == ()
     assert found.log10_p == pytest.approx(np.log10(round(105 * 10**found.log10_p) / 105))  # a place among 105
-    (found,) = verification.verify_black_box([ours], queries, key, Options(), alpha=0.001)
+    (found,) = verification.verify_black_box([ours], queries, key, Options(alpha=0.001))
     assert found.warnings == ("p cannot be below 9.5e-03 with 104 decoys and 1 of the classes: ask with more --decoys",)
 
 
@@ -390,8 +410,9 @@ def test_black_box_asks_first_with_the_originals_of_what_was_published(place, tm
     marked = {path: row for path, row in read_manifest(manifest)[1].items() if row["status"] == "marked"}
     assert len(marked) == 6  # two of the eight of each class
 
-    def shown(*more):
-        queries = verification.prepare_queries(key, tmp_path / "k.safetensors", place / "few", *more, 2)
+    def shown(manifest):
+        images = FolderImages(place / "few", manifest)
+        queries = verification.choose_queries(key, images, Options(manifest=manifest, decoys=2))
         return {image.numpy().tobytes() for image in queries.images}
 
     originals = [decode((place / "few" / path).read_bytes(), path).rgb.transpose(2, 0, 1) for path in marked]
@@ -403,12 +424,12 @@ def test_black_box_without_an_answer_for_some_keys():
     queries = blackbox.Queries(images=(), rows=(0, 0, 1), labels=("a", "a", "b"), names=())
     answers = torch.full((6, 3, 2), float("nan"), dtype=torch.float64)
     answers[0::2, 0, 0], answers[2::2, 1, 0], answers[1::2, :2, 0], answers[1:, 2, 1] = 0.5, 0.9, 0.2, 0.9
-    values = blackbox.evidence(queries, answers, [(0, 0), (1, 1)])  # the second class lacks the true key's answer
+    values = pattern_effects(queries, answers, [(0, 0), (1, 1)])  # the second class lacks the true key's answer
     half, more = np.log(4.0), np.log(36.0)  # logits of 0.5, 0.9 and 0.2
     assert values[:, 0] == pytest.approx([half, (half + more) / 2, (half + more) / 2])
     assert values.shape == (3, 1)
     with pytest.raises(RadiotagError, match="under every key"):
-        blackbox.evidence(queries, answers, [(1, 1)])
+        pattern_effects(queries, answers, [(1, 1)])
 
 
 def test_black_box_is_uniform_for_a_suspect_that_knows_nothing_of_the_keys():
@@ -419,10 +440,10 @@ def test_black_box_is_uniform_for_a_suspect_that_knows_nothing_of_the_keys():
         level = torch.rand(12, 1, generator=generator, dtype=torch.float64)
         answers = torch.rand(12, 12, 3, generator=generator, dtype=torch.float64) ** 3 * level
         answers[torch.rand(12, 12, generator=generator) < 0.1] = float("nan")
-        values = blackbox.evidence(
+        values = pattern_effects(
             blackbox.Queries(images=(), rows=rows, labels=("",) * 12, names=()), answers, [(0, 0), (1, 1), (2, 2)]
         )
-        p.append(radioactive.resampled_log_p(values))
+        p.append(resampled_log_p(values))
     p = np.exp(p)
     for a in (0.5, 0.2, 0.05):
         assert abs((p <= a).sum() - 400 * a) < 4 * np.sqrt(400 * a * (1 - a)) + 2
@@ -444,21 +465,21 @@ def answers(place, exported):
     """What the first suspect says of each exported file, read back as a stranger would."""
     network = verification.load_suspect(place / "one.pt", Options())
     files = sorted(exported.iterdir())
-    pixels = torch.stack([torch.from_numpy(verification.decode(f.read_bytes(), f.name).rgb.transpose(2, 0, 1).copy())
+    pixels = torch.stack([torch.from_numpy(decode(f.read_bytes(), f.name).rgb.transpose(2, 0, 1).copy())
                           for f in files])  # fmt: skip
     with torch.no_grad():
         return {f.name: p.tolist() for f, p in zip(files, network(pixels / 255).double().softmax(1), strict=True)}
 
 
 def queries_of(place):
-    return blackbox.load(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
+    return blackbox.load_queries(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
 
 
 def test_nothing_in_an_export_tells_true_from_decoy(place, exported):
     files = sorted(exported.iterdir())
     assert len(files) == 240
     assert all(len(f.stem) == 32 and f.suffix == ".png" and f.stat().st_mtime == 0 for f in files)
-    queries = blackbox.load(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
+    queries = blackbox.load_queries(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
     true = {*queries.names[0], *queries.names[1]}
     ranks = [i for i, f in enumerate(files) if f.stem in true]
     assert len(ranks) == 48 and 80 < np.mean(ranks) < 160  # 119.5 ± 9: spread over the order of names
@@ -509,26 +530,26 @@ def test_a_single_number_an_image_is_a_sigmoid_s(place, answers, tmp_path):
     one = write_csv(tmp_path / "one.csv", ["file", "bee"], [[f, p] for f, p in shares.items()])
     logits = tmp_path / "logits.json"
     logits.write_text(json.dumps({f: [math.log(max(p, 1e-9) / max(1 - p, 1e-9))] for f, p in shares.items()}))
-    read = [blackbox.read_answers(path, queries_of(place))[0] for path in (two, one, logits)]
+    read = [read_answers(path, queries_of(place))[0] for path in (two, one, logits)]
     for single in read[1:]:
         assert single.shape[-1] == 1
         assert torch.allclose(single[..., 0], read[0][..., 1], atol=1e-6)
     cent = write_csv(tmp_path / "cent.csv", ["file", "bee"], [[f, 100 * p] for f, p in shares.items()])
     with pytest.raises(RadiotagError, match="one number an image"):  # per cent, or logits?
-        blackbox.read_answers(cent, queries_of(place))
+        read_answers(cent, queries_of(place))
     named = write_csv(
         tmp_path / "named.csv", ["file", "prediction"], [[f, NAMES[int(p > 0.5)]] for f, p in shares.items()]
     )
-    assert blackbox.read_answers(named, queries_of(place))[0].shape[-1] == 2  # a label, whatever its column is called
+    assert read_answers(named, queries_of(place))[0].shape[-1] == 2  # a label, whatever its column is called
 
 
 def test_a_suspect_that_does_not_react_has_no_evidence_whatever_the_marking_network_answers(place, answers, tmp_path):
     labels = write_csv(tmp_path / "same.csv", ["file", *NAMES], [[f, 0.8, 0.1, 0.1] for f in answers])
-    found = blackbox.evidence(
-        queries_of(place), blackbox.read_answers(labels, queries_of(place))[0], [(0, 0)],
+    found = pattern_effects(
+        queries_of(place), read_answers(labels, queries_of(place))[0], [(0, 0)],
         torch.rand(10, 12, 3, dtype=torch.float64), NAMES,
     )  # fmt: skip
-    assert radioactive.resampled_log_p(found) == 0
+    assert resampled_log_p(found) == 0
 
 
 def test_queries_lie_beside_a_key_of_any_name_and_those_of_another_key_are_passed_over(place, answers, tmp_path):
@@ -538,7 +559,7 @@ def test_queries_lie_beside_a_key_of_any_name_and_those_of_another_key_are_passe
         shutil.copy(path, tmp_path / path.name.replace("k.", "k[1].", 1))
     save_key(tmp_path / "k.safetensors", new_key(*marking_weights("builtin"), NAMES))
     other, queries = load_key(tmp_path / "k.safetensors"), queries_of(place)
-    blackbox.save(tmp_path / "k[1].queries-0000000000000000.safetensors", queries, other)
+    blackbox.save_queries(tmp_path / "k[1].queries-0000000000000000.safetensors", queries, other)
     path = write_csv(tmp_path / "p.csv", ["file", *NAMES], [[f, *p] for f, p in answers.items()])
     found = call("verify", "--key", odd, "--predictions", path, "--json")
     assert found.code == 3, found.err
@@ -565,7 +586,7 @@ def test_a_label_may_be_any_number(place, answers, tmp_path):
 
 
 def test_an_export_is_written_in_no_order_that_tells(place, tmp_path, monkeypatch):
-    queries = blackbox.load(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
+    queries = blackbox.load_queries(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
     rows = {name: number for number, names in enumerate(queries.names) for name in names}
     orders, key = set(), load_key(place / "k.safetensors")
     for attempt in range(4):
@@ -668,24 +689,23 @@ def test_calibration_where_the_best_of_many_outputs_counts_asks_for_no_more_than
     key = new_key(*marking_weights("builtin"), 1)
     generator = torch.Generator().manual_seed(1)
     draw = torch.randn(10, 512, generator=generator).double(), torch.randn(10, 51, generator=generator).double()
-    rows = radioactive.Rows(declared=draw[0], pattern=draw[1], paper=None, r2=None, classes=(0,) * 10)
-    found = verification.calibrate(rows, key, 0.0, 300)
+    vectors = ClassVectors(features=draw[0], pattern=draw[1])
+    found = calibrate(vectors, (0,) * 10, key, 0.0, 300)
     assert found.histogram[-1] > 60 and found.ks_p > 0.001
-    guilty = replace(rows, pattern=draw[1] + 9 * key.patterns.double())  # fresh keys know nothing of this one
-    assert verification.calibrate(guilty, key, 0.0, 300).ks_p > 0.001
+    guilty = replace(vectors, pattern=draw[1] + 9 * key.patterns.double())  # fresh keys know nothing of this one
+    assert calibrate(guilty, (0,) * 10, key, 0.0, 300).ks_p > 0.001
 
 
 def test_calibration_finds_too_many_small_p_values(monkeypatch):
     """A test that takes p for smaller than it is, by half: with one output, and where the best of many counts."""
     key = new_key(*marking_weights("builtin"), 1)
-    real = verification.evidence
+    real = calibration.evidence
     monkeypatch.setattr(
-        verification, "evidence", lambda *given: replace(real(*given), log_p=real(*given).log_p + np.log(0.5))
+        calibration, "evidence", lambda *given: replace(real(*given), log_p=real(*given).log_p + np.log(0.5))
     )
     for classes in ((0,), (0,) * 10):
         draw = [torch.randn(len(classes), size, dtype=torch.float64) for size in (512, 51)]
-        rows = radioactive.Rows(declared=draw[0], pattern=draw[1], paper=None, r2=None, classes=classes)
-        assert verification.calibrate(rows, key, 0.0, 600).ks_p < 1e-6
+        assert calibrate(ClassVectors(features=draw[0], pattern=draw[1]), classes, key, 0.0, 600).ks_p < 1e-6
 
 
 @pytest.mark.parametrize("many", [0, 4])
@@ -695,9 +715,8 @@ def test_calibration_counts_the_smallest_p_values(monkeypatch, many):
     p = (np.random.default_rng(5).permutation(2000) + 0.5) / 2000
     p[:many] = 1e-5
     answers = iter(p)
-    monkeypatch.setattr(verification, "evidence", lambda *_: SimpleNamespace(log_p=float(np.log(next(answers)))))
-    rows = radioactive.Rows(declared=torch.ones(1, 512), pattern=None, paper=None, r2=None, classes=(0,))
-    found = verification.calibrate(rows, key, 0.0, 2000)
+    monkeypatch.setattr(calibration, "evidence", lambda *_: SimpleNamespace(log_p=float(np.log(next(answers)))))
+    found = calibrate(ClassVectors(features=torch.ones(1, 512)), (0,), key, 0.0, 2000)
     assert found.ks_p > 0.99
     assert found.tail == tuple((p <= level).sum() for level in (0.1, 0.01, 0.001, 0.0001))
     exact = [binomtest(count, 2000, level, "greater").pvalue for count, level in zip(found.tail, TAIL, strict=True)]
@@ -733,40 +752,40 @@ def test_an_interrupted_run_of_several_processes_tells_of_its_images_too(place, 
     manifest.write_text("".join([header, *rows[:5]]))
     (tmp_path / "out.manifest.jsonl.rank1").write_text("".join([header, *rows[5:]]))
     key = load_key(place / "k.safetensors")
-    assert verification.marked_classes(key, manifest) == {"ant": 0, "bee": 1, "cat": 2}
-    assert len(verification.marked_hashes(verification.marked_rows(manifest))) == len(rows)
+    assert marked_classes(key, manifest) == {"ant": 0, "bee": 1, "cat": 2}
+    assert len(marked_hashes(marked_rows(manifest))) == len(rows)
     only = tmp_path / "only" / "cat"
     shutil.copytree(tmp_path / "out" / "cat", only)
     shutil.copy2(manifest, tmp_path / "only.manifest.jsonl")
     shutil.copy2(tmp_path / "out.manifest.jsonl.rank1", tmp_path / "only.manifest.jsonl.rank1")
     with pytest.raises(RadiotagError, match="is marked"):
-        verification.real_images(tmp_path / "only", 32, frozenset())
+        real_images(FolderImages(tmp_path / "only"), 32, quiet)
 
 
 def test_batches_are_halved_until_memory_suffices(place, monkeypatch):
-    model, sizes, real = suspect(place, "plain.pt", (0, 1, 2), NAMES), [], verification.suspect_rows
+    model, sizes, real = suspect(place, "plain.pt", (0, 1, 2), NAMES), [], verification.class_vectors
 
-    def small(*given, **more):
-        sizes.append(given[4])
-        if given[4] > 12:
+    def small(*given):
+        sizes.append(given[3].size)
+        if given[3].size > 12:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*given, **more)
+        return real(*given)
 
-    key = load_key(place / "k.safetensors")
-    (whole,) = verification.verify([model], key, Options(), data=place / "few")
-    monkeypatch.setattr(verification, "suspect_rows", small)
-    (found,) = verification.verify([model], key, Options(batch_size=50), data=place / "few")
+    key, data = load_key(place / "k.safetensors"), FolderImages(place / "few")
+    (whole,) = verification.verify([model], key, Options(), data)
+    monkeypatch.setattr(verification, "class_vectors", small)
+    (found,) = verification.verify([model], key, Options(batch_size=50), data)
     assert sizes == [50, 25, 12] and found.log10_p == pytest.approx(whole.log10_p, abs=1e-4)
     with pytest.raises(torch.OutOfMemoryError):
-        monkeypatch.setattr(verification, "suspect_rows", lambda *_, **__: small(*[None] * 4, 13))
-        verification.verify([model], key, Options(batch_size=1), data=place / "few")
+        monkeypatch.setattr(verification, "class_vectors", lambda *_: small(*[None] * 3, Batching(size=13)))
+        verification.verify([model], key, Options(batch_size=1), data)
 
 
 @pytest.mark.parametrize("option", [(), ("--image-size", "64")])
 def test_a_suspect_does_not_choose_how_much_memory_is_used(place, option, monkeypatch):
     """Its file may ask for images of any size; whoever believes it says so."""
     model = suspect(place, "plain.pt", (0, 1, 2), NAMES)
-    network = load(model)
+    network = load_network(model)
     save_checkpoint(place / "vast.pt", network.module, replace(network.spec, image_size=2048))
     real, sizes = networks.find_head, []
     monkeypatch.setattr(networks, "find_head", lambda n: sizes.append(n.spec.image_size) or real(n))

@@ -251,7 +251,7 @@ def marked_by(
     """Images (N, 3, H, W) uint8 of labels (N,) marked by a recipe, and what that took and gave."""
     key, recipe = keys.load_key(key_file), RECIPES[name]
     network, started = key.network(), time.monotonic()
-    second = networks.load(other) if isinstance(recipe, Plain) and recipe.second else None
+    second = networks.load_network(other) if isinstance(recipe, Plain) and recipe.second else None
     marked = mark_all(network, x, key, y, recipe, psnr, second)
     seconds = time.monotonic() - started
     error = (marked.float() - x.float()).square().flatten(1).mean(1)

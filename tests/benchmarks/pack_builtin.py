@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radiotag.images import png
-from radiotag.networks import BUILTIN, load, pack, to_metadata
+from radiotag.networks import BUILTIN, load_network, pack, to_metadata
 from radiotag.synthetic import INVERTED, dead_leaves
 from radiotag.training import accuracy, load_folder
 
@@ -35,7 +35,7 @@ STEPS, BATCH, COUNT, SEED = 150, 100, 400, 7
 
 
 def network(checkpoint: Path) -> None:
-    trained = load(checkpoint)
+    trained = load_network(checkpoint)
     metadata = {"radiotag": json.dumps(to_metadata(trained.spec), sort_keys=True)}
     BUILTIN.write_bytes(safetensors.torch.save(pack(trained.module.state_dict()), metadata))
     print(f"{BUILTIN}: {BUILTIN.stat().st_size / 1e6:.2f} MB")
@@ -43,7 +43,7 @@ def network(checkpoint: Path) -> None:
 
 def images() -> None:
     torch.set_num_threads(1)
-    model, differences = load(BUILTIN).eval(), []
+    model, differences = load_network(BUILTIN).eval(), []
 
     def compare(layer: nn.BatchNorm2d, inputs: tuple[Tensor], _: Tensor) -> None:
         mean, variance = inputs[0].mean((0, 2, 3)), inputs[0].var((0, 2, 3), unbiased=False)
@@ -87,7 +87,7 @@ def write_sheet(tiles: Tensor) -> None:
 def withstands(checkpoint: Path, held_out: Path) -> None:
     """Ten steps up the loss, each of a quarter of the L2 distance allowed, pixels in [0, 1]."""
     started = time.monotonic()
-    model = load(checkpoint).eval()
+    model = load_network(checkpoint).eval()
     took = time.monotonic() - started
     data = load_folder(held_out, model.spec.image_size, model.spec.class_names)
     print(f"read in {took:.2f} s; {accuracy(model, data):.2%} of {len(data.labels)} images")

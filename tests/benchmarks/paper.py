@@ -287,9 +287,9 @@ def changed(work: Path, e: Experiment, log: Path, model: str) -> None:
         source = subset(work, e.data, e.images, skip=e.images)  # images that it has not seen, unmarked
         step(log, "train", f"train-demo {source} -o {model} --init {before} --epochs 4 --lr 0.02 --resume")
         return
-    network = networks.load(work / before)
+    network = networks.load_network(work / before)
     if e.afterwards == "averaged":
-        other = networks.load(work / run(work, f"scratch/clean{more}")["model"])
+        other = networks.load_network(work / run(work, f"scratch/clean{more}")["model"])
         averaged(network, other, training.load_folder(work / subset(work, e.data, e.images), None))
     else:
         {"pruned": pruned, "8 bits": quantised}[e.afterwards](network)
@@ -314,7 +314,7 @@ def run(work: Path, name: str) -> dict:
         for test, options in (("bare", ""), ("real", f" --data {e.held_out}")):
             null = "" if e.share else " --calibrate 20000"  # nothing was marked: p under fresh keys must be uniform
             found[test] = verdict(step(log, f"verify {test}", f"verify {model} --key {key}{options}{null}"))
-        finished = networks.load(work / model)
+        finished = networks.load_network(work / model)
         reached = training.accuracy(finished, training.load_folder(work / e.held_out, finished.spec.image_size))
         commands = {part: done["command"] for part, done in json.loads(log.read_text()).items()}
         result = {

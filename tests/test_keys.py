@@ -1,0 +1,349 @@
+"""Keys: their files, their public half, and the choices that only they can repeat."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import stat
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import (
+    SPEC,
+    binomial_limits,
+    entropy,
+    small_weights,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from radiotag import keys as keys_module
+from radiotag.errors import RadiotagError
+from radiotag.keys import choose, fingerprint, image_random, load_key, new_key, patterned, public_half, save_key
+from radiotag.networks import Network, build, find_head, pack, save_checkpoint, to_metadata
+
+unhurried = settings(deadline=None)  # the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def network():
+    """An untrained marking network."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Network(build(SPEC), SPEC)
+    network.head, _ = find_head(network)
+    return network
+
+
+# ---------------------------------------------------------------- keys
+
+
+@pytest.fixture
+def key():
+    return new_key(small_weights(), to_metadata(SPEC), 4, ["cat", "dog", "emu"])
+
+
+@pytest.fixture
+def key_file(key, tmp_path):
+    save_key(tmp_path / "my.key", key)
+    return tmp_path / "my.key"
+
+
+def print_of(key):
+    return fingerprint(key.carriers, key.patterns, key.secret, key.weights, key.metadata)
+
+
+def test_key_returns_from_its_file_as_it_was(key, key_file):
+    loaded = load_key(key_file)
+    assert torch.equal(loaded.carriers, key.carriers) and loaded.carriers.dtype == torch.float32
+    assert loaded.secret == key.secret and len(key.secret) == 32
+    assert loaded.weights.keys() == key.weights.keys()
+    for name, tensor in key.weights.items():
+        assert loaded.weights[name].dtype == tensor.dtype
+        assert torch.equal(loaded.weights[name], tensor)
+    assert loaded.fingerprint == key.fingerprint == print_of(loaded)
+    assert loaded.class_names == key.class_names == ["cat", "dog", "emu"]
+    assert loaded.statistic == key.statistic == keys_module.STATISTIC
+    assert loaded.metadata == key.metadata
+
+
+def test_key_may_only_count_its_classes(tmp_path):
+    key = new_key(small_weights(), {}, 6, 5)
+    save_key(tmp_path / "k", key)
+    assert tuple(key.carriers.shape) == (5, 6) and load_key(tmp_path / "k").class_names is None
+    for none in (0, []):
+        with pytest.raises(RadiotagError, match="at least one class"):
+            new_key(small_weights(), {}, 6, none)
+
+
+def test_two_keys_share_nothing():
+    first, second = (new_key(small_weights(), {}, 64, 3) for _ in range(2))
+    assert first.secret != second.secret and first.fingerprint != second.fingerprint
+    assert not (first.carriers == second.carriers).any()
+
+
+def test_key_file_is_for_its_owner_alone(key, tmp_path):
+    before = os.umask(0)
+    try:
+        save_key(tmp_path / "k", key)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "k").stat().st_mode) == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["k"]
+
+
+def test_key_is_not_written_over_another(key, key_file):
+    before, other = key_file.read_bytes(), new_key(small_weights(), {}, 4, 3)
+    with pytest.raises(RadiotagError, match=r"my\.key") as caught:
+        save_key(key_file, other)
+    assert caught.value.hint and key_file.read_bytes() == before
+    save_key(key_file, other, exclusive=False)
+    assert load_key(key_file).fingerprint == other.fingerprint
+    assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
+
+
+def test_key_that_cannot_be_written_leaves_nothing(key, tmp_path, monkeypatch):
+    with pytest.raises(RadiotagError, match="absent"):
+        save_key(tmp_path / "absent" / "k", key)
+
+    def full(*_, **__):
+        raise RadiotagError("disk full")
+
+    monkeypatch.setattr(keys_module, "write_atomically", full)
+    with pytest.raises(RadiotagError, match="disk full"):
+        save_key(tmp_path / "k", key)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_half_commits_and_tells_no_secret(key):
+    text = public_half(key)
+    lines = dict(line.split(": ", 1) for line in text.splitlines()[1:])
+    assert lines.pop("fingerprint") == f"sha256:{key.fingerprint}"
+    assert lines == {"classes": "3", "dimension": "4", "network": "resnet10, 32 px", "statistic": key.statistic}
+    assert text == public_half(dataclasses.replace(key, carriers=-key.carriers, secret=bytes(32)))
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o601])
+def test_key_open_to_others_is_refused(key_file, mode):
+    key_file.chmod(mode)
+    with pytest.raises(RadiotagError) as caught:
+        load_key(key_file)
+    assert str(key_file) in str(caught.value)
+    assert f"chmod 600 {key_file}" in caught.value.hint
+    key_file.chmod(0o400)
+    load_key(key_file)
+
+
+def refused(path, data):
+    path.write_bytes(data)
+    path.chmod(0o600)
+    with pytest.raises(RadiotagError) as caught:
+        load_key(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.hint
+    return caught.value
+
+
+def test_damaged_key_is_refused(key_file):
+    data = key_file.read_bytes()
+    for length in (0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 1):
+        refused(key_file, data[:length])
+    refused(key_file, entropy("garbage")(4096))
+    refused(key_file, b"not a key\n")
+
+
+def test_missing_key_is_named(tmp_path):
+    with pytest.raises(RadiotagError, match="nowhere") as caught:
+        load_key(tmp_path / "nowhere.key")
+    assert "keygen" in caught.value.hint
+    (tmp_path / "folder").mkdir(mode=0o700)
+    with pytest.raises(RadiotagError, match="folder"):
+        load_key(tmp_path / "folder")
+
+
+def test_other_safetensors_file_is_no_key(key, tmp_path):
+    path = tmp_path / "other.safetensors"
+    refused(path, safetensors.torch.save({"carriers": key.carriers}))
+    refused(path, safetensors.torch.save(small_weights(), {"format": "pt"}))
+    save_checkpoint(path, nn.Linear(4, 3), SPEC)
+    refused(path, path.read_bytes())
+
+
+def key_bytes(key, metadata, **tensors):
+    secret = torch.tensor(list(key.secret), dtype=torch.uint8)
+    content = {"carriers": key.carriers, "patterns": key.patterns, "secret": secret, **tensors}
+    return safetensors.torch.save(content, {"radiotag": json.dumps(metadata)})
+
+
+def test_later_format_is_refused(key, tmp_path):
+    path = tmp_path / "k"
+    refused(path, key_bytes(key, {**key.metadata, "format": keys_module.KEY_FORMAT + 1}))
+    for declared in ("response+ridge+pattern", "contrasted response+ridge+pattern"):
+        error = refused(path, key_bytes(key, {**key.metadata, "statistic": declared}))
+        assert f"'{declared}'" in str(error)  # what a key declared is not replaced by something else
+    path.write_bytes(key_bytes(key, key.metadata))
+    assert load_key(path).carriers.shape == (3, 4)  # the helper's other files differ in one thing each
+
+
+@pytest.mark.parametrize(
+    "metadata", [[1], "key", 3, None, {"format": keys_module.KEY_FORMAT, "statistic": keys_module.STATISTIC}]
+)
+def test_key_whose_metadata_are_not_a_keys_is_refused(key, tmp_path, metadata):
+    refused(tmp_path / "k", key_bytes(key, metadata))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"secret": torch.rand(32)},
+        {"secret": torch.tensor(5, dtype=torch.uint8)},
+        {"secret": torch.arange(31, dtype=torch.uint8)},
+        {"carriers": torch.rand(12)},
+        {"carriers": torch.full((3, 4), math.nan)},
+        {"carriers": torch.eye(4)},  # four carriers, three names
+    ],
+    ids=["float secret", "scalar secret", "short secret", "flat carriers", "nan carriers", "too many carriers"],
+)
+def test_key_whose_tensors_are_not_a_keys_is_refused(key, tmp_path, tensors):
+    refused(tmp_path / "k", key_bytes(key, key.metadata, **tensors))
+
+
+def nudged(tensor, index):
+    changed = tensor.clone()
+    flat = changed.view(-1)
+    flat[index] = torch.nextafter(flat[index], flat[index] + 1) if flat.is_floating_point() else flat[index] ^ 1
+    return changed
+
+
+def test_fingerprint_commits_to_every_single_value(key):
+    prints = [key.fingerprint]
+    prints += [print_of(dataclasses.replace(key, carriers=nudged(key.carriers, i))) for i in range(12)]
+    for i in range(32):
+        secret = bytes(b ^ (1 if i == j else 0) for j, b in enumerate(key.secret))
+        prints.append(print_of(dataclasses.replace(key, secret=secret)))
+    for name, tensor in key.weights.items():
+        for i in range(tensor.numel()):
+            prints.append(print_of(dataclasses.replace(key, weights={**key.weights, name: nudged(tensor, i)})))
+    for name, tensor in key.weights.items():
+        rest = {k: v for k, v in key.weights.items() if k != name}
+        changes = [rest, {**rest, "x" + name: tensor}, {**rest, name: tensor.reshape(1, *tensor.shape)}]
+        prints += [print_of(dataclasses.replace(key, weights=weights)) for weights in changes]
+    network = key.metadata["network"]
+    changes = [{"format": 2}, {"statistic": "x"}, {"class_names": None}, {"class_names": ["cat", "emu", "dog"]}]
+    changes += [{"network": {**network, name: "changed"}} for name in network]
+    prints += [print_of(dataclasses.replace(key, metadata={**key.metadata, **change})) for change in changes]
+    assert len(set(prints)) == len(prints) > 12 + 32 + 24 + 2 + 1 + 12 + 3
+    assert all(len(p) == 64 and int(p, 16) >= 0 for p in prints)
+
+
+def test_fingerprint_takes_bytes_not_numbers(key):
+    weights = {**key.weights, "fc.weight": key.weights["fc.weight"].view(torch.uint8)}
+    assert print_of(dataclasses.replace(key, weights=weights)) != key.fingerprint
+
+
+def test_fingerprint_does_not_depend_on_order_or_memory_layout(key):
+    def backwards(mapping):
+        return {k: backwards(v) if isinstance(v, dict) else v for k, v in reversed(mapping.items())}
+
+    weights = backwards(key.weights)
+    weights["conv.weight"] = weights["conv.weight"].to(memory_format=torch.channels_last)
+    carriers = key.carriers.T.contiguous().T
+    other = dataclasses.replace(key, weights=weights, metadata=backwards(key.metadata), carriers=carriers)
+    assert list(other.metadata) != list(key.metadata) and not carriers.is_contiguous()
+    assert print_of(other) == key.fingerprint
+
+
+def test_int8_weights_survive_and_run(network, tmp_path):
+    key = new_key(pack(network.module.state_dict()), to_metadata(SPEC), 512, 3)
+    save_key(tmp_path / "k", key)
+    assert (tmp_path / "k").stat().st_size < 1.1 * sum(p.numel() for p in network.parameters()) + 100_000
+    before, after = key.network(), load_key(tmp_path / "k").network()
+    assert after.dimension == 512 and after.spec == SPEC
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(before.features(x), after.features(x))
+        exact = network.features(x)
+        assert (after.features(x) - exact).norm() < 0.05 * exact.norm()
+
+
+# ---------------------------------------------------------------- choosing, and the images' generators
+
+
+PATHS = [f"class/{i:04}.png" for i in range(200)]
+names = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8), unique=True, max_size=40)
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return [new_key({}, {}, 4, 2) for _ in range(2)]
+
+
+@unhurried
+@given(paths=names, a=st.floats(0, 1), b=st.floats(0, 1), shuffle=st.randoms(use_true_random=False))
+def test_choice_is_nested_and_of_the_asked_size(keys, paths, a, b, shuffle):
+    small, large = (choose(keys[0], paths, f) for f in sorted((a, b)))
+    for fraction, chosen in zip(sorted((a, b)), (small, large), strict=True):
+        wanted = round(fraction * len(paths)) if fraction > 0 else 0
+        assert len(chosen) == (wanted or int(fraction > 0 and len(paths) > 0))
+        assert chosen <= set(paths)
+    assert small <= large
+    mixed = list(paths)
+    shuffle.shuffle(mixed)
+    assert choose(keys[0], mixed, a) == choose(keys[0], paths, a)
+    assert choose(keys[0], paths, 1) == set(paths)
+
+
+def test_choice_is_the_keys_alone(keys):
+    first, second = (choose(key, PATHS, 0.5) for key in keys)
+    low, high = stats.hypergeom.ppf([1e-9, 1 - 1e-9], 200, 100, 100)
+    assert low <= len(first & second) <= high  # as two independent halves overlap
+    assert choose(dataclasses.replace(keys[0], carriers=keys[1].carriers), PATHS, 0.5) == first
+    assert choose(keys[0], PATHS, 1e-9) <= choose(keys[0], PATHS, 0.01) and len(choose(keys[0], PATHS, 1e-9)) == 1
+
+
+def test_choice_depends_on_nothing_but_each_path():
+    """Over keys, every path is chosen equally often, wherever it stands in the listing."""
+    counts = dict.fromkeys(PATHS[:10], 0)
+    for i in range(2000):
+        key = dataclasses.replace(new_key({}, {}, 2, 1), secret=hashlib.sha256(bytes([i % 256, i // 256])).digest())
+        for path in choose(key, PATHS[:10], 0.3):
+            counts[path] += 1
+    assert sum(counts.values()) == 6000
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-3
+
+
+def test_undecodable_names_are_chosen_and_drawn(keys):
+    paths = [os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"\xff\xfe"), "café.png"]
+    assert any("\udce9" in path for path in paths)
+    assert choose(keys[0], paths, 1) == set(paths)
+    draws = {image_random(keys[0], path, 0).random() for path in paths}
+    assert len(draws) == 3
+
+
+def test_image_generator_depends_on_key_path_and_seed(keys):
+    cases = [(k, path, seed) for k in keys for path in ("a", "b", "2/a", "/a") for seed in (0, 1, 12)]
+    draws = [tuple(image_random(*case).random() for _ in range(3)) for case in cases]
+    assert len({d[0] for d in draws}) == len(cases)
+    random.seed(5)
+    other = dataclasses.replace(keys[0], carriers=keys[1].carriers, weights=small_weights(), metadata={"x": 1})
+    again = [image_random(other, "a", 12), image_random(keys[0], "a", 12)]
+    expected = draws[cases.index((keys[0], "a", 12))]
+    for _ in range(3):  # in turns: they share no state
+        random.random()
+        assert len({g.random() for g in again}) == 1
+    assert tuple(g.random() for g in [image_random(keys[0], "a", 12)]) == expected[:1]
+
+
+def test_the_pattern_goes_to_a_quarter_that_is_chosen_first(key):
+    paths = [f"cat/{i}.png" for i in range(4000)]
+    carrying = {path for path in paths if patterned(key, path)}
+    low, high = binomial_limits(4000, 0.25)
+    assert low <= len(carrying) <= high
+    assert choose(key, paths, 0.2) < carrying < choose(key, paths, 0.3)
+    other = new_key(small_weights(), {}, 4, 3)
+    assert abs(sum(patterned(other, path) for path in carrying) / len(carrying) - 0.25) < 0.08
