@@ -216,7 +216,7 @@ def test_what_another_architecture_did_not_show_is_measured():
 
 
 def commands(text):
-    """Every command line of radiotag in the shell blocks of a text, split as a shell does."""
+    """Every command line of radiotag in the shell blocks of a text, and within its sentences, split as a shell does."""
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|;|\|", re.sub(r"\s#.*", "", line)):
@@ -224,6 +224,8 @@ def commands(text):
                 at = next((i for i, word in enumerate(words) if Path(word).name == "radiotag"), None)
                 if at is not None:
                     yield words[at + 1 :]
+    for line in re.findall(r"`radiotag ([a-z][^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        yield shlex.split(line)
 
 
 KNOWN = typer.main.get_command(cli.app).commands
@@ -243,6 +245,20 @@ def test_the_three_lines_stand_as_promised():
         "radiotag verify model.pt --key k.safetensors",
     ):
         assert any(shown.split("#")[0].strip() == line for shown in README.splitlines())
+
+
+def sentences(text):
+    """A text without code, tables, headings, links' targets and the numbers of lists."""
+    marked = r"```.*?```", r"<!-- table: .*?<!-- end of table -->", r"<!--.*?-->"
+    for code in (*marked, r"^#.*?$", r"^\d+\. ", r"\]\(.*?\)"):
+        text = re.sub(code, "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`]*`", "CODE", text)
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(README.split()) <= 1650
+    figures = re.findall(r"(?<![A-Za-z\d.,])\d[\d.,]*", sentences(README))
+    assert len(figures) <= 10, figures
 
 
 def anchors(text):

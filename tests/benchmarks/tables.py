@@ -2,7 +2,7 @@
 
     python tests/benchmarks/tables.py
 
-writes all of them: in this folder's README and in the built-in network's card. Each program here that
+writes all of them: in the README, in this folder's README and in the built-in network's card. Each program here that
 makes results, or shows them, has `TABLES` (a name and what makes its lines) and the `DOCUMENT` in which they stand:
 
     <!-- table: NAME -->
@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent / "results"
 BENCHMARKS = Path(__file__).parent / "README.md"
-PROGRAMS = ("evidence", "paper", "marking", "card")
+PROGRAMS = ("evidence", "paper", "marking", "card", "verdicts")
 DETECTED = -4.0  # log10 p at which `verify` says so by default; from here on figures are bold
 
 Results = dict[str, Any]
