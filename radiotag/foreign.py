@@ -16,7 +16,10 @@ KINDS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ),
     ("an image autoencoder", (("quant_conv.", "decoder."), ("decoder.up_blocks.", "encoder.down_blocks."))),
     ("a generator of images (GAN)", (("mapping.", "synthesis."), ("generator.", "discriminator."))),
-    ("a model of images and text (CLIP and the like)", (("logit_scale", "visual."), ("logit_scale", "text_model."), ("text_projection",))),
+    (
+        "a model of images and text (CLIP and the like)",
+        (("logit_scale", "visual."), ("logit_scale", "text_model."), ("text_projection",)),
+    ),
     (
         "a detector",
         (
@@ -24,7 +27,10 @@ KINDS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
             ("head.classification_head.", "head.regression_head."), (".dfl.conv.",), ("bbox_head.",),
         ),
     ),
-    ("a segmentation network", (("low_classifier.", "high_classifier."), ("aux_classifier.",), ("decode_head.",), ("mask_decoder.",))),
+    (
+        "a segmentation network",
+        (("low_classifier.", "high_classifier."), ("aux_classifier.",), ("decode_head.",), ("mask_decoder.",)),
+    ),
     (
         "a language model or text encoder",
         (

@@ -1,7 +1,7 @@
 """Evidence against the share marked, on CIFAR-10: white-box with and without real images, and black-box.
 
     python tests/benchmarks/evidence.py run cifar10.zip --work bench-out --fraction 0.1 --seed 2 --clean
-    python tests/benchmarks/evidence.py table --work bench-out --json evidence.json
+    python tests/benchmarks/evidence.py table --work bench-out
 
 `cifar10.zip` holds cifar10/{train,test}/CLASS/*.jpg. `run` makes a key of its own, marks the share, trains one suspect
 from scratch (its seed is not the marking network's) and verifies it; with --keys N, N owners mark a share each of the
@@ -9,8 +9,9 @@ same images, and the one suspect is tested for each of them; with --classes K, t
 K for each owner; with --clean it trains, once a seed, the same network on the unmarked data and tests that with the
 key, and with 1,000 fresh keys; with --student it trains another network on the unmarked data and the suspect's outputs.
 Every step is a command line of radiotag, skipped if its result lies in the work folder, so an interrupted run goes on
-(trainings from their last epoch). `table` gathers all runs, and keeps those of other work folders that the file holds.
-OMP_NUM_THREADS=1 lets two runs share two cores.
+(trainings from their last epoch). `table` gathers all runs in results/evidence.json, keeps those of other work folders
+that the file holds, and writes this program's tables into the README beside it; with an empty work folder it does the
+last alone. OMP_NUM_THREADS=1 lets two runs share two cores.
 """
 
 import argparse
@@ -27,11 +28,27 @@ from pathlib import Path
 
 import torch
 import torchvision
+from tables import (
+    BENCHMARKS,
+    DETECTED,
+    FOLDER,
+    Makers,
+    Results,
+    Run,
+    lines,
+    log_p,
+    median,
+    number,
+    percent,
+    slashed,
+    write,
+)
 
 from radiotag import __version__
 from radiotag.manifest import read_manifest
 from radiotag.networks import mixed_precision
 
+DOCUMENT = BENCHMARKS
 EPOCHS = 6
 TESTS = {
     "bare": "",
@@ -162,27 +179,86 @@ def place(run: dict) -> tuple:
 
 
 def table(a: argparse.Namespace) -> None:
+    """Gather the work folder's runs in the results, and write the tables."""
     runs = [json.loads(path.read_text()) for path in a.work.glob("q*/result*.json")]
-    before = json.loads(a.json.read_text()) if a.json and a.json.exists() else {"runs": []}
+    before = json.loads(a.json.read_text()) if a.json.exists() else {"runs": []}
     made = set(map(place, runs))
     runs += [run for run in before["runs"] if place(run) not in made]  # of other work folders
     runs.sort(key=place)
-    heads = ("suspect", "q", "epochs", "seed", "classes", "key", "PSNR", "accuracy", *TESTS, "paper", "clean")
-    line = "{:<19}{:>5}{:>7}{:>5} {:<11}{:>4}{:>6}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>30}"
-    print(line.format(*heads))
-    for run in runs:
-        found = [f"{run[f'suspect, {test}']['log10_p']:.2f}" if f"suspect, {test}" in run else "" for test in TESTS]
-        clean = [f"{run[f'clean, {test}']['log10_p']:.2f}" for test in TESTS if f"clean, {test}" in run]
-        cells = (
-            run["train"]["architecture"], f"{run['fraction']:.0%}", run["train"]["epochs"], run["seed"],
-            " ".join(run.get("classes") or ["all"]), run.get("owner", ""),
-            f"{run['psnr_median']:.1f}", f"{run['train']['accuracy']:.2%}", *found,
-            f"{run['suspect, real']['paper_log10_p']:.2f}", " / ".join(clean),
-        )  # fmt: skip
-        print(line.format(*cells))
-    if a.json:
-        demo = {"demo": json.loads(a.demo.read_text()) | machine()} if a.demo else {}
-        a.json.write_text(json.dumps({**before, "runs": runs, **demo}, indent=1, sort_keys=True) + "\n")
+    demo = {"demo": json.loads(a.demo.read_text()) | machine()} if a.demo else {}
+    a.json.write_text(json.dumps({**before, "runs": runs, **demo}, indent=1, sort_keys=True) + "\n")
+    if a.json == FOLDER / "evidence.json":
+        write(DOCUMENT, TABLES)
+
+
+# ---------------------------------------------------------------- the tables
+
+HEADS = ("no `--data`", "`--data`", "black-box, held-out", "black-box, originals")  # of TESTS
+
+
+def left(run: Run, suspect: str) -> list[str]:
+    """log10 p of a suspect by each test; empty where it was not made."""
+    return [log_p(run[f"{suspect}, {test}"]["log10_p"]) if f"{suspect}, {test}" in run else "" for test in TESTS]
+
+
+def all_of_cifar10(results: Results) -> list[str]:
+    """Every run."""
+    rows = []
+    for run in results["evidence"]["runs"]:
+        share = percent(run["fraction"], 0) + "".join(f" of {name}" for name in run["classes"])
+        clean = left(run, "clean")
+        rows.append([
+            run["train"]["architecture"], share, str(run["train"]["epochs"]),
+            f"{run['seed']}" + (f", key {run['owner']}" if run["owner"] else ""), percent(run["train"]["accuracy"]),
+            *left(run, "suspect"), log_p(run["suspect, real"]["paper_log10_p"]), slashed(clean) if all(clean) else "",
+        ])  # fmt: skip
+    heads = ("suspect", "q", "epochs", "seed", "accuracy", *HEADS, "the paper's statistic", "clean: the four tests")
+    return lines(heads, rows)
+
+
+def whole_tenth(results: Results) -> Run:
+    """The run of a tenth of every class, with a clean model and a student beside the suspect."""
+    (run,) = (run for run in results["evidence"]["runs"] if "train student" in run)
+    return dict(run)
+
+
+def distillation(results: Results) -> list[str]:
+    run = whole_tenth(results)
+    names = {"suspect": "train", "student": "train student", "clean": "train clean"}
+    rows = ([name, percent(run[trained]["accuracy"]), *left(run, name)] for name, trained in names.items())
+    return lines(("model", "accuracy", *HEADS), rows)
+
+
+def few_images(results: Results) -> list[str]:
+    """500 marked images: of one class, or of all."""
+    rows = []
+    for title, one_class in (("10 % of one class of ten", True), ("1 % of every class", False)):
+        runs = [
+            run for run in results["evidence"]["runs"]
+            if run["mark"]["marked"] == 500 and bool(run["classes"]) is one_class
+        ]  # fmt: skip
+        cells = [title, str(len(runs))]
+        for test in TESTS:
+            name = f"suspect, {test}"
+            measured = [run for run in runs if name in run]
+            found = sum(run[name]["log10_p"] <= DETECTED for run in measured)
+            cells.append(f"{log_p(median(measured, name, 'log10_p'))} ({found})" if measured else "")
+        rows.append(cells)
+    return lines(("marked", "keys", *HEADS), rows)
+
+
+def seconds(results: Results) -> list[str]:
+    run = whole_tenth(results)
+    steps = {
+        f"marking {run['mark']['marked']:,} images": run["mark"], "training a suspect": run["train"],
+        **{f"verifying, {title}": run[f"suspect, {test}"] for test, title in zip(TESTS, HEADS, strict=True)},
+    }  # fmt: skip
+    return lines(("step", "seconds"), ([name, number(step["seconds"], 0)] for name, step in steps.items()))
+
+
+TABLES: Makers = {
+    "all of CIFAR-10": all_of_cifar10, "seconds": seconds, "distillation": distillation, "few images": few_images,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -202,7 +278,7 @@ def main() -> None:
     one.add_argument("--student", action="store_true", help="teach another network by the suspect, on unmarked images")
     every = commands.add_parser("table")
     every.set_defaults(call=table)
-    every.add_argument("--json", type=Path, default=None)
+    every.add_argument("--json", type=Path, default=FOLDER / "evidence.json", help="another: no table is written")
     every.add_argument("--demo", type=Path, default=None, help="what `radiotag train-demo --json` printed")
     for part in (one, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))

@@ -4,16 +4,17 @@
     python tests/benchmarks/marking.py speed cifar10.zip photos --work bench-out
     python tests/benchmarks/marking.py step --work bench-out
     python tests/benchmarks/marking.py scale --work bench-out
-    python tests/benchmarks/marking.py table --work bench-out --json marking.json
+    python tests/benchmarks/marking.py table --work bench-out
 
 `evidence` marks a share of CIFAR-10's first images by each of the recipes given (RECIPES), every recipe with a key and
 images of its own, trains one suspect from scratch on all of them and verifies it by each key: so recipes are compared
 in one suspect. With several marking networks (`--network`) every recipe is made with each. It repeats nothing that lies
 in the work folder: suspects of other seeds share the marked images of the first. `--side` enlarges the images for the
-marking; suspects see at most 64 pixels of it. `table --part` says which part of the file a work folder's marks are. The
-recipe 'two networks' needs a second one (what `evidence.py run --clean` left, of another seed). `speed` times the plain
-recipe beside radiotag's on the same images in one run. `photos` is a folder of photographs, which a ResNet-18 with
-224-pixel input marks, of random weights.
+marking; suspects see at most 64 pixels of it. `table` gathers the work folder's marks in results/marking.json (`--part`
+says in which part of it) and writes this program's tables into the README beside it. The recipe 'two networks' needs a
+second one (what `evidence.py run --clean` left, of another seed). `speed` times the plain recipe beside radiotag's on
+the same images in one run. `photos` is a folder of photographs, which a ResNet-18 with 224-pixel input marks, of random
+weights.
 """
 
 import argparse
@@ -37,11 +38,15 @@ import torch
 import torch.nn.functional as F
 from evidence import machine, unpacked
 from PIL import Image
+from tables import BENCHMARKS, FOLDER, Makers, Results, Run, lines, log_p, median, number, percent, slashed, write
 from torch import Tensor
 
 from radiotag import keys, networks, radioactive, training, verification
+from radiotag.cosines import PATTERN_DIMENSION
 from radiotag.images import decode
 from radiotag.manifest import read_manifest
+from radiotag.probes import FolderImages, References
+from radiotag.suspect import Batching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,7 @@ def view(x: Tensor, recipe: Plain, draws: list[random.Random], size: int) -> Ten
         marking = radioactive.Marking(crop_scale=recipe.crops)
         out = torch.stack(
             [
-                radioactive.augmented(image, radioactive.random_crop(*image.shape[1:], draw, marking), size)
+                radioactive.augment(image, radioactive.random_crop(*image.shape[1:], draw, marking), size)
                 for image, draw in zip(x, draws, strict=True)
             ]
         )
@@ -178,9 +183,11 @@ def mark_all(
         else:
             settings = dataclasses.replace(recipe, min_psnr=psnr)
             patterns = key.patterns[rows] * (recipe.pattern_share != 0)
-            marked = torch.stack(
-                radioactive.mark_images(network, list(images), key.carriers[rows], draws, settings, None, patterns)
-            )
+            given = [
+                radioactive.ImageToMark(image=image, carrier=u, pattern=v, draw=draw)
+                for image, u, v, draw in zip(images, key.carriers[rows], patterns, draws, strict=True)
+            ]
+            marked = torch.stack(radioactive.mark_images(network, given, settings))
         out.append(marked.round().to(torch.uint8))
     return torch.cat(out)
 
@@ -265,9 +272,11 @@ def marked_by(
 
 def verified(model: Path, key_files: list[Path], held_out: Path) -> list[dict[str, float | None]]:
     """What `verify --data` says under each key; what it computes of the suspect is the same under all of them."""
-    keys = [keys.load_key(path) for path in key_files]
-    _, rows, _ = verification.examine(model, keys[0], keys[0].network(), verification.Options(), held_out, None, 64)
-    found = [radioactive.evidence(rows, key.carriers, key.patterns) for key in keys]
+    owners, options = [keys.load_key(path) for path in key_files], verification.Options()
+    references = References(owners[0].network(), FolderImages(held_out))
+    suspect = verification.load_suspect(model, options)
+    _, pairing, vectors = verification.examine(suspect, owners[0], references, options, Batching())
+    found = [radioactive.evidence(vectors, pairing.rows, key.carriers, key.patterns) for key in owners]
     return [
         {
             "log10_p": one.log_p / math.log(10),
@@ -352,7 +361,11 @@ def step_cost(key: keys.Key, side: int, batch: int, size: int) -> dict:
         torch.autograd.grad((features.float() * u).sum(), z)
 
     def marking() -> None:
-        radioactive.mark_images(network, list(x), u, [random.Random(i) for i in range(batch)], settings)
+        none = torch.zeros(PATTERN_DIMENSION)
+        given = [
+            radioactive.ImageToMark(image=x[i], carrier=u[i], pattern=none, draw=random.Random(i)) for i in range(batch)
+        ]
+        radioactive.mark_images(network, given, settings)
 
     bare()
     times = [(timed(bare), timed(marking) / settings.steps) for _ in range(5)]
@@ -428,28 +441,98 @@ def scale(a: argparse.Namespace) -> None:
 
 
 def table(a: argparse.Namespace) -> None:
-    files = sorted(a.work.glob("mark-*-seed*.json"))
-    runs = [run for file in files for run in json.loads(file.read_text())]
+    """Gather the work folder's marks in the results, and write the tables."""
+    runs = [run for file in sorted(a.work.glob("mark-*-seed*.json")) for run in json.loads(file.read_text())]
     runs.sort(key=lambda r: (r["images"], r["psnr"], list(RECIPES).index(r["recipe"]), r["seed"]))
-    heads = ("images", "q", "PSNR", "seed", "gain", "ms", "accuracy", "log10 p", "cosine", "pattern")
-    print("{:<32}{:<10}{:<16}".format("recipe", "network", "suspect") + "".join(f"{head:>9}" for head in heads))
-    for r in runs:
-        numbers = (
-            f"{r['images']}", f"{r['fraction']:.0%}", f"{r['psnr_median']:.1f}", f"{r['seed']}", f"{r['gain']:.3f}",
-            f"{1e3 * r['seconds_per_image']:.0f}", f"{r['accuracy']:.2%}", f"{r['real']['log10_p']:.2f}",
-            f"{r['real']['mean_cosine']:.3f}", f"{r['real']['pattern_cosine']:.3f}",
-        )  # fmt: skip
-        by = (r["recipe"], r["network"], r["arch"])
-        print("{:<32}{:<10}{:<16}".format(*by) + "".join(f"{number:>9}" for number in numbers))
     others = {
         name: json.loads((a.work / f"mark-{name}.json").read_text())
         for name in ("speed", "step", "scale")
         if (a.work / f"mark-{name}.json").exists()
     }
-    if a.json:
-        before = json.loads(a.json.read_text()) if a.json.exists() else {}
-        found = {**others, a.part: runs} if runs else others
-        a.json.write_text(json.dumps({**before, **found}, indent=1, sort_keys=True) + "\n")
+    before = json.loads(a.json.read_text()) if a.json.exists() else {}
+    found = {**others, a.part: runs} if runs else others
+    a.json.write_text(json.dumps({**before, **found}, indent=1, sort_keys=True) + "\n")
+    if a.json == FOLDER / "marking.json":
+        write(DOCUMENT, TABLES)
+
+
+# ---------------------------------------------------------------- the tables
+
+DOCUMENT = BENCHMARKS
+
+
+def recipes_of(results: Results, kind: str) -> list[str]:
+    """One table of recipes: 'one' in a suspect, 'seven' owners' in one, or those of the 'features'."""
+    groups: dict[tuple[int, float], list[Run]] = {}
+    for run in results["marking"]["runs"]:
+        recipes = {part.partition("@")[0] for part in run["suspect"].split("+")}
+        which = "one" if len(recipes) == 1 else "features" if "features-alone" in recipes else "seven"
+        if which == kind:
+            groups.setdefault((list(RECIPES).index(run["recipe"]), run["psnr"]), []).append(run)
+    rows = []
+    for _, runs in sorted(groups.items()):
+        left = slashed(log_p(run["real"]["log10_p"]) for run in runs)
+        took = number(1e3 * median(runs, "seconds_per_image"), 0)
+        rows.append([runs[0]["recipe"], f"{number(median(runs, 'psnr_median'), 1)} dB", left, took])
+    return lines(("recipe", "PSNR", "log10 p", "ms an image"), rows)
+
+
+def one_recipe(results: Results) -> list[str]:
+    return recipes_of(results, "one")
+
+
+def seven_owners(results: Results) -> list[str]:
+    return recipes_of(results, "seven")
+
+
+def features(results: Results) -> list[str]:
+    return recipes_of(results, "features")
+
+
+def larger(results: Results) -> list[str]:
+    """Two owners' marks in images enlarged to the size of photographs."""
+    rows = (
+        [str(owner), f"{number(run['psnr_median'], 1)} dB", percent(run["accuracy"]), log_p(run["real"]["log10_p"]),
+         number(run["real"]["mean_cosine"], 3), number(run["real"]["pattern_cosine"], 3)]
+        for owner, run in enumerate(results["marking"]["large"], 1)
+    )  # fmt: skip
+    return lines(("key", "PSNR", "accuracy", "`--data`", "cosine, features", "cosine, pattern"), rows)
+
+
+def fast(results: Results) -> list[str]:
+    titles = {"cifar": "of CIFAR-10, built-in network", "photos": "photographs, ResNet-18 of 224 pixels"}
+    rows = []
+    for name, title in titles.items():
+        run = results["marking"]["speed"][name]
+        plain = f"{number(run['plain_seconds'], 0)} s, {number(run['plain_psnr'], 1)} dB"
+        ours = f"{number(run['seconds'], 0)} s, {number(run['psnr'], 1)} dB"
+        rows.append([f"{number(run['images'], 0)} {title}", plain, ours, number(run["ratio"], 1)])
+    return lines(("images", "paper's recipe", "radiotag", "ratio"), rows)
+
+
+def steps(results: Results) -> list[str]:
+    titles = {"cifar": "of CIFAR-10", "photos": "photographs"}
+    rows = []
+    for name, title in titles.items():
+        run = results["marking"]["step"][name]
+        took = (number(1e3 * run[f"{which}_seconds"] / run["batch"], 1) for which in ("bare", "step"))
+        rows.append([title, *took, number(run["ratio"])])
+    return lines(("images", "a bare pass, ms an image", "a step of marking, ms an image", "ratio"), rows)
+
+
+def many_files(results: Results) -> list[str]:
+    runs = results["marking"]["scale"]
+    rows = []
+    for count in sorted(filter(str.isdecimal, runs), key=int):
+        took = (f"{number(runs[count][f'{part}_seconds'], 0)} s" for part in ("plan", "mark", "again"))
+        rows.append([number(int(count), 0), *took, f"{number(runs[count]['megabytes'], 0)} MB"])
+    return lines(("files", "planned", "marked", "found done", "memory at most"), rows)
+
+
+TABLES: Makers = {
+    "one recipe": one_recipe, "seven owners": seven_owners, "features": features, "larger images": larger,
+    "speed": fast, "steps": steps, "many files": many_files,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -480,7 +563,7 @@ def main() -> None:
     large.add_argument("--files", type=int, default=200_000)
     every = commands.add_parser("table")
     every.set_defaults(call=table)
-    every.add_argument("--json", type=Path, default=None, help="a file whose other parts stay")
+    every.add_argument("--json", type=Path, default=FOLDER / "marking.json", help="another: no table is written")
     every.add_argument("--part", default="runs", help="of the file, for the marks of this work folder")
     for part in (one, fast, bare, large, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))

@@ -1,14 +1,15 @@
 """The paper's experiments at the scale of two cores, and what is left of a mark after what a suspect's owner may do.
 
     python tests/benchmarks/paper.py run cifar10.zip tiny-imagenet-100.zip --work bench-out --only 'survives/*'
-    python tests/benchmarks/paper.py table --work bench-out --json paper.json
+    python tests/benchmarks/paper.py table --work bench-out
 
 Every experiment (EXPERIMENTS, named TABLE/ROW) marks a share of each class, trains a suspect and verifies it with and
 without real images. Keys, marked folders and models are shared where they can be. Nothing that lies in the work folder
 is made again and a training goes on from its last epoch, so an interrupted run goes on; two runs may share the folder.
 An experiment's seconds are those of what it did itself: what another had made, or it had itself before it was
-interrupted, is not in them. `table` gathers all, and keeps those of other work folders that the file holds. The work
-folder must hold the marking networks of other data, which come from (90 and 60 minutes on a core without bfloat16)
+interrupted, is not in them. `table` gathers all in results/paper.json, keeps those of other work folders that the file
+holds, and writes this program's tables into the README beside it; with an empty work folder it does the last alone. The
+work folder must hold the marking networks of other data, which come from (90 and 60 minutes on a core without bfloat16)
 
     radiotag train-demo tiny-imagenet-100/train -o tiny.pt --arch resnet10 --epochs 12 --seed 1 --image-size 32
     radiotag train-demo cifar10/train -o narrow.pt --arch resnet10 --epochs 8 --seed 1
@@ -23,6 +24,8 @@ import fcntl
 import fnmatch
 import io
 import json
+import math
+import re
 import shutil
 import statistics
 import time
@@ -35,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from evidence import machine, step, unpacked, verdict
 from PIL import Image
+from tables import BENCHMARKS, FOLDER, Makers, Results, Run, lines, log_p, median, number, percent, write
 from torch import nn
 from torchvision.transforms import v2
 
@@ -341,24 +345,136 @@ def run_all(a: argparse.Namespace) -> None:
 
 
 def table(a: argparse.Namespace) -> None:
+    """Gather the work folder's runs in the results, and write the tables."""
     runs = [json.loads(path.read_text()) for path in a.work.glob("*.result.json")]
-    if a.json and a.json.exists():
-        made = {found["experiment"] for found in runs}
-        runs += [r for r in json.loads(a.json.read_text())["runs"] if r["experiment"] not in made]  # of other folders
+    made = {found["experiment"] for found in runs}
+    before = json.loads(a.json.read_text())["runs"] if a.json.exists() else []
+    runs += [found for found in before if found["experiment"] not in made]  # of other work folders
     order = list(EXPERIMENTS)
     runs.sort(key=lambda found: order.index(found["experiment"]))
-    line = "{:<34}{:>7}{:>7}{:>10}{:>8}{:>8}{:>8}{:>8}"
-    print(line.format("experiment", "q", "PSNR", "accuracy", "bare", "real", "paper", "s"))
-    for found in runs:
-        print(
-            line.format(
-                found["experiment"], f"{found['share']:.0%}", f"{found['psnr']:.1f}" if found["psnr"] else "",
-                f"{found['accuracy']:.2%}", f"{found['bare']['log10_p']:.2f}", f"{found['real']['log10_p']:.2f}",
-                f"{found['real']['paper_log10_p']:.2f}", f"{found['seconds']:.0f}",
-            )
-        )  # fmt: skip
-    if a.json:
-        a.json.write_text(json.dumps({"runs": runs}, indent=1, sort_keys=True) + "\n")
+    a.json.write_text(json.dumps({"runs": runs}, indent=1, sort_keys=True) + "\n")
+    if a.json == FOLDER / "paper.json":
+        write(DOCUMENT, TABLES)
+
+
+# ---------------------------------------------------------------- the tables
+
+DOCUMENT = BENCHMARKS
+TITLES = {
+    "head": "head only", "scratch": "from scratch", "100 classes, head": "100 classes, head only",
+    "100 classes, scratch": "100 classes, from scratch",
+    "other data/tiny-imagenet-100": "marked by a network of Tiny ImageNet alone",
+    "other data/cifar10": "100 classes, marked by a network of CIFAR-10 alone",
+}  # fmt: skip
+Groups = dict[tuple[str, str], list[Run]]
+
+
+def grouped(results: Results) -> tuple[Groups, dict[str, list[Run]]]:
+    """Runs that differ in key and seed alone: by name and share, and of a tenth (or as named) by name."""
+    shares: Groups = {}
+    others: dict[str, list[Run]] = {}
+    for found in results["paper"]["runs"]:
+        kind, row = re.sub(r", (seed|key) \d$", "", found["experiment"]).split("/")
+        title = TITLES.get(f"{kind}/{row}", f"digits, {row}" if kind == "another set" else row)
+        if kind in TITLES or "100 classes" in kind + title:
+            name = TITLES.get(kind, title if "100 classes" in title else f"100 classes, {title}")
+            shares.setdefault((name, percent(found["share"], 0)), []).append(found)
+        else:
+            others.setdefault(title, []).append(found)
+    return shares, others
+
+
+def survivors(results: Results) -> dict[str, list[Run]]:
+    """The suspects of the table of what survives, in its order."""
+    shares, others = grouped(results)
+    plain = shares["from scratch", "10 %"]
+    before = {name: runs for name, runs in others.items() if not runs[0]["experiment"].startswith("survives/")}
+    after = {name: runs for name, runs in others.items() if name not in before}
+    keys = max(map(len, after.values()))  # the same keys, and so the same luck
+    return {"resnet10": plain, **before, "resnet10, nothing else": plain[:keys], **after}
+
+
+def cells(runs: list[Run]) -> list[str]:
+    """How many runs, and medians: accuracy, and log10 p by each test."""
+    tests = ("bare", "log10_p"), ("real", "log10_p"), ("real", "paper_log10_p")
+    return [str(len(runs)), percent(median(runs, "accuracy")), *(log_p(median(runs, *test)) for test in tests)]
+
+
+def by_share(results: Results) -> list[str]:
+    shares, _ = grouped(results)
+    heads = "suspect", "marked", "runs", "accuracy", "no `--data`", "`--data`", "the paper's statistic"
+    return lines(heads, ([*names, *cells(runs)] for names, runs in shares.items()))
+
+
+def survives(results: Results) -> list[str]:
+    heads = "suspect", "keys", "accuracy", "no `--data`", "`--data`", "the paper's statistic"
+    return lines(heads, ([name, *cells(runs)] for name, runs in survivors(results).items()))
+
+
+def null(results: Results) -> list[str]:
+    """p-values of clean suspects under fresh keys: how many are small, beside how many should be."""
+    limits, rows = ("0.1", "0.01", "0.001", "0.0001"), []
+    for found in results["paper"]["runs"]:
+        if found["experiment"].startswith("scratch/clean"):
+            for test, title in (("bare", "no `--data`"), ("real", "`--data cifar10/test`")):
+                drawn = found[test]["calibration"]
+                counts = (number(count, 0) for count in drawn["tail"])
+                rows.append([f"seed {found['seed']}, {title}", *counts, number(drawn["tail_p"]), number(drawn["ks_p"])])
+    expected = (number(drawn["n"] * float(limit), 0) for limit in limits)
+    return lines(("test", *limits, "as many or more", "as uneven"), [["expected", *expected, "", ""], *rows])
+
+
+def formula(found: Run) -> float:
+    """log10 p of a suspect whose class vectors all have the mean cosines."""
+    squares = 512 * found["mean_cosine"] * abs(found["mean_cosine"])
+    squares += 51 * found["pattern_cosine"] * abs(found["pattern_cosine"])
+    return float(-found["classes_used"] * squares / (2 * math.log(10)))
+
+
+def trained_from_scratch(results: Results) -> dict[tuple[str, ...], list[Run]]:
+    """(classes, images a class, share, epochs) → verdicts of resnet10s with real images, by what ships."""
+    found: dict[tuple[str, ...], list[Run]] = {}
+    for each in results["evidence"]["runs"]:
+        if each["train"]["architecture"] == "resnet10":
+            names = "1 of 10" if each["classes"] else "10", "5,000", percent(each["fraction"], 0)
+            found.setdefault((*names, str(each["train"]["epochs"])), []).append(each["suspect, real"])
+    for each in results["paper"]["runs"]:
+        if re.match(r"(100 classes, )?scratch/\d", each["experiment"]):
+            classes = 100 if "100 classes" in each["experiment"] else 10
+            names = str(classes), number(each["images"] // classes, 0), percent(each["share"], 0)
+            found.setdefault((*names, str(each["epochs"])), []).append(each["real"])
+    return found
+
+
+def expect(results: Results) -> list[str]:
+    """What to expect, beside what the formula says of the mean cosines."""
+
+    def order(names: tuple[str, ...]) -> tuple[bool, list[float]]:
+        return "of" in names[0], [float(re.sub(r"\D.*", "", name.replace(",", ""))) for name in names]
+
+    rows, found = [], trained_from_scratch(results)
+    for names in sorted(found, key=order):
+        runs = found[names]
+        m, n = (number(median(runs, f"{kind}_cosine"), 3) for kind in ("mean", "pattern"))
+        guess = number(statistics.median(map(formula, runs)), 1)
+        rows.append([*names, str(len(runs)), m, n, guess, log_p(median(runs, "log10_p"), 1)])
+    heads = "classes C", "images a class", "marked", "epochs", "runs", "m", "n", "by the formula", "measured"
+    return lines(heads, rows)
+
+
+def cost(results: Results) -> list[str]:
+    """The accuracy of suspects from scratch, where a tenth of the images is marked and where none is."""
+    named = {found["experiment"]: found for found in results["paper"]["runs"]}
+    rows = []
+    for more in SEEDS:
+        with_marks, without = (named.get(f"scratch/{name}{more}") for name in ("10%", "clean"))
+        if with_marks and without:
+            accuracy = (percent(found["accuracy"]) for found in (with_marks, without))
+            rows.append([str(without["seed"]), *accuracy])
+    return lines(("seed", "10 % marked", "none marked"), rows)
+
+
+TABLES: Makers = {"null": null, "expect": expect, "survives": survives, "by share": by_share, "cost": cost}
 
 
 def main() -> None:
@@ -370,7 +486,7 @@ def main() -> None:
     some.add_argument("--only", nargs="+", default=["*"], help="names of experiments, * and ? allowed")
     every = commands.add_parser("table")
     every.set_defaults(call=table)
-    every.add_argument("--json", type=Path, default=None)
+    every.add_argument("--json", type=Path, default=FOLDER / "paper.json", help="another: no table is written")
     for part in (some, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))
     a = parser.parse_args()
