@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from radiotag.keys import Key
     from radiotag.manifest import Summary
     from radiotag.marking import Plan
-    from radiotag.networks import Network
-    from radiotag.training import Dataset, Recipe
     from radiotag.verification import Finding, Options
     from radiotag.verification import Progress as ShowProgress
 
@@ -531,7 +529,13 @@ def train_demo(
             else training.new_network(arch, images, stem=small, seed=seed)
         )
         held_out = training.load_folder(val, int(images.images.shape[-1]), images.names) if val else None
-        reached = _train(report, network, images, recipe, teacher, held_out, target, resume, choose_device(device))
+        taught = networks.load_network(teacher) if teacher else None
+        with training_progress(report, epochs) as show:
+            course = training.Course(
+                teacher=taught, validation=held_out, output=target, resume=resume, device=choose_device(device),
+                progress=show,
+            )  # fmt: skip
+            reached = training.train(network, images, recipe, course)
         shown = "not measured (no --val)" if reached is None else f"{reached:.2%}"
         report.say(
             f"model        {target} ({network.spec.architecture}, {len(images.names)} classes, "
@@ -545,24 +549,17 @@ def train_demo(
         )  # fmt: skip
 
 
-def _train(
-    report: Report, network: "Network", images: "Dataset", recipe: "Recipe", teacher: Path | None,
-    held_out: "Dataset | None", target: Path, resume: bool, device: str,
-) -> float | None:  # fmt: skip
-    from radiotag import networks, training
-
-    taught = networks.load_network(teacher) if teacher else None
+@contextmanager
+def training_progress(report: Report, epochs: int) -> Iterator[Callable[[int, float, float], None]]:
+    """A progress bar over all epochs, with the running loss."""
     with progress_bar(report, "%") as bar:
-        task = bar.add_task("training", total=100 * recipe.epochs, detail="")
+        task = bar.add_task("training", total=100 * epochs, detail="")
 
         def show(epoch: int, share: float, loss: float) -> None:
-            detail = f"epoch {epoch + 1}/{recipe.epochs}  loss {loss:.3f}"
+            detail = f"epoch {epoch + 1}/{epochs}  loss {loss:.3f}"
             bar.update(task, completed=int(100 * (epoch + share)), detail=detail)
 
-        return training.train(
-            network, images, recipe, teacher=taught, validation=held_out, output=target, resume=resume, device=device,
-            progress=show,
-        )  # fmt: skip
+        yield show
 
 
 def _demonstrate(report: Report, folder: Path, device: str, force: bool, seed: int) -> None:

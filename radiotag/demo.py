@@ -105,7 +105,8 @@ def _train(folder: Path, held_out: training.Dataset, output: Path, size: Size, s
     data = training.load_folder(folder, size.pixels)
     network = training.initialised_from(networks.BUILTIN, data, seed=seed + 1)
     recipe = training.Recipe(epochs=size.epochs, batch_size=size.batch_size, lr=size.lr, seed=seed + 1)
-    return training.train(network, data, recipe, validation=held_out, output=output, device=device) or 0.0
+    course = training.Course(validation=held_out, output=output, device=device)
+    return training.train(network, data, recipe, course) or 0.0
 
 
 def lines(result: Result) -> list[str]:

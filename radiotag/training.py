@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from radiotag.errors import RadiotagError, first_line
 from radiotag.images import decode, scan
@@ -46,10 +47,22 @@ class Recipe:
     lr: float = 0.1  # peak, for batches of 128; scaled linearly with the batch
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    warmup: float = 0.2  # share of the steps in which the rate climbs; it falls linearly to zero after
+    warmup: float = 0.2  # share of the steps in which the rate climbs linearly; it falls so to zero after
     seed: int = 0
     head_only: bool = False
-    robust: bool = False  # trained on `attacked` images
+    robust: bool = False  # trained on `adversarial_examples`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Course:
+    """What goes along with a training, beside network, images and recipe."""
+
+    teacher: Network | None = None  # its outputs are learnt instead of the labels
+    validation: "Dataset | None" = None
+    output: Path | None = None  # written after every epoch
+    resume: bool = False  # from `output`, if it is there
+    device: str = "cpu"
+    progress: Callable[[int, float, float], None] = lambda *_: None  # (epoch, share of it done, running loss)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +130,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[index, torch.arange(3)[None, :, None, None], rows, columns[:, None, None, :]]
 
 
-def attacked(network: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+def adversarial_examples(network: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """(B, 3, S, S) in [0, 1] → the same, moved up the loss by RADIUS at most: a step from a random point of that ball.
 
     A network trained on these (Madry et al., ICLR 2018; one step: Wong et al., ICLR 2020) answers along directions that
@@ -149,13 +162,6 @@ def _statistics_kept(network: nn.Module) -> Iterator[None]:
     finally:
         for layer, momentum in zip(layers, before, strict=True):
             layer.momentum = momentum
-
-
-def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Triangle: up over the warm-up, then linearly to zero."""
-    peak = recipe.lr * recipe.batch_size / 128
-    warm = max(1, round(recipe.warmup * steps))
-    return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
 def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: int) -> Network:
@@ -197,22 +203,39 @@ def initialised_from(path: Path, data: Dataset, *, seed: int) -> Network:
     return network
 
 
-def train(
-    network: Network,
-    data: Dataset,
-    recipe: Recipe,
-    *,
-    teacher: Network | None = None,
-    validation: Dataset | None = None,
-    output: Path | None = None,
-    resume: bool = False,
-    device: str = "cpu",
-    progress: Callable[[int, float, float], None] = lambda *_: None,
-) -> float | None:
-    """Train in place, writing `output` after every epoch. Returns accuracy on `validation` in [0, 1], or None.
+def train(network: Network, data: Dataset, recipe: Recipe, course: Course | None = None) -> float | None:
+    """Train in place. Returns accuracy on the validation images in [0, 1], or None without them.
 
-    `progress(epoch, share of the epoch done, running loss)` is called after every step.
+    RadiotagError where images, teacher or an earlier checkpoint do not fit, and where the training diverges.
     """
+    course = course or Course()
+    _check(network, data, recipe, course)
+    network.to(course.device)
+    if course.teacher:
+        course.teacher.to(course.device)
+    network.head, _ = find_head(network)
+    if recipe.head_only and network.head is None:
+        raise RadiotagError(f"{network.spec.architecture} does not end in a linear layer", "leave out --head-only")
+    trained = network.head if recipe.head_only and network.head else network.module
+    trained.requires_grad_(True)
+    optimiser = _optimiser(trained, recipe)
+    first = _resume(course.output, network, optimiser, recipe) if course.resume and course.output else 0
+    steps = len(_batches(torch.arange(len(data.images)), recipe))
+    schedule = one_cycle(optimiser, recipe, recipe.epochs * steps, first * steps) if first < recipe.epochs else None
+    for epoch in range(first, recipe.epochs):
+        trained.train()
+        with _seeded(recipe.seed * 100003 + epoch, course.device):  # dropout draws from the global generator
+            _epoch(network, data, recipe, epoch, course, schedule)
+        network.eval()
+        if course.output:
+            extra = {"optimiser": optimiser.state_dict(), "epoch": epoch + 1, "recipe": asdict(recipe)}
+            save_checkpoint(course.output, network.module, network.spec, extra)
+    network.eval().requires_grad_(False)
+    return accuracy(network, course.validation, course.device) if course.validation else None
+
+
+def _check(network: Network, data: Dataset, recipe: Recipe, course: Course) -> None:
+    teacher = course.teacher
     if len(data.images) < 2 or recipe.batch_size < 2:
         raise RadiotagError("training takes two images a batch, at least", "add images, or raise --batch-size")
     if teacher and teacher.spec.classes != network.spec.classes:
@@ -221,26 +244,24 @@ def train(
     if teacher and teacher.spec.class_names not in (None, network.spec.class_names):
         hint = "train the student on a folder of the teacher's classes"
         raise RadiotagError("teacher and student name their classes differently", hint)
-    network.to(device)
-    if teacher:
-        teacher.to(device)
-    network.head, _ = find_head(network)
-    if recipe.head_only and network.head is None:
-        raise RadiotagError(f"{network.spec.architecture} does not end in a linear layer", "leave out --head-only")
-    trained = network.head if recipe.head_only and network.head else network.module
-    trained.requires_grad_(True)
-    optimiser = _optimiser(trained, recipe)
-    first = _resume(output, network, optimiser, recipe) if resume and output else 0
-    for epoch in range(first, recipe.epochs):
-        trained.train()
-        with _seeded(recipe.seed * 100003 + epoch, device):  # dropout draws from the global generator
-            _epoch(network, data, recipe, epoch, optimiser, teacher, device, progress)
-        network.eval()
-        if output:
-            extra = {"optimiser": optimiser.state_dict(), "epoch": epoch + 1, "recipe": asdict(recipe)}
-            save_checkpoint(output, network.module, network.spec, extra)
-    network.eval().requires_grad_(False)
-    return accuracy(network, validation, device) if validation else None
+
+
+def one_cycle(optimiser: torch.optim.Optimizer, recipe: Recipe, steps: int, done: int = 0) -> OneCycleLR:
+    """The learning rate of `steps` steps, of which some are done: up over the warm-up, then down to zero, linearly."""
+    warm = max(1, round(recipe.warmup * steps))
+    schedule = OneCycleLR(
+        optimiser,
+        max_lr=[recipe.lr * recipe.batch_size / 128] * len(optimiser.param_groups),
+        total_steps=steps + 1,  # the last step, too, has a rate
+        pct_start=max(2, warm) / (steps + 1),  # OneCycleLR cannot climb in a single step
+        div_factor=warm,  # the first step's rate is that of a climb from zero
+        anneal_strategy="linear",
+        cycle_momentum=False,
+    )
+    if done:
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": done - 1, "_step_count": done + 1})
+        schedule.step()
+    return schedule
 
 
 def _optimiser(trained: nn.Module, recipe: Recipe) -> torch.optim.SGD:
@@ -287,36 +308,33 @@ def _refuse_another(now: dict[str, Any], then: dict[str, Any]) -> None:
             raise RadiotagError(f"its {name} is {then.get(name)}, not {value}"[:200])
 
 
+def _batches(order: Tensor, recipe: Recipe) -> list[Tensor]:
+    """Places of images, batch by batch; batch normalisation needs two of them."""
+    return [batch for batch in torch.split(order, recipe.batch_size) if len(batch) > 1]
+
+
 def _epoch(
-    network: Network,
-    data: Dataset,
-    recipe: Recipe,
-    epoch: int,
-    optimiser: torch.optim.SGD,
-    teacher: Network | None,
-    device: str,
-    progress: Callable[[int, float, float], None],
+    network: Network, data: Dataset, recipe: Recipe, epoch: int, course: Course, schedule: OneCycleLR | None
 ) -> None:
+    assert schedule is not None
+    optimiser, device = schedule.optimizer, course.device
     generator = torch.Generator().manual_seed(recipe.seed * 100003 + epoch)
-    count = len(data.images)
-    order = torch.randperm(count, generator=generator)
-    batches = [b for b in torch.split(order, recipe.batch_size) if len(b) > 1]  # batch norm needs two
+    batches = _batches(torch.randperm(len(data.images), generator=generator), recipe)
     average = math.nan
     for i, batch in enumerate(batches):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(epoch * len(batches) + i, recipe.epochs * len(batches), recipe)
         pixels, labels = augment(data.images[batch], generator).to(device), data.labels[batch].to(device)
         with mixed_precision(device):
-            pixels = attacked(network, pixels, labels, generator) if recipe.robust else pixels
-            loss = _loss(network, pixels, labels, teacher)
+            pixels = adversarial_examples(network, pixels, labels, generator) if recipe.robust else pixels
+            loss = _loss(network, pixels, labels, course.teacher)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
+        schedule.step()
         value = float(loss.detach())
         if not math.isfinite(value):
             raise RadiotagError("the training diverged", "use a lower --lr or another --seed")
         average = value if i == 0 else 0.98 * average + 0.02 * value
-        progress(epoch, (i + 1) / len(batches), average)
+        course.progress(epoch, (i + 1) / len(batches), average)
 
 
 def _loss(network: Network, pixels: Tensor, labels: Tensor, teacher: Network | None) -> Tensor:

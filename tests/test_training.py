@@ -16,12 +16,12 @@ from radiotag import synthetic, training
 from radiotag.errors import RadiotagError
 from radiotag.networks import Network, Spec, build, load_network, read_checkpoint, save_checkpoint
 from radiotag.training import (
+    Course,
     Dataset,
     Recipe,
     accuracy,
     augment,
     initialised_from,
-    learning_rate,
     load_folder,
     natural_size,
     new_network,
@@ -106,19 +106,30 @@ def test_augment_depends_on_its_generator_alone():
     assert 0 <= first.min() <= first.max() <= 1
 
 
-def test_the_learning_rate_is_a_triangle():
-    recipe = Recipe(lr=0.1, batch_size=128, warmup=0.2)
-    rates = [learning_rate(step, 10, recipe) for step in range(10)]
-    expected = [0.05, 0.1, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125]
-    assert rates == pytest.approx(expected)
-    assert learning_rate(1, 10, replace(recipe, batch_size=64)) == pytest.approx(0.05)
-    assert [learning_rate(s, 4, replace(recipe, warmup=0.0)) for s in range(4)] == pytest.approx(
-        [0.1, 0.1, 0.1 * 2 / 3, 0.1 / 3]
-    )
-    assert [learning_rate(s, 4, replace(recipe, warmup=1.0)) for s in range(4)] == pytest.approx(
-        [0.025, 0.05, 0.075, 0.1]
-    )
-    assert learning_rate(0, 1, recipe) == pytest.approx(0.1)
+def rates(recipe, steps, done=0):
+    """The rate of each step that is left, as a training asks for it."""
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    schedule, seen = training.one_cycle(optimiser, recipe, steps, done), []
+    for _ in range(steps - done):
+        seen.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    return seen
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 100])
+def test_the_learning_rate_climbs_and_falls_linearly(steps, warmup):
+    recipe = Recipe(lr=0.1, batch_size=64, warmup=warmup)
+    seen = rates(recipe, steps)
+    top = int(np.argmax(seen))
+    assert len(seen) == steps and max(seen) == pytest.approx(0.05) and min(seen) > 0
+    assert top == pytest.approx(warmup * steps, abs=1.5)
+    for part in (seen[: top + 1], seen[top + 1 :]):
+        assert np.ptp(np.diff(part)) < 1e-9 if len(part) > 2 else True
+    assert seen[:top] == sorted(seen[:top]) and seen[top:] == sorted(seen[top:], reverse=True)
+    for done in range(1, steps):
+        assert rates(recipe, steps, done) == pytest.approx(seen[done:])
 
 
 # ---------------------------------------------------------------- folders
@@ -229,7 +240,7 @@ def test_a_student_takes_no_teacher_that_names_its_classes_otherwise():
     data, teacher = dataset(classes=3), fresh(dataset(classes=3))
     teacher.spec = replace(teacher.spec, class_names=("z", "y", "x"))
     with pytest.raises(RadiotagError, match="name their classes differently"):
-        train(fresh(data), data, Recipe(epochs=1), teacher=teacher)
+        train(fresh(data), data, Recipe(epochs=1), Course(teacher=teacher))
 
 
 def test_the_stem_follows_the_size_unless_it_is_given():
@@ -259,7 +270,7 @@ def test_starting_from_a_checkpoint_of_other_classes_makes_the_head_anew(tmp_pat
     x = torch.rand(2, 3, 16, 16, generator=generator())
     logits = network.features(x) @ after["fc.weight"].T + after["fc.bias"]
     torch.testing.assert_close(logits, network(x))
-    train(network, data, replace(RECIPE, epochs=1), output=tmp_path / "new.pt")
+    train(network, data, replace(RECIPE, epochs=1), Course(output=tmp_path / "new.pt"))
     assert load_network(tmp_path / "new.pt").spec == network.spec
 
 
@@ -322,7 +333,7 @@ def test_a_resumed_training_repeats_an_undisturbed_one(architecture, robust, tmp
     data, recipe = dataset(), replace(RECIPE, robust=robust)
     torch.manual_seed(1)
     whole = fresh(data, architecture)
-    train(whole, data, recipe, output=tmp_path / "whole.pt")
+    train(whole, data, recipe, Course(output=tmp_path / "whole.pt"))
     path, epochs = tmp_path / "m.pt", []
 
     def interrupt(epoch, share, loss):
@@ -330,11 +341,11 @@ def test_a_resumed_training_repeats_an_undisturbed_one(architecture, robust, tmp
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train(fresh(data, architecture), data, recipe, output=path, progress=interrupt)
+        train(fresh(data, architecture), data, recipe, Course(output=path, progress=interrupt))
     assert not same(read_checkpoint(path)[0], weights(whole))
     network = fresh(data, architecture)
     torch.manual_seed(99)  # another process, where the global generator is elsewhere
-    train(network, data, recipe, output=path, resume=True, progress=lambda epoch, *_: epochs.append(epoch))
+    train(network, data, recipe, Course(output=path, resume=True, progress=lambda epoch, *_: epochs.append(epoch)))
     assert sorted(set(epochs)) == [1, 2]
     assert same(weights(network), weights(whole))
     assert same(read_checkpoint(path)[0], read_checkpoint(tmp_path / "whole.pt")[0])
@@ -343,25 +354,25 @@ def test_a_resumed_training_repeats_an_undisturbed_one(architecture, robust, tmp
 def test_resuming_what_is_done_or_not_begun(tmp_path):
     data, path = dataset(), tmp_path / "m.pt"
     first = fresh(data)
-    train(first, data, replace(RECIPE, epochs=1), output=path, resume=True)  # nothing there: starts
+    train(first, data, replace(RECIPE, epochs=1), Course(output=path, resume=True))  # nothing there: starts
     before = path.read_bytes()
     again = fresh(data, seed=9)
-    train(again, data, replace(RECIPE, epochs=1), output=path, resume=True)
+    train(again, data, replace(RECIPE, epochs=1), Course(output=path, resume=True))
     assert same(weights(first), weights(again))
     assert path.read_bytes() == before
-    train(again, data, replace(RECIPE, epochs=2), output=path, resume=True)  # more epochs are no contradiction
+    train(again, data, replace(RECIPE, epochs=2), Course(output=path, resume=True))  # more epochs are no contradiction
     assert torch.load(path, weights_only=True)["epoch"] == 2
 
 
 def test_a_training_that_an_earlier_version_began_goes_on(tmp_path):
     data, path = dataset(), tmp_path / "m.pt"
-    train(fresh(data), data, replace(RECIPE, epochs=1), output=path)
+    train(fresh(data), data, replace(RECIPE, epochs=1), Course(output=path))
     content = torch.load(path, weights_only=True)
     del content["recipe"]["robust"]
     torch.save(content, path)
     with pytest.raises(RadiotagError, match="its robust is False, not True"):
-        train(fresh(data), data, replace(RECIPE, epochs=2, robust=True), output=path, resume=True)
-    train(fresh(data), data, replace(RECIPE, epochs=2), output=path, resume=True)
+        train(fresh(data), data, replace(RECIPE, epochs=2, robust=True), Course(output=path, resume=True))
+    train(fresh(data), data, replace(RECIPE, epochs=2), Course(output=path, resume=True))
     assert torch.load(path, weights_only=True)["epoch"] == 2
 
 
@@ -375,7 +386,7 @@ def interrupted(tmp_path_factory):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train(fresh(data), data, RECIPE, output=path, progress=interrupt)
+        train(fresh(data), data, RECIPE, Course(output=path, progress=interrupt))
     return path.read_bytes()
 
 
@@ -397,7 +408,7 @@ def test_resuming_another_training_names_the_difference(interrupted, architectur
     path.write_bytes(interrupted)
     images = dataset(**data)
     with pytest.raises(RadiotagError, match=rf"m\.pt is of another training: {message}") as error:
-        train(fresh(images, architecture), images, replace(RECIPE, **recipe), output=path, resume=True)
+        train(fresh(images, architecture), images, replace(RECIPE, **recipe), Course(output=path, resume=True))
     assert "--resume" in error.value.hint
     assert path.read_bytes() == interrupted
 
@@ -408,7 +419,7 @@ def test_resuming_from_what_is_no_checkpoint_is_an_error(interrupted, tmp_path):
 
     def refused(message):
         with pytest.raises(RadiotagError, match=message) as error:
-            train(network, data, RECIPE, output=path, resume=True)
+            train(network, data, RECIPE, Course(output=path, resume=True))
         assert "\n" not in str(error.value)
         assert error.value.hint
 
@@ -434,7 +445,7 @@ def test_a_checkpoint_is_written_after_every_epoch(tmp_path):
         elif not found:
             found.append(path.exists())
 
-    train(network, data, RECIPE, output=path, progress=watch)
+    train(network, data, RECIPE, Course(output=path, progress=watch))
     assert found == [False, 1, 2]
     loaded = load_network(path)
     assert loaded.spec == network.spec
@@ -446,7 +457,7 @@ def test_a_checkpoint_is_written_after_every_epoch(tmp_path):
 def test_progress_counts_up_to_one_in_every_epoch():
     seen = []
     data = dataset(17)  # a batch of one is left out: batch normalisation cannot take it
-    train(fresh(data), data, replace(RECIPE, epochs=2), progress=lambda *step: seen.append(step))
+    train(fresh(data), data, replace(RECIPE, epochs=2), Course(progress=lambda *step: seen.append(step)))
     assert [(epoch, share) for epoch, share, _ in seen] == [(0, 0.5), (0, 1.0), (1, 0.5), (1, 1.0)]
     assert all(0 < loss < 20 for *_, loss in seen)
 
@@ -474,7 +485,7 @@ def test_an_attack_is_the_gradients_step_from_a_random_point_of_the_ball():
     pixels = data.images.float() / 255 * 0.8 + 0.1  # nothing is clipped
     network = fresh(data, "resnet10").train().requires_grad_(True)
     before, radius = weights(network), training.RADIUS * math.sqrt(3 * 16 * 16)
-    change = training.attacked(network, pixels, data.labels, generator()) - pixels
+    change = training.adversarial_examples(network, pixels, data.labels, generator()) - pixels
     assert network.training and all(layer.momentum == 0.1 for layer in network.modules() if hasattr(layer, "momentum"))
     after = weights(network)
     assert all(torch.equal(before[k], after[k]) for k in before if not k.endswith("num_batches_tracked"))
@@ -489,7 +500,7 @@ def test_an_attack_is_the_gradients_step_from_a_random_point_of_the_ball():
     for i in range(40):
         step = moved[i].detach() - pixels[i] + radius * moved.grad[i] / moved.grad[i].norm()
         torch.testing.assert_close(change[i], step * min(1.0, radius / float(step.norm())), rtol=1e-3, atol=1e-6)
-    dark = training.attacked(network, torch.zeros_like(pixels), data.labels, generator())
+    dark = training.adversarial_examples(network, torch.zeros_like(pixels), data.labels, generator())
     assert 0 <= float(dark.min()) < float(dark.max()) <= radius
 
 
@@ -502,7 +513,7 @@ def test_robust_training_withstands_more(monkeypatch):
         network = fresh(data, "resnet10")
         train(network, data, Recipe(epochs=8, batch_size=20, robust=robust))
         pixels = images.float() / 255
-        harder = training.attacked(network, pixels, labels, generator())
+        harder = training.adversarial_examples(network, pixels, labels, generator())
         with torch.no_grad():
             lost.append(F.cross_entropy(network(harder), labels) - F.cross_entropy(network(pixels), labels))
     assert lost[1] < 0.5 * lost[0], lost
@@ -534,10 +545,10 @@ def test_a_network_that_cannot_take_the_images_is_an_error():
 def test_divergence_is_an_error_and_keeps_the_last_checkpoint(tmp_path):
     data = dataset()
     network = fresh(data)
-    train(network, data, replace(RECIPE, epochs=1), output=tmp_path / "m.pt")
+    train(network, data, replace(RECIPE, epochs=1), Course(output=tmp_path / "m.pt"))
     before = (tmp_path / "m.pt").read_bytes()
     with pytest.raises(RadiotagError, match="diverged") as error:
-        train(network, data, replace(RECIPE, lr=1e30), output=tmp_path / "m.pt")
+        train(network, data, replace(RECIPE, lr=1e30), Course(output=tmp_path / "m.pt"))
     assert "--lr" in error.value.hint
     assert (tmp_path / "m.pt").read_bytes() == before
 
@@ -573,7 +584,7 @@ def test_a_student_learns_its_teacher_and_not_the_labels():
     teacher.module.load_state_dict({"fc.weight": 3 * torch.eye(3)[[1, 2, 0]], "fc.bias": torch.zeros(3)})
     before = weights(teacher)
     assert accuracy(teacher, replace(data, labels=(data.labels + 2) % 3)) == 1.0  # it is always wrong
-    train(student, data, Recipe(epochs=15, batch_size=16, lr=4.0), teacher=teacher)
+    train(student, data, Recipe(epochs=15, batch_size=16, lr=4.0), Course(teacher=teacher))
     pixels = data.images.float() / 255
     assert torch.equal(student(pixels).argmax(1), teacher(pixels).argmax(1))
     assert accuracy(student, data) == 0.0
@@ -585,7 +596,7 @@ def test_a_student_learns_its_teacher_and_not_the_labels():
 def test_teacher_and_student_must_have_the_same_classes():
     data = dataset(classes=5)
     with pytest.raises(RadiotagError, match="3 and 5 classes"):
-        train(fresh(data), data, RECIPE, teacher=pooled())
+        train(fresh(data), data, RECIPE, Course(teacher=pooled()))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
@@ -603,7 +614,7 @@ def test_train_returns_the_accuracy_on_held_out_images_or_none():
     data, held_out = coloured(), coloured(30, seed=9)
     network = pooled()
     assert accuracy(network, held_out) < 1
-    found = train(network, data, Recipe(epochs=20, batch_size=16, lr=4.0), validation=held_out)
+    found = train(network, data, Recipe(epochs=20, batch_size=16, lr=4.0), Course(validation=held_out))
     assert found == accuracy(network, held_out) == 1.0
     assert train(pooled(), data, Recipe(epochs=1)) is None
 
@@ -614,7 +625,7 @@ def test_the_demo_images_can_be_learnt():
     losses = []
     network = fresh(data, "resnet10")
     recipe = Recipe(epochs=10, batch_size=20, lr=0.1)
-    found = train(network, data, recipe, validation=data, progress=lambda *step: losses.append(step[2]))
+    found = train(network, data, recipe, Course(validation=data, progress=lambda *step: losses.append(step[2])))
     assert losses[0] > 0.8 * math.log(10)
     assert losses[-1] < 0.8 * math.log(10)  # chance is log 10
     assert found > 0.4

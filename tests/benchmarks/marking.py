@@ -226,7 +226,8 @@ def evidence(a: argparse.Namespace) -> None:
     suspect = training.new_network(a.arch, dataset, stem=x.shape[-1] == 32, seed=a.seed)  # the stock stem saves time
     unseen = next(path for path in (root / "test", root / "val") if path.exists())
     held_out, plan = training.load_folder(unseen, x.shape[-1]), training.Recipe(epochs=a.epochs, seed=a.seed)
-    accuracy = training.train(suspect, dataset, plan, validation=held_out, output=model, resume=model.exists())
+    course = training.Course(validation=held_out, output=model, resume=model.exists())
+    accuracy = training.train(suspect, dataset, plan, course)
     for i in range(len(a.network)):
         same = runs[i :: len(a.network)]  # what is computed of the suspect is the same for all keys of a network
         for run, verdict in zip(same, verified(model, [a.work / run["key"] for run in same], unseen), strict=True):

@@ -30,7 +30,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -136,12 +136,11 @@ def train_otherwise(network: Network, data: training.Dataset, how: str, epochs: 
     sgd = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay, "nesterov": True}
     optimiser = torch.optim.AdamW(parameters, 2e-3) if how == "AdamW" else torch.optim.SGD(parameters, **sgd)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    batches, step, peak = len(data.images) // recipe.batch_size, 0, optimiser.param_groups[0]["lr"]
+    batches, peak = len(data.images) // recipe.batch_size, optimiser.param_groups[0]["lr"]
+    schedule = training.one_cycle(optimiser, replace(recipe, lr=peak), epochs * batches)
     for _ in range(epochs):
         order = torch.randperm(len(data.images), generator=generator)
         for batch in torch.split(order, recipe.batch_size)[:batches]:
-            rate = training.learning_rate(step, epochs * batches, recipe) / recipe.lr
-            optimiser.param_groups[0]["lr"], step = peak * rate, step + 1
             pixels, labels = training.augment(data.images[batch], generator), data.labels[batch]
             mix = float(rng.beta(1.0, 1.0)) if how == "mixup" else 1.0
             with networks.mixed_precision("cpu"):
@@ -152,6 +151,7 @@ def train_otherwise(network: Network, data: training.Dataset, how: str, epochs: 
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+            schedule.step()
     network.eval().requires_grad_(False)
 
 
