@@ -45,7 +45,7 @@ from radiotag.images import (
     ssim,
 )
 from radiotag.keys import Key, choose, image_random, patterned
-from radiotag.manifest import FORMAT, Row, Summary
+from radiotag.manifest import MANIFEST_FORMAT, Row, Summary
 from radiotag.networks import Network, resized
 from radiotag.processes import launched
 from radiotag.radioactive import Marking, mark_images, padded
@@ -109,7 +109,7 @@ def plan(
     _check_collisions(items, chosen, format)
     settings = {name: getattr(marking, name) for name in ("epsilon", "min_psnr", "steps")}
     header = {
-        "radiotag": FORMAT, "fingerprint": key.fingerprint, "fraction": fraction, "format": format,
+        "radiotag": MANIFEST_FORMAT, "fingerprint": key.fingerprint, "fraction": fraction, "format": format,
         "seed": seed, **settings,
     }  # fmt: skip
     beside = output if output.name else output.absolute()
@@ -265,7 +265,7 @@ def run(
             journal.close()  # a folder that machines share may not show what is open
         skipped = sum(together.gather(summary.skipped))
         if together.rank == 0:
-            manifest.take_in(plan.manifest, journal)
+            manifest.merge_journals(plan.manifest, journal)
             wanted = (item.path.as_posix() for item in plan.items)
             summary = manifest.put_in_order(plan.manifest, plan.header, wanted, skipped)
             _finish_archive(plan, summary)
@@ -319,8 +319,8 @@ def _begin(plan: Plan, force: bool) -> IO[bytes]:
         manifest.begin(plan.manifest, plan.header)
     journal = plan.manifest.open("r+b")
     try:
-        manifest.mend(journal)
-        manifest.take_in(plan.manifest, journal)
+        manifest.truncate_torn_line(journal)
+        manifest.merge_journals(plan.manifest, journal)
         _sweep(plan)
     except BaseException:
         journal.close()

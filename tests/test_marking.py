@@ -964,7 +964,7 @@ quick = settings(deadline=None, max_examples=60)
 def test_mending_cuts_the_torn_last_line_and_nothing_else(parts):
     content = b"".join(parts)
     file = io.BytesIO(content)
-    manifest.mend(file)
+    manifest.truncate_torn_line(file)
     whole = content[: content.rfind(b"\n") + 1]
     assert file.getvalue() == whole
     assert file.tell() == len(whole)
@@ -1012,7 +1012,7 @@ def test_taking_in_appends_whole_lines_and_removes_the_journals(tmp_path):
     (tmp_path / "out.manifest.jsonl.rankle").write_bytes(b"mine")
     (tmp_path / "other.manifest.jsonl.rank1").write_bytes(b"another's")
     with path.open("ab") as journal:
-        manifest.take_in(path, journal)
+        manifest.merge_journals(path, journal)
     header, *rows = map(json.loads, path.read_bytes().splitlines())
     assert header == {"radiotag": 1}
     assert rows[0] == {"path": "a"}
@@ -1237,6 +1237,19 @@ def test_a_class_never_changes_its_carrier_without_force(world, tmp_path):
     assert "carrier 1" in one_error(mark(source, world.key, tmp_path / "out"))
     assert tree(tmp_path / "out") == before
     good(source, world.key, tmp_path / "out", "--force")
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_keeps_nobody_from_marking(world, tmp_path, monkeypatch, error):
+    """As network file systems may be mounted."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    good(world.folder, world.key, tmp_path / "out")
+    assert leftovers(tmp_path) == []
 
 
 def test_what_was_marked_stays_marked_when_images_come_and_go(world, tmp_path):
