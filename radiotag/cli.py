@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from radiotag.blackbox import Queries
     from radiotag.keys import Key
     from radiotag.manifest import Summary
-    from radiotag.marking import Plan
+    from radiotag.marking_run import Options
     from radiotag.networks import Network
+    from radiotag.plan import Plan, Settings
     from radiotag.training import Dataset, Recipe
     from radiotag.verification import Finding
 
@@ -242,9 +243,9 @@ def keygen(
         from radiotag.files import write_atomically
         from radiotag.keys import new_key, public_half, save_key
         from radiotag.networks import marking_weights
-        from radiotag.shards import listing
+        from radiotag.stores import list_dataset
 
-        names = [name for name in listing(data)[2] if name] if data else None
+        names = [name for name in list_dataset(data).names if name] if data else None
         if data and not names:
             raise RadiotagError(f"{data} has no class sub-folders", "leave out --data, or give a folder of folders")
         weights, described, dimension = marking_weights(network)
@@ -315,56 +316,89 @@ def mark(
         if format_ not in {"keep", "png"}:
             raise typer.BadParameter(f"--format is keep or png, not {format_}")
         report.note("planning …")
-        from radiotag import marking as folder
-        from radiotag.keys import load_key
-        from radiotag.manifest import Summary
+        from radiotag.marking_run import Options
+        from radiotag.plan import Settings
         from radiotag.radioactive import Marking
 
-        secret = load_key(key)
-        settings = Marking(epsilon=epsilon, min_psnr=min_psnr, steps=steps)
-        where = output or _marked_name(source if source.name not in {"", ".."} else source.resolve())
-        if key.resolve().is_relative_to(source.resolve()):
-            raise RadiotagError(f"{key} lies in {source}, and would be copied with it", "keep the key elsewhere")
-        plan = folder.plan(source, where, secret, settings, fraction=fraction, format=format_, seed=seed)
+        marking = Marking(epsilon=epsilon, min_psnr=min_psnr, steps=steps)
+        settings = Settings(marking=marking, fraction=fraction, format=format_, seed=seed)
+        plan = _mark_plan(report, source, output, key, settings)
         _check_preview(plan, preview, force)
-        if plan.rows.keys() <= SPLITS and len(plan.rows) > 1:
-            report.note(f"the classes are {', '.join(plan.rows)}: give one of these folders if they hold the classes")
-        if loose := folder.uncounted_classes(plan):
-            report.note(f"no image in {loose[0]}/ can be marked: a loader of class folders counts it as a class, too")
+        _note_classes(report, plan)
         if dry_run:
-            folder.check(plan, force)
-            report.say(*_plan_lines(plan))
-            planned = {"dry_run": True, "would_mark": len(plan.chosen)}
-            report.give(**_mark_json(plan, Summary(images=len(plan.items)), **planned))
+            _tell_plan(report, plan, force)
             return
         report.mute = False
         if (count := launched()[1]) > 1:  # a cluster may set RANK and WORLD_SIZE for other ends
             report.note(f"one of {count} processes, by RANK and WORLD_SIZE: waits for the others")
-        with progress_bar(report, "images") as bar:
-            task = bar.add_task("marking", total=len(plan.items), detail="")
+        options = Options(device=choose_device(device), batch_size=batch_size, force=force, strict=strict)
+        summary = _mark_run(report, plan, options)
+        if not _aside():  # the first process tells of all images
+            _tell_marked(report, plan, summary, key, preview)
 
-            def show(summary: Summary) -> None:
-                bar.update(task, total=summary.images, completed=summary.done, detail=_running(summary, report))
 
-            summary = folder.run(
-                plan, secret, settings, device=choose_device(device), batch_size=batch_size, force=force, strict=strict,
-                progress=show,
-            )  # fmt: skip
-        if _aside():
-            return  # the first process tells of all images
-        for row in summary.failed:
-            report.problem(row["error"], row.get("hint", ""))
-        try:
-            report.say(*_mark_lines(plan, summary, key))
-        finally:  # the sheet is made even if nobody reads
-            if preview:
-                folder.preview(plan, summary, preview)
-        if summary.failed:
-            left = "left unmarked" if plan.archive else "missing"
-            problem = {"error": f"{len(summary.failed)} of the images failed and are {left}", "hint": MENDED}
-            report.give(**_mark_json(plan, summary, **problem))
-            raise typer.Exit(ERROR)
-        report.give(**_mark_json(plan, summary))
+def _mark_plan(report: Report, source: Path, output: Path | None, key: Path, settings: "Settings") -> "Plan":
+    from radiotag.keys import load_key
+    from radiotag.plan import make_plan
+
+    secret = load_key(key)
+    where = output or _marked_name(source if source.name not in {"", ".."} else source.resolve())
+    if key.resolve().is_relative_to(source.resolve()):
+        raise RadiotagError(f"{key} lies in {source}, and would be copied with it", "keep the key elsewhere")
+    return make_plan(source, where, secret, settings)
+
+
+def _note_classes(report: Report, plan: "Plan") -> None:
+    from radiotag.plan import uncounted_classes
+
+    if plan.rows.keys() <= SPLITS and len(plan.rows) > 1:
+        report.note(f"the classes are {', '.join(plan.rows)}: give one of these folders if they hold the classes")
+    if loose := uncounted_classes(plan):
+        report.note(f"no image in {loose[0]}/ can be marked: a loader of class folders counts it as a class, too")
+
+
+def _tell_plan(report: Report, plan: "Plan", force: bool) -> None:
+    from radiotag.manifest import Summary
+    from radiotag.plan import check
+
+    check(plan, force)
+    report.say(*_plan_lines(plan))
+    report.give(**_mark_json(plan, Summary(images=len(plan.items)), dry_run=True, would_mark=len(plan.chosen)))
+
+
+def _mark_run(report: Report, plan: "Plan", options: "Options") -> "Summary":
+    from radiotag.marking_run import run
+
+    with progress_bar(report, "images") as bar:
+        task = bar.add_task("marking", total=len(plan.items), detail="")
+
+        def show(summary: "Summary") -> None:
+            bar.update(task, total=summary.images, completed=summary.done, detail=_running(summary, report))
+
+        return run(plan, options, show)
+
+
+def _running(summary: "Summary", report: Report) -> str:
+    psnr = summary.psnr[-64:]
+    rate = (summary.done - summary.skipped) / max(1e-3, time.monotonic() - report.started)
+    return f"{rate:.1f}/s" + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
+
+
+def _tell_marked(report: Report, plan: "Plan", summary: "Summary", key: Path, preview: Path | None) -> None:
+    from radiotag import marking_run
+
+    for row in summary.failed:
+        report.problem(row["error"], row.get("hint", ""))
+    try:
+        report.say(*_mark_lines(plan, summary, key))
+    finally:  # the sheet is made even if nobody reads
+        if preview:
+            marking_run.preview(plan, summary, preview)
+    if summary.failed:
+        message = f"{len(summary.failed)} of the images failed and are {plan.store.failed_are}"
+        report.give(**_mark_json(plan, summary, error=message, hint=MENDED))
+        raise typer.Exit(ERROR)
+    report.give(**_mark_json(plan, summary))
 
 
 def _check_preview(plan: "Plan", preview: Path | None, force: bool) -> None:
@@ -388,18 +422,12 @@ def _marked_name(source: Path) -> Path:
     return source.with_name(f"{stem}-marked{suffix}")
 
 
-def _running(summary: "Summary", report: Report) -> str:
-    psnr = summary.psnr[-64:]
-    rate = (summary.done - summary.skipped) / max(1e-3, time.monotonic() - report.started)
-    return f"{rate:.1f}/s" + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
-
-
 def _plan_lines(plan: "Plan") -> list[str]:
     sizes: dict[str, list[int]] = {}
     for item in plan.items:
         counts = sizes.setdefault(item.label, [0, 0])
         counts[0] += 1
-        counts[1] += item.path.as_posix() in plan.chosen
+        counts[1] += plan.marks(item)
     lines = [f"{name or plan.source.name}: {marked} of {total} images" for name, (total, marked) in sizes.items()]
     return [
         f"would mark {len(plan.chosen)} of {len(plan.items)} images into {plan.output}, less what is done already",
@@ -410,63 +438,66 @@ def _plan_lines(plan: "Plan") -> list[str]:
 
 
 def _unmarked_lines(plan: "Plan") -> list[str]:
-    from radiotag.marking import unmarked_formats
-
-    counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(unmarked_formats(plan).items()))
+    counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(plan.store.unmarked_formats().items()))
     return [f"warning      copied unmarked, though they look like images: {counts}"] if counts else []
 
 
 def _mark_json(plan: "Plan", summary: "Summary", **more: Any) -> dict[str, Any]:
-    from radiotag.marking import unmarked_formats
-
     failed = [{name: row.get(name, "") for name in ("path", "error", "hint")} for row in summary.failed]
     return {
-        "fingerprint": plan.header["fingerprint"], "output": str(plan.output), "manifest": str(plan.manifest),
+        "fingerprint": plan.key.fingerprint, "output": str(plan.output), "manifest": str(plan.manifest),
         "images": len(plan.items), "marked": summary.marked, "copied": summary.copied, "skipped": summary.skipped,
-        "failed": failed, "formats_unmarked": dict(unmarked_formats(plan)), "further_pictures_dropped": summary.dropped,
-        "unchanged": summary.unchanged,
+        "failed": failed, "formats_unmarked": dict(plan.store.unmarked_formats()),
+        "further_pictures_dropped": summary.dropped, "unchanged": summary.unchanged,
         **summary.statistics(), **more,
     }  # fmt: skip
 
 
 def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
-    from radiotag.marking import uninvited
-
-    numbers, failed = summary.statistics(), len(summary.failed)
-    lines = [
+    failed = len(summary.failed)
+    return [
         f"marked       {summary.marked} of {len(plan.items)} images, {summary.copied} copied, {failed} failed"
         + (f" ({summary.skipped} done earlier)" if summary.skipped else ""),
         f"output       {plan.output}",
         f"manifest     {plan.manifest} (keep it secret)",
-        f"key          sha256:{plan.header['fingerprint']}",
+        f"key          sha256:{plan.key.fingerprint}",
+        *(_quality_lines(summary) if summary.marked else ()),
+        *_unmarked_lines(plan),
+        *_mark_warnings(plan, summary),
+        _after_marking(plan, summary, key),
     ]
-    if summary.marked:
-        lines += [
-            f"quality      PSNR median {numbers['psnr_median']:.1f} dB, lowest twentieth {numbers['psnr_p5']:.1f} dB, "
-            f"lowest {numbers['psnr_min']:.1f} dB; SSIM median {numbers['ssim_median']:.3f}, "
-            f"lowest {numbers['ssim_min']:.3f}",
-            f"strength     largest change {numbers['linf_max']:.0f} of 255, "
-            f"feature gain {numbers['feature_gain_mean']:.3f} as read back",
-        ]
-    lines += _unmarked_lines(plan)
+
+
+def _quality_lines(summary: "Summary") -> list[str]:
+    numbers = summary.statistics()
+    return [
+        f"quality      PSNR median {numbers['psnr_median']:.1f} dB, lowest twentieth {numbers['psnr_p5']:.1f} dB, "
+        f"lowest {numbers['psnr_min']:.1f} dB; SSIM median {numbers['ssim_median']:.3f}, "
+        f"lowest {numbers['ssim_min']:.3f}",
+        f"strength     largest change {numbers['linf_max']:.0f} of 255, "
+        f"feature gain {numbers['feature_gain_mean']:.3f} as read back",
+    ]
+
+
+def _mark_warnings(plan: "Plan", summary: "Summary") -> Iterator[str]:
+    from radiotag.plan import unexpected_files
+
     if summary.dropped:
-        lines.append(
-            f"warning      {summary.dropped} marked files lack what lay behind the picture (gain map, depth, film)"
-        )
+        yield f"warning      {summary.dropped} marked files lack what lay behind the picture (gain map, depth, film)"
     if summary.unchanged:
-        lines.append(f"warning      {summary.unchanged} of the marked images came out unchanged: no room for a mark")
-    if strange := uninvited(plan):
-        lines.append(
-            f"warning      files in {plan.output} that are not the source's: {len(strange)}, such as {strange[0]}"
-        )
-    if failed:
-        state = "UNMARKED in" if plan.archive else "MISSING from"
-        return [*lines, f"next         {failed} of the images {state} {plan.output}: {MENDED}"]
+        yield f"warning      {summary.unchanged} of the marked images came out unchanged: no room for a mark"
+    if strange := unexpected_files(plan):
+        yield f"warning      files in {plan.output} that are not the source's: {len(strange)}, such as {strange[0]}"
+
+
+def _after_marking(plan: "Plan", summary: "Summary", key: Path) -> str:
+    if failed := len(summary.failed):
+        return f"next         {failed} of the images {plan.store.failed_where} {plan.output}: {MENDED}"
     if not summary.marked:
-        return [*lines, "next         nothing is marked: raise --fraction"]
+        return "next         nothing is marked: raise --fraction"
     flat = f" --marked {shlex.quote(str(plan.manifest))}" if plan.rows.keys() == {""} else ""
     later = f"radiotag verify model.pt --key {shlex.quote(str(key))}{flat}"
-    return [*lines, f"next         release {plan.output}; later: {later}"]
+    return f"next         release {plan.output}; later: {later}"
 
 
 # ---------------------------------------------------------------- train-demo

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radiotag import keys, marking, networks, radioactive, synthetic, training, verification
+from radiotag import keys, marking_run, networks, radioactive, synthetic, training, verification
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
+from radiotag.plan import Settings, make_plan
 
 CLASSES = synthetic.CLASS_NAMES
 MADE = {
@@ -61,10 +62,10 @@ def run(
     key = keys.new_key(*networks.marking_weights("builtin"), CLASSES)
     keys.save_key(folder / "k.safetensors", key)
     write_atomically(folder / "k.pub", keys.public_half(key).encode(), mode=0o644)
-    settings = radioactive.Marking(steps=size.steps)
-    plan = marking.plan(folder / "images", folder / "images-marked", key, settings, fraction=size.fraction)
-    summary = marking.run(plan, key, settings, device=device)
-    marking.preview(plan, summary, folder / "preview.png")
+    settings = Settings(marking=radioactive.Marking(steps=size.steps), fraction=size.fraction)
+    plan = make_plan(folder / "images", folder / "images-marked", key, settings)
+    summary = marking_run.run(plan, marking_run.Options(device=device))
+    marking_run.preview(plan, summary, folder / "preview.png")
     paths, accuracy = [], []
     held_out = training.load_folder(folder / "held-out", size.pixels)
     for number, (name, images) in enumerate((("clean", "images"), ("radioactive", "images-marked")), 3):

@@ -19,8 +19,9 @@ from torch import Tensor
 from radiotag import blackbox
 from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.files import file_hash
-from radiotag.images import decode, scan
+from radiotag.images import decode
 from radiotag.keys import Key, fresh_carriers
+from radiotag.listing import list_folder
 from radiotag.manifest import Row, rank_journals, read_header, read_manifest
 from radiotag.networks import Network, check_file, load, resized
 from radiotag.radioactive import (
@@ -150,7 +151,7 @@ def unmarked_images(
     for place in (folder, *folder.resolve().parents, folder.resolve()):
         beside = place.with_name(f"{place.name}.manifest.jsonl") if place.name else place
         marked = marked | marked_hashes(marked_rows(beside if beside.is_file() else None))
-    items, classes, _ = scan(folder)
+    items, classes, _ = list_folder(folder)
     most = max(most, min(MANY, each * len(classes)))
     if first is not None:
         items.sort(key=lambda item: item.path.as_posix() not in first)  # stable

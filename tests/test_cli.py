@@ -47,11 +47,11 @@ from torchvision.models import WeightsEnum
 
 from radiotag import (
     __version__,
+    batches,
     cli,
     demo,
     images,
     keys,
-    marking,
     networks,
     radioactive,
     synthetic,
@@ -1097,15 +1097,15 @@ def test_out_of_memory_halves_the_batch_and_changes_no_byte(world, tmp_path, mon
     import torch
 
     assert mark(world, tmp_path / "roomy" / "out").code == 0
-    real, sizes = marking.mark_pictures, []
+    real, sizes = batches.mark_pictures, []
 
-    def cramped(network, pictures, *rest):
+    def cramped(marker, pictures, *rest):
         sizes.append(len(pictures))
         if len(pictures) > 3:
             raise torch.OutOfMemoryError("no memory")
-        return real(network, pictures, *rest)
+        return real(marker, pictures, *rest)
 
-    monkeypatch.setattr(marking, "mark_pictures", cramped)
+    monkeypatch.setattr(batches, "mark_pictures", cramped)
     assert mark(world, tmp_path / "cramped" / "out").code == 0
     assert max(sizes) > 3 >= min(sizes)
     assert tree(tmp_path / "cramped") == tree(tmp_path / "roomy")
@@ -1114,14 +1114,14 @@ def test_out_of_memory_halves_the_batch_and_changes_no_byte(world, tmp_path, mon
 def test_an_image_that_cannot_be_written_marked_costs_that_image_alone(world, tmp_path, monkeypatch):
     """Of what is only found while its batch is optimised, too."""
     assert mark(world, tmp_path / "whole" / "out").code == 0
-    real = marking.mark_pictures
+    real = batches.mark_pictures
 
-    def failing(network, pictures, *rest):
+    def failing(marker, pictures, *rest):
         if any(picture.name.endswith("ant/00003.png") for picture in pictures):
             raise RadiotagError("ant/00003.png cannot be written")
-        return real(network, pictures, *rest)
+        return real(marker, pictures, *rest)
 
-    monkeypatch.setattr(marking, "mark_pictures", failing)
+    monkeypatch.setattr(batches, "mark_pictures", failing)
     result = mark(world, tmp_path / "out", "--json")
     assert (result.code, result.json["marked"], len(result.json["failed"])) == (1, 11, 1)
     assert result.json["failed"][0]["path"] == "ant/00003.png"
@@ -1772,7 +1772,7 @@ def test_out_of_memory_says_what_to_do(world, tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("radiotag.marking.mark_images", fail)
+    monkeypatch.setattr("radiotag.batches.mark_images", fail)
     result = bad("mark", world.imgs, "--key", world.key, "-o", tmp_path / "out")
     assert "out of memory" in result.err
     assert "--batch-size" in result.err
@@ -1782,7 +1782,7 @@ def test_what_nobody_foresaw_is_told_in_json_too(world, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("radiotag.marking.mark_images", fail)
+    monkeypatch.setattr("radiotag.batches.mark_images", fail)
     result = bad("mark", world.imgs, "--key", world.key, "-o", tmp_path / "out", "--json")
     assert "RuntimeError: first line" in result.json["error"]
     assert "RADIOTAG_DEBUG=1" in result.json["hint"]
@@ -1792,7 +1792,7 @@ def test_a_full_disk_is_named(world, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", str(tmp_path / "out" / "x"))
 
-    monkeypatch.setattr("radiotag.marking.copy_atomically", full)
+    monkeypatch.setattr("radiotag.stores.copy_atomically", full)
     assert "No space left" in mark(world, tmp_path / "out", "--fraction", 0.5).err
 
 

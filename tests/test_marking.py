@@ -37,7 +37,7 @@ from torchvision.models import get_model
 
 from radiotag import images, manifest
 from radiotag.errors import RadiotagError
-from radiotag.marking import ahead
+from radiotag.marking_run import prefetch
 from radiotag.networks import Spec, save_checkpoint
 
 SUFFIXES = (".jpg", ".png")
@@ -1460,7 +1460,7 @@ class Now:
 @settings(deadline=None)
 def test_working_ahead_keeps_the_order_and_the_limit(count, limit):
     pool, seen = Now(), []
-    for result in ahead(pool, lambda item: item * item, iter(range(count)), limit):
+    for result in prefetch(pool, lambda item: item * item, iter(range(count)), limit):
         seen.append(result)
         assert len(pool.done) - len(seen) < limit
         assert len(pool.done) == min(count, len(seen) - 1 + limit)  # nor less than it may
@@ -1478,7 +1478,7 @@ def test_working_ahead_keeps_the_order_whichever_thread_is_first():
         return item
 
     with ThreadPoolExecutor(6) as pool:
-        assert list(ahead(pool, work, range(6), 6)) == list(range(6))
+        assert list(prefetch(pool, work, range(6), 6)) == list(range(6))
 
 
 def test_an_error_of_the_work_comes_in_its_turn_and_ends_it():
@@ -1489,7 +1489,7 @@ def test_an_error_of_the_work_comes_in_its_turn_and_ends_it():
 
     pool, seen = Now(), []
     with pytest.raises(ValueError, match="three"):
-        seen.extend(ahead(pool, work, range(100), 4))
+        seen.extend(prefetch(pool, work, range(100), 4))
     assert seen == [0, 1, 2]
     assert len(pool.done) <= 7
 
@@ -1500,7 +1500,7 @@ def test_an_error_of_the_items_comes_through():
         raise ValueError("no more")
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="no more"):
-        list(ahead(pool, abs, items(), 1))
+        list(prefetch(pool, abs, items(), 1))
 
 
 @pytest.mark.parametrize("how", ["close", "error"])
@@ -1515,7 +1515,7 @@ def test_ending_early_cancels_what_has_not_begun(how):
         return item
 
     with ThreadPoolExecutor(1) as pool:
-        results = ahead(pool, work, range(100), 10)
+        results = prefetch(pool, work, range(100), 10)
         if how == "error":
             with pytest.raises(ValueError, match="zero"):
                 next(results)
