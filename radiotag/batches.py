@@ -3,9 +3,10 @@
 Nothing here knows of folders, plans or manifests: pictures come in, files and their pixels come out.
 """
 
+import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Marker:
     marking: Marking
     pool: ThreadPoolExecutor  # encodes and decodes beside the optimisation
     format: str = "keep"  # or "png"
+    on_step: Callable[[float], None] = lambda _: None  # told before each step: how many images' worth of them is done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,22 +98,22 @@ def mark_pictures(
     draws: Sequence[random.Random],
 ) -> list[tuple[bytes, Pixels]]:
     """Mark decoded images with carriers (B, d), patterns (B, m): each one's file, and pixels (H, W, 3) read from it."""
-    marking, format = marker.marking, marker.format
+    marking, format, steps = marker.marking, marker.format, itertools.count()
     lossless = all(_lossless(picture, format) for picture in pictures)
 
     def seen(picture: Picture, image: Tensor) -> Tensor:
         return image if _lossless(picture, format) else _tensor(roundtrip(picture, _array(image), format))
 
     def read_back(images: Sequence[Tensor]) -> list[Tensor]:
-        return list(marker.pool.map(seen, pictures, images))
+        marker.on_step(len(pictures) * next(steps) / marking.steps)
+        return list(images) if lossless else list(marker.pool.map(seen, pictures, images))
 
     def finish(picture: Picture, image: Tensor) -> tuple[bytes, Pixels]:
         return _encoded(picture, _array(image), marking, format)
 
     images = [_tensor(picture.rgb) for picture in pictures]
     grey = [picture.mode in GREY for picture in pictures]
-    reader = None if lossless else read_back
-    marked = mark_images(marker.network, images, carriers, draws, marking, reader, patterns, grey)
+    marked = mark_images(marker.network, images, carriers, draws, marking, read_back, patterns, grey)
     return list(marker.pool.map(finish, pictures, marked))
 
 

@@ -345,7 +345,9 @@ def _mark_plan(report: Report, source: Path, output: Path | None, key: Path, set
     where = output or _marked_name(source if source.name not in {"", ".."} else source.resolve())
     if key.resolve().is_relative_to(source.resolve()):
         raise RadiotagError(f"{key} lies in {source}, and would be copied with it", "keep the key elsewhere")
-    return make_plan(source, where, secret, settings)
+    with progress_bar(report, "images") as bar:
+        bar.add_task("planning", total=None, detail="")
+        return make_plan(source, where, secret, settings)
 
 
 def _note_classes(report: Report, plan: "Plan") -> None:
@@ -370,18 +372,33 @@ def _mark_run(report: Report, plan: "Plan", options: "Options") -> "Summary":
     from radiotag.marking_run import run
 
     with progress_bar(report, "images") as bar:
-        task = bar.add_task("marking", total=len(plan.items), detail="")
+        task, pace = bar.add_task("marking", total=len(plan.items), detail=""), _Pace()
 
         def show(summary: "Summary") -> None:
-            bar.update(task, total=summary.images, completed=summary.done, detail=_running(summary, report))
+            done = summary.done + summary.under_way
+            bar.update(task, total=summary.images, completed=done, detail=pace.told(summary))
 
         return run(plan, options, show)
 
 
-def _running(summary: "Summary", report: Report) -> str:
-    psnr = summary.psnr[-64:]
-    rate = (summary.done - summary.skipped) / max(1e-3, time.monotonic() - report.started)
-    return f"{rate:.1f}/s" + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
+@dataclass
+class _Pace:
+    """How fast images are marked, counted from when the first one is begun: copies and planning take another time."""
+
+    began: float = 0.0
+    earlier: int | None = None  # marked by earlier runs
+
+    def told(self, summary: "Summary") -> str:
+        """For the progress bar."""
+        if self.earlier is None or summary.done == summary.skipped:
+            self.earlier = summary.marked
+        marked, now = summary.marked - self.earlier + summary.under_way, time.monotonic()
+        if not marked:
+            self.began = now
+            return ""
+        psnr = summary.psnr[-64:]
+        rate = f"{marked / max(1e-3, now - self.began):.1f}/s"
+        return rate + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
 
 
 def _tell_marked(report: Report, plan: "Plan", summary: "Summary", key: Path, preview: Path | None) -> None:

@@ -35,6 +35,7 @@ class Summary:
     images: int  # that there are to be
     skipped: int = 0  # done by an earlier run
     done: int = 0
+    under_way: float = 0.0  # of the batch that is being marked: how many images' worth of steps
     copied: int = 0
     failed: list[Row] = field(default_factory=list)
     psnr: "array[float]" = field(default_factory=lambda: array("d"))  # dB, of the marked ones in the rows' order
@@ -57,6 +58,7 @@ class Summary:
     def add(self, row: Row, place: int = 0) -> None:
         """Count a row in."""
         self.done += 1
+        self.under_way = max(0.0, self.under_way - (row["status"] == "marked"))
         if row["status"] == "failed":
             self.failed.append(row)
         elif row["status"] == "copied":

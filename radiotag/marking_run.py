@@ -56,6 +56,11 @@ class _Run:
     summary: Summary  # of this process's share
     progress: Callable[[Summary], None]
 
+    def tell(self, under_way: float = 0.0) -> None:
+        """Say how far it is."""
+        self.summary.under_way = under_way
+        self.progress(self.summary)
+
 
 def run(plan: Plan, options: Options | None = None, progress: Callable[[Summary], None] = lambda _: None) -> Summary:
     """Carry out a plan, or this process's share of it; `progress(summary)` is called after every file.
@@ -190,9 +195,10 @@ def _remaining(state: _Run, items: Sequence[Item]) -> list[Item]:
             if row:
                 summary.add(row)
                 summary.skipped += 1
+                state.tell()
             else:
                 todo.append(item)
-    state.progress(summary)
+    state.tell()
     return todo
 
 
@@ -271,7 +277,7 @@ def _marked(state: _Run, items: Sequence[Item]) -> Iterator[Row]:
     batch: list[_Decoded] = []
     marker = Marker(
         network=plan.key.network(state.options.device), marking=plan.settings.marking, pool=state.pool,
-        format=plan.settings.format,
+        format=plan.settings.format, on_step=state.tell,
     )  # fmt: skip
     with closing(prefetch(state.pool, partial(_read, plan), items, THREADS)) as images:
         for image in images:

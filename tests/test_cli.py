@@ -60,7 +60,7 @@ from radiotag import (
 )
 from radiotag.errors import RadiotagError
 from radiotag.keys import load_key
-from radiotag.manifest import locked, read_manifest
+from radiotag.manifest import Summary, locked, read_manifest
 from radiotag.networks import Network, load, save_checkpoint
 from radiotag.verification import marked_hashes, marked_rows
 
@@ -1738,10 +1738,29 @@ def test_a_terminal_gets_a_progress_bar_and_colour_only_if_it_wants(world, forks
     plain = on_terminal(world, forks, tmp_path / "a", TERM="xterm-256color", NO_COLOR="1")
     assert "images" in plain
     assert "PSNR" in plain
+    assert plain.count("planning") > 1  # the bar shows it, too
     assert not colours.search(plain)
     dumb = on_terminal(world, forks, tmp_path / "b", TERM="dumb")
     assert ESCAPE not in dumb
     assert "planning" in dumb
+
+
+def test_the_rate_counts_from_where_marking_begins(monkeypatch):
+    now, pace, summary = 1000.0, cli._Pace(), Summary(images=20)
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    marked = {"status": "marked", "psnr": 40.0, "ssim": 1.0, "linf": 1.0, "gain": 0.0}
+    for row in (marked, marked, {"status": "copied"}):  # as an earlier run left them, and a copy
+        summary.add(row)
+        summary.skipped += row is marked
+        assert pace.told(summary) == ""
+        now += 500
+    assert pace.told(summary) == ""  # the first step begins
+    now, summary.under_way = now + 2, 5.0
+    assert pace.told(summary) == "2.5/s  PSNR 40.0 dB"
+    now += 2
+    for _ in range(8):
+        summary.add(marked)
+    assert pace.told(summary) == "2.0/s  PSNR 40.0 dB"
 
 
 def test_a_terminal_that_knows_only_ascii(world, forks, tmp_path):

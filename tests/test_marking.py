@@ -37,8 +37,11 @@ from torchvision.models import get_model
 
 from radiotag import images, manifest
 from radiotag.errors import RadiotagError
-from radiotag.marking_run import prefetch
+from radiotag.keys import load_key
+from radiotag.marking_run import Options, prefetch, run
 from radiotag.networks import Spec, save_checkpoint
+from radiotag.plan import Settings, make_plan
+from radiotag.radioactive import Marking
 
 SUFFIXES = (".jpg", ".png")
 SMALL = "shufflenet_v2_x0_5"
@@ -1435,6 +1438,24 @@ def test_ssim_is_1_for_equal_images_and_less_for_others_of_any_size(shape):
     other = images.ssim(a, 255 - a)
     assert math.isfinite(other)
     assert -1 <= other < 0.999
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_progress_moves_with_every_step_and_every_file(world, tmp_path):
+    plan = make_plan(world.folder, tmp_path / "out", load_key(world.key), Settings(marking=Marking(steps=4)))
+    done, shown = [], []
+
+    def watch(summary):
+        done.append(summary.done)
+        shown.append(summary.done + summary.under_way)
+
+    run(plan, Options(batch_size=4), watch)
+    assert set(np.diff(done)) == {0, 1}
+    assert shown == sorted(shown)
+    assert {0, 1, 2, 3} <= set(shown[: done.index(1)])  # a quarter of four images a step, before one is done
+    assert (done[-1], shown[-1]) == (8, 8)
 
 
 # ---------------------------------------------------------------- working ahead
