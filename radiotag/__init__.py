@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from radiotag.errors import RadiotagError
 
 if TYPE_CHECKING:
-    from radiotag.api import keygen, load_key, verify
-    from radiotag.verification import Options
+    from radiotag.api import keygen, load_key, mark, verify
+    from radiotag.plan import MarkOptions
+    from radiotag.verification import VerifyOptions
 
-__all__ = ["Options", "RadiotagError", "__version__", "keygen", "load_key", "verify"]
+__all__ = ["MarkOptions", "RadiotagError", "VerifyOptions", "__version__", "keygen", "load_key", "mark", "verify"]
 __version__ = "0.4.0"
 
 

@@ -2,22 +2,29 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from radiotag import keys, verification
+from radiotag.batches import Marker, mark_requests, request_for
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
+from radiotag.images import decode, png
+from radiotag.images import psnr as image_psnr
 from radiotag.keys import Key, new_key, public_half, save_key
+from radiotag.manifest import Summary
+from radiotag.marking_run import THREADS, run
 from radiotag.networks import marking_weights
+from radiotag.plan import MarkOptions, Plan, carrier_rows, choose_images, make_plan
 from radiotag.probes import ArrayImages, FolderImages
-from radiotag.verification import Finding, Model, Options, Progress
+from radiotag.verification import Finding, Model, Progress, VerifyOptions
 
 PathLike = str | os.PathLike[str]
 Labels = Sequence[str] | Sequence[int] | ArrayLike
@@ -69,20 +76,136 @@ def _check_names(path: Path, force: bool) -> Path:
     return public
 
 
+# ---------------------------------------------------------------- mark
+
+
+class MarkedFolder(NamedTuple):
+    """A data set's marked copy on disk."""
+
+    output: Path  # to be released
+    manifest: Path  # which images are marked: to be kept secret
+    summary: Summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MarkedImages:
+    """Marked images in memory."""
+
+    images: Any  # uint8, of the kind and the layout that was given; those that are not marked are unchanged
+    chosen: NDArray[np.bool_]  # (N,) which are marked: to be kept secret
+    psnr: NDArray[np.float64]  # (N,) dB; NaN where nothing was marked
+
+
+@overload
+def mark(
+    source: PathLike, key: Key | PathLike, output: PathLike | None = ..., *,
+    options: MarkOptions | None = ..., progress: Callable[[Summary], None] = ...,
+) -> MarkedFolder: ...  # fmt: skip
+
+
+@overload
+def mark(
+    source: NDArray[np.uint8] | Tensor, key: Key | PathLike, *,
+    labels: Labels | None = ..., options: MarkOptions | None = ..., progress: Callable[[Summary], None] = ...,
+) -> MarkedImages: ...  # fmt: skip
+
+
+def mark(
+    source: Any,
+    key: Key | PathLike,
+    output: PathLike | None = None,
+    *,
+    labels: Labels | None = None,
+    options: MarkOptions | None = None,
+    progress: Callable[[Summary], None] = lambda _: None,
+) -> MarkedFolder | MarkedImages:
+    """Mark a data set: a folder or tar shards, whose marked copy is written, or images in memory.
+
+    source: a path, or uint8 images (N, H, W, 3) or (N, 3, H, W), an array or a tensor, with `labels`, class names or
+    numbers; without labels they are one class. output: SRC-marked by default. An image in memory gets the mark that a
+    PNG file CLASS/NNNNNNN.png of its class and number would get.
+    RadiotagError for what cannot be marked; nothing is ever changed in place.
+
+    >>> import numpy as np, radiotag
+    >>> images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    >>> key = radiotag.keygen(classes=2)
+    >>> marked = radiotag.mark(images, key, labels=[0, 1, 0, 1], options=radiotag.MarkOptions(fraction=0.5, steps=2))
+    >>> marked.images.shape, int(marked.chosen.sum()), bool(np.nanmin(marked.psnr) > 33.9)
+    ((4, 32, 32, 3), 2, True)
+    """
+    options = options or MarkOptions()
+    secret = key if isinstance(key, Key) else load_key(key)
+    if not isinstance(source, str | os.PathLike):
+        return _mark_arrays(source, secret, labels, options, progress)
+    if labels is not None:
+        raise RadiotagError("labels are for images in memory", "sort the images of a folder into class sub-folders")
+    plan = plan_marking(Path(source), secret, Path(output) if output else None, options)
+    summary = run(plan, progress)
+    if summary.failed:
+        row = summary.failed[0]
+        raise RadiotagError(f"{len(summary.failed)} images failed, first {row['error']}", row.get("hint", ""))
+    return MarkedFolder(plan.output, plan.manifest, summary)
+
+
+def plan_marking(source: Path, key: Key, output: Path | None, options: MarkOptions) -> Plan:
+    """What marking a data set on disk would do. RadiotagError before anything is touched."""
+    output = output or marked_name(source if source.name not in {"", ".."} else source.resolve())
+    if key.path and key.path.resolve().is_relative_to(source.resolve()):
+        raise RadiotagError(f"{key.path} lies in {source}, and would be copied with it", "keep the key elsewhere")
+    return make_plan(source, output, key, options)
+
+
+def marked_name(source: Path) -> Path:
+    """SRC-marked, which for a tar file still ends in .tar."""
+    stem, suffix = (source.stem, source.suffix) if source.is_file() else (source.name, "")
+    if not stem:
+        raise RadiotagError(f"{source} has no name to build the output's on", "name the output with -o")
+    return source.with_name(f"{stem}-marked{suffix}")
+
+
+def _mark_arrays(
+    source: Any, key: Key, labels: Labels | None, options: MarkOptions, progress: Callable[[Summary], None]
+) -> MarkedImages:
+    pixels = as_images(source)  # (N, 3, H, W)
+    names, key = class_labels(labels, key, len(pixels))
+    rows = carrier_rows(key, sorted(set(names)))
+    paths = [f"{name}/{i:07d}.png".lstrip("/") for i, name in enumerate(names)]
+    chosen = choose_images(key, paths, names, options.fraction)
+    places = [i for i, path in enumerate(paths) if path in chosen]
+    marked, psnr = pixels.clone(), np.full(len(pixels), np.nan)
+    with ThreadPoolExecutor(THREADS) as pool:
+        marker = Marker(network=key.network(options.device), marking=options.marking, pool=pool, format="png")
+        for start in range(0, len(places), options.batch_size):
+            batch = places[start : start + options.batch_size]
+            pictures = [decode(png(pixels[i].permute(1, 2, 0).numpy()), paths[i]) for i in batch]
+            requests = [
+                request_for(key, picture, paths[i], rows[names[i]], options.seed)
+                for i, picture in zip(batch, pictures, strict=True)
+            ]
+            results = [result for part in mark_requests(marker, requests) for result in part]
+            for i, picture, result in zip(batch, pictures, results, strict=True):
+                if isinstance(result, RadiotagError):
+                    raise result
+                marked[i] = torch.from_numpy(result.pixels).permute(2, 0, 1).round().to(torch.uint8)
+                psnr[i] = image_psnr(picture.rgb, result.pixels)
+            progress(Summary(images=len(places), done=start + len(batch)))
+    return MarkedImages(images=like(source, marked), chosen=np.isin(np.arange(len(pixels)), places), psnr=psnr)
+
+
 # ---------------------------------------------------------------- verify
 
 
 @overload
 def verify(
     suspect: One, key: Key | PathLike, data: Any = ..., *,
-    labels: Labels | None = ..., options: Options | None = ..., progress: Progress = ...,
+    labels: Labels | None = ..., options: VerifyOptions | None = ..., progress: Progress = ...,
 ) -> Finding: ...  # fmt: skip
 
 
 @overload
 def verify(
     suspect: list[Any] | tuple[Any, ...], key: Key | PathLike, data: Any = ..., *,
-    labels: Labels | None = ..., options: Options | None = ..., progress: Progress = ...,
+    labels: Labels | None = ..., options: VerifyOptions | None = ..., progress: Progress = ...,
 ) -> list[Finding]: ...  # fmt: skip
 
 
@@ -92,7 +215,7 @@ def verify(
     data: PathLike | ArrayLike | Tensor | None = None,
     *,
     labels: Labels | None = None,
-    options: Options | None = None,
+    options: VerifyOptions | None = None,
     progress: Progress = lambda *_: None,
 ) -> Finding | list[Finding]:
     """Test whether a suspect was trained on data marked with a key; for a list of suspects p is corrected (Holm).
@@ -107,11 +230,11 @@ def verify(
     >>> import radiotag, torch
     >>> key = radiotag.keygen(classes=3)
     >>> model = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 3))
-    >>> options = radiotag.Options(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    >>> options = radiotag.VerifyOptions(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     >>> radiotag.verify(model, key, options=options).detected
     False
     """
-    options = options or Options()
+    options = options or VerifyOptions()
     many = isinstance(suspect, list | tuple)
     models: list[Model] = [
         Path(one) if isinstance(one, str | os.PathLike) else one for one in (suspect if many else [suspect])
@@ -144,6 +267,12 @@ def as_images(images: Any) -> Tensor:
         shape = f"{given.dtype} {tuple(given.shape)}".removeprefix("torch.")
         raise RadiotagError(f"images are uint8, (N, H, W, 3) or (N, 3, H, W), not {shape}", "convert them first")
     return given.cpu() if given.shape[1] == 3 else given.cpu().permute(0, 3, 1, 2).contiguous()
+
+
+def like(given: Any, images: Tensor) -> Any:
+    """(N, 3, H, W) → the layout and the kind of the images that were given."""
+    laid = images if given.shape[1] == 3 else images.permute(0, 2, 3, 1).contiguous()
+    return laid if isinstance(given, Tensor) else laid.numpy()
 
 
 def class_labels(labels: Any, key: Key, count: int) -> tuple[list[str], Key]:

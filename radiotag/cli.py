@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from radiotag.blackbox import Queries
     from radiotag.keys import Key
     from radiotag.manifest import Summary
-    from radiotag.marking import Plan
-    from radiotag.verification import Finding, Options
+    from radiotag.plan import MarkOptions, Plan
+    from radiotag.verification import Finding, VerifyOptions
     from radiotag.verification import Progress as ShowProgress
 
 DETECTED, ERROR, NO_EVIDENCE, INTERRUPTED = 0, 1, 3, 130  # exit codes; 2 is a usage error
@@ -231,9 +231,9 @@ def keygen(
         if data and classes:
             raise typer.BadParameter("--classes and --data both say how many carriers: give one of them")
         from radiotag import api
-        from radiotag.shards import listing
+        from radiotag.stores import list_dataset
 
-        names = [name for name in listing(data)[2] if name] if data else None
+        names = [name for name in list_dataset(data).names if name] if data else None
         if data and not names:
             raise RadiotagError(f"{data} has no class sub-folders", "leave out --data, or give a folder of folders")
         key = api.keygen(output, network=network, classes=names or classes or 1000, force=force)
@@ -303,56 +303,102 @@ def mark(
         if format_ not in {"keep", "png"}:
             raise typer.BadParameter(f"--format is keep or png, not {format_}")
         report.note("planning …")
-        from radiotag import marking as folder
-        from radiotag.keys import load_key
-        from radiotag.manifest import Summary
-        from radiotag.radioactive import Marking
+        from radiotag.plan import MarkOptions
 
-        secret = load_key(key)
-        settings = Marking(epsilon=epsilon, min_psnr=min_psnr, steps=steps)
-        where = output or _marked_name(source if source.name not in {"", ".."} else source.resolve())
-        if key.resolve().is_relative_to(source.resolve()):
-            raise RadiotagError(f"{key} lies in {source}, and would be copied with it", "keep the key elsewhere")
-        plan = folder.plan(source, where, secret, settings, fraction=fraction, format=format_, seed=seed)
+        options = MarkOptions(
+            fraction=fraction, epsilon=epsilon, min_psnr=min_psnr, steps=steps, format=format_, seed=seed,
+            device=choose_device(device), batch_size=batch_size, force=force, strict=strict,
+        )  # fmt: skip
+        plan = _mark_plan(report, source, output, key, options)
         _check_preview(plan, preview, force)
-        if plan.rows.keys() <= SPLITS and len(plan.rows) > 1:
-            report.note(f"the classes are {', '.join(plan.rows)}: give one of these folders if they hold the classes")
-        if loose := folder.uncounted_classes(plan):
-            report.note(f"no image in {loose[0]}/ can be marked: a loader of class folders counts it as a class, too")
+        _note_classes(report, plan)
         if dry_run:
-            folder.check(plan, force)
-            report.say(*_plan_lines(plan))
-            planned = {"dry_run": True, "would_mark": len(plan.chosen)}
-            report.give(**_mark_json(plan, Summary(images=len(plan.items)), **planned))
+            _tell_plan(report, plan)
             return
         report.mute = False
         if (count := launched()[1]) > 1:  # a cluster may set RANK and WORLD_SIZE for other ends
             report.note(f"one of {count} processes, by RANK and WORLD_SIZE: waits for the others")
-        with progress_bar(report, "images") as bar:
-            task = bar.add_task("marking", total=len(plan.items), detail="")
+        summary = _mark_run(report, plan)
+        if not _aside():  # the first process tells of all images
+            _tell_marked(report, plan, summary, key, preview)
 
-            def show(summary: Summary) -> None:
-                bar.update(task, total=summary.images, completed=summary.done, detail=_running(summary, report))
 
-            summary = folder.run(
-                plan, secret, settings, device=choose_device(device), batch_size=batch_size, force=force, strict=strict,
-                progress=show,
-            )  # fmt: skip
-        if _aside():
-            return  # the first process tells of all images
-        for row in summary.failed:
-            report.problem(row["error"], row.get("hint", ""))
-        try:
-            report.say(*_mark_lines(plan, summary, key))
-        finally:  # the sheet is made even if nobody reads
-            if preview:
-                folder.preview(plan, summary, preview)
-        if summary.failed:
-            left = "left unmarked" if plan.archive else "missing"
-            problem = {"error": f"{len(summary.failed)} of the images failed and are {left}", "hint": MENDED}
-            report.give(**_mark_json(plan, summary, **problem))
-            raise typer.Exit(ERROR)
-        report.give(**_mark_json(plan, summary))
+def _mark_plan(
+    report: Report, source: Path, output: Path | None, key: Path, options: "MarkOptions"
+) -> "Plan":
+    from radiotag import api
+
+    with progress_bar(report, "images") as bar:
+        bar.add_task("planning", total=None, detail="")
+        return api.plan_marking(source, api.load_key(key), output, options)
+
+
+def _note_classes(report: Report, plan: "Plan") -> None:
+    from radiotag.plan import uncounted_classes
+
+    if plan.rows.keys() <= SPLITS and len(plan.rows) > 1:
+        report.note(f"the classes are {', '.join(plan.rows)}: give one of these folders if they hold the classes")
+    if loose := uncounted_classes(plan):
+        report.note(f"no image in {loose[0]}/ can be marked: a loader of class folders counts it as a class, too")
+
+
+def _tell_plan(report: Report, plan: "Plan") -> None:
+    from radiotag.manifest import Summary
+    from radiotag.plan import check
+
+    check(plan)
+    report.say(*_plan_lines(plan))
+    report.give(**_mark_json(plan, Summary(images=len(plan.items)), dry_run=True, would_mark=len(plan.chosen)))
+
+
+def _mark_run(report: Report, plan: "Plan") -> "Summary":
+    from radiotag.marking_run import run
+
+    with progress_bar(report, "images") as bar:
+        task, pace = bar.add_task("marking", total=len(plan.items), detail=""), _Pace()
+
+        def show(summary: "Summary") -> None:
+            done = summary.done + summary.under_way
+            bar.update(task, total=summary.images, completed=done, detail=pace.told(summary))
+
+        return run(plan, show)
+
+
+@dataclass
+class _Pace:
+    """How fast images are marked, counted from when the first one is begun: copies and planning take another time."""
+
+    began: float = 0.0
+    earlier: int | None = None  # marked by earlier runs
+
+    def told(self, summary: "Summary") -> str:
+        """For the progress bar."""
+        if self.earlier is None or summary.done == summary.skipped:
+            self.earlier = summary.marked
+        marked, now = summary.marked - self.earlier + summary.under_way, time.monotonic()
+        if not marked:
+            self.began = now
+            return ""
+        psnr = summary.psnr[-64:]
+        rate = f"{marked / max(1e-3, now - self.began):.1f}/s"
+        return rate + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
+
+
+def _tell_marked(report: Report, plan: "Plan", summary: "Summary", key: Path, preview: Path | None) -> None:
+    from radiotag import marking_run
+
+    for row in summary.failed:
+        report.problem(row["error"], row.get("hint", ""))
+    try:
+        report.say(*_mark_lines(plan, summary, key))
+    finally:  # the sheet is made even if nobody reads
+        if preview:
+            marking_run.preview(plan, summary, preview)
+    if summary.failed:
+        message = f"{len(summary.failed)} of the images failed and are {plan.store.failed_are}"
+        report.give(**_mark_json(plan, summary, error=message, hint=MENDED))
+        raise typer.Exit(ERROR)
+    report.give(**_mark_json(plan, summary))
 
 
 def _check_preview(plan: "Plan", preview: Path | None, force: bool) -> None:
@@ -368,26 +414,12 @@ def _check_preview(plan: "Plan", preview: Path | None, force: bool) -> None:
         raise RadiotagError(f"{preview} exists", "choose another name for --preview, or remove it")
 
 
-def _marked_name(source: Path) -> Path:
-    """SRC-marked, which for a tar file still ends in .tar."""
-    stem, suffix = (source.stem, source.suffix) if source.is_file() else (source.name, "")
-    if not stem:
-        raise RadiotagError(f"{source} has no name to build the output's on", "name the output with -o")
-    return source.with_name(f"{stem}-marked{suffix}")
-
-
-def _running(summary: "Summary", report: Report) -> str:
-    psnr = summary.psnr[-64:]
-    rate = (summary.done - summary.skipped) / max(1e-3, time.monotonic() - report.started)
-    return f"{rate:.1f}/s" + (f"  PSNR {sum(psnr) / len(psnr):.1f} dB" if psnr else "")
-
-
 def _plan_lines(plan: "Plan") -> list[str]:
     sizes: dict[str, list[int]] = {}
     for item in plan.items:
         counts = sizes.setdefault(item.label, [0, 0])
         counts[0] += 1
-        counts[1] += item.path.as_posix() in plan.chosen
+        counts[1] += plan.marks(item)
     lines = [f"{name or plan.source.name}: {marked} of {total} images" for name, (total, marked) in sizes.items()]
     return [
         f"would mark {len(plan.chosen)} of {len(plan.items)} images into {plan.output}, less what is done already",
@@ -398,63 +430,66 @@ def _plan_lines(plan: "Plan") -> list[str]:
 
 
 def _unmarked_lines(plan: "Plan") -> list[str]:
-    from radiotag.marking import unmarked_formats
-
-    counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(unmarked_formats(plan).items()))
+    counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(plan.store.unmarked_formats().items()))
     return [f"warning      copied unmarked, though they look like images: {counts}"] if counts else []
 
 
 def _mark_json(plan: "Plan", summary: "Summary", **more: Any) -> dict[str, Any]:
-    from radiotag.marking import unmarked_formats
-
     failed = [{name: row.get(name, "") for name in ("path", "error", "hint")} for row in summary.failed]
     return {
-        "fingerprint": plan.header["fingerprint"], "output": str(plan.output), "manifest": str(plan.manifest),
+        "fingerprint": plan.key.fingerprint, "output": str(plan.output), "manifest": str(plan.manifest),
         "images": len(plan.items), "marked": summary.marked, "copied": summary.copied, "skipped": summary.skipped,
-        "failed": failed, "formats_unmarked": dict(unmarked_formats(plan)), "further_pictures_dropped": summary.dropped,
-        "unchanged": summary.unchanged,
+        "failed": failed, "formats_unmarked": dict(plan.store.unmarked_formats()),
+        "further_pictures_dropped": summary.dropped, "unchanged": summary.unchanged,
         **summary.statistics(), **more,
     }  # fmt: skip
 
 
 def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
-    from radiotag.marking import uninvited
-
-    numbers, failed = summary.statistics(), len(summary.failed)
-    lines = [
+    failed = len(summary.failed)
+    return [
         f"marked       {summary.marked} of {len(plan.items)} images, {summary.copied} copied, {failed} failed"
         + (f" ({summary.skipped} done earlier)" if summary.skipped else ""),
         f"output       {plan.output}",
         f"manifest     {plan.manifest} (keep it secret)",
-        f"key          sha256:{plan.header['fingerprint']}",
+        f"key          sha256:{plan.key.fingerprint}",
+        *(_quality_lines(summary) if summary.marked else ()),
+        *_unmarked_lines(plan),
+        *_mark_warnings(plan, summary),
+        _after_marking(plan, summary, key),
     ]
-    if summary.marked:
-        lines += [
-            f"quality      PSNR median {numbers['psnr_median']:.1f} dB, lowest twentieth {numbers['psnr_p5']:.1f} dB, "
-            f"lowest {numbers['psnr_min']:.1f} dB; SSIM median {numbers['ssim_median']:.3f}, "
-            f"lowest {numbers['ssim_min']:.3f}",
-            f"strength     largest change {numbers['linf_max']:.0f} of 255, "
-            f"feature gain {numbers['feature_gain_mean']:.3f} as read back",
-        ]
-    lines += _unmarked_lines(plan)
+
+
+def _quality_lines(summary: "Summary") -> list[str]:
+    numbers = summary.statistics()
+    return [
+        f"quality      PSNR median {numbers['psnr_median']:.1f} dB, lowest twentieth {numbers['psnr_p5']:.1f} dB, "
+        f"lowest {numbers['psnr_min']:.1f} dB; SSIM median {numbers['ssim_median']:.3f}, "
+        f"lowest {numbers['ssim_min']:.3f}",
+        f"strength     largest change {numbers['linf_max']:.0f} of 255, "
+        f"feature gain {numbers['feature_gain_mean']:.3f} as read back",
+    ]
+
+
+def _mark_warnings(plan: "Plan", summary: "Summary") -> Iterator[str]:
+    from radiotag.plan import unexpected_files
+
     if summary.dropped:
-        lines.append(
-            f"warning      {summary.dropped} marked files lack what lay behind the picture (gain map, depth, film)"
-        )
+        yield f"warning      {summary.dropped} marked files lack what lay behind the picture (gain map, depth, film)"
     if summary.unchanged:
-        lines.append(f"warning      {summary.unchanged} of the marked images came out unchanged: no room for a mark")
-    if strange := uninvited(plan):
-        lines.append(
-            f"warning      files in {plan.output} that are not the source's: {len(strange)}, such as {strange[0]}"
-        )
-    if failed:
-        state = "UNMARKED in" if plan.archive else "MISSING from"
-        return [*lines, f"next         {failed} of the images {state} {plan.output}: {MENDED}"]
+        yield f"warning      {summary.unchanged} of the marked images came out unchanged: no room for a mark"
+    if strange := unexpected_files(plan):
+        yield f"warning      files in {plan.output} that are not the source's: {len(strange)}, such as {strange[0]}"
+
+
+def _after_marking(plan: "Plan", summary: "Summary", key: Path) -> str:
+    if failed := len(summary.failed):
+        return f"next         {failed} of the images {plan.store.failed_where} {plan.output}: {MENDED}"
     if not summary.marked:
-        return [*lines, "next         nothing is marked: raise --fraction"]
+        return "next         nothing is marked: raise --fraction"
     flat = f" --marked {shlex.quote(str(plan.manifest))}" if plan.rows.keys() == {""} else ""
     later = f"radiotag verify model.pt --key {shlex.quote(str(key))}{flat}"
-    return [*lines, f"next         release {plan.output}; later: {later}"]
+    return f"next         release {plan.output}; later: {later}"
 
 
 # ---------------------------------------------------------------- train-demo
@@ -660,7 +695,7 @@ def verify(
             if report_.exists() and not force:
                 raise RadiotagError(f"{report_} exists", "choose another name, or overwrite it with --force")
         secret = load_key(key)
-        options = verification.Options(
+        options = verification.VerifyOptions(
             architecture=arch, image_size=image_size, mean=_triple(mean, "--mean"), std=_triple(std, "--std"),
             manifest=marked, alpha=alpha, calibrate=calibrate, black_box=black_box, decoys=decoys,
             device=choose_device(device), batch_size=batch_size,
@@ -714,7 +749,7 @@ def _check_verify(
         raise typer.BadParameter("--calibrate is for the white-box test: black-box counts its null out exactly")
 
 
-def _queries(report: Report, secret: "Key", data: Path, options: "Options") -> "Queries":
+def _queries(report: Report, secret: "Key", data: Path, options: "VerifyOptions") -> "Queries":
     from radiotag import verification
     from radiotag.probes import FolderImages
 

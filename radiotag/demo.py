@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radiotag import keys, marking, networks, radioactive, synthetic, training, verification
+from radiotag import marking_run, networks, synthetic, training, verification
+from radiotag.api import keygen
 from radiotag.errors import RadiotagError
-from radiotag.files import write_atomically
+from radiotag.plan import MarkOptions, make_plan
 from radiotag.probes import FolderImages
 
 CLASSES = synthetic.CLASS_NAMES
@@ -59,13 +60,11 @@ def run(
     _draw(folder / "images", size.images, size.pixels, seed=2 * seed)
     _draw(folder / "held-out", size.held_out, size.pixels, seed=2 * seed + 1)
     note("2/5 making a key, marking the images")
-    key = keys.new_key(*networks.marking_weights("builtin"), CLASSES)
-    keys.save_key(folder / "k.safetensors", key)
-    write_atomically(folder / "k.pub", keys.public_half(key).encode(), mode=0o644)
-    settings = radioactive.Marking(steps=size.steps)
-    plan = marking.plan(folder / "images", folder / "images-marked", key, settings, fraction=size.fraction)
-    summary = marking.run(plan, key, settings, device=device)
-    marking.preview(plan, summary, folder / "preview.png")
+    key = keygen(folder / "k.safetensors", classes=CLASSES)
+    options = MarkOptions(steps=size.steps, fraction=size.fraction, device=device)
+    plan = make_plan(folder / "images", folder / "images-marked", key, options)
+    summary = marking_run.run(plan)
+    marking_run.preview(plan, summary, folder / "preview.png")
     paths, accuracy = [], []
     held_out = training.load_folder(folder / "held-out", size.pixels)
     for number, (name, images) in enumerate((("clean", "images"), ("radioactive", "images-marked")), 3):
@@ -73,8 +72,8 @@ def run(
         paths.append(folder / f"{name}.pt")
         accuracy.append(_train(folder / images, held_out, paths[-1], size, seed, device))
     note("5/5 verifying both")
-    options = verification.Options(device=device)
-    findings = verification.verify(paths, key, options, FolderImages(folder / "held-out"))
+    asked = verification.VerifyOptions(device=device)
+    findings = verification.verify(paths, key, asked, FolderImages(folder / "held-out"))
     return Result(
         folder=folder, key=folder / "k.safetensors", fingerprint=key.fingerprint, marked=summary.marked,
         images=size.images, psnr=summary.statistics()["psnr_median"] or math.nan,

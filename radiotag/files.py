@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,14 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, hexadecimal, without holding it in memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_or_none(path: Path) -> str | None:
+    """As `file_hash`; None for a file that is missing or unreadable."""
+    try:
+        return file_hash(path)
+    except OSError:
+        return None
 
 
 def write_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
@@ -35,10 +44,23 @@ def copy_atomically(source: Path, target: Path) -> None:
         fill_atomically(target, lambda file: shutil.copyfileobj(original, file), None)
 
 
+def copy_mode_and_times(source: Path, target: Path) -> None:
+    """Give a file its source's permissions and time stamps: fresh ones would give the marked files away."""
+    status = source.stat()
+    target.chmod(stat.S_IMODE(status.st_mode))
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def with_parent(path: Path) -> Path:
+    """The path itself, its folder made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def fill_atomically(
     path: Path, fill: Callable[[IO[bytes]], object], mode: int | None, part: Path | None = None
 ) -> None:
-    """Let `fill` write a file that then appears whole or not at all; till then as `part`, a name of this run's own."""
+    """Let `fill` write a file that then appears whole or not at all; till then as `part`, a name of this run alone."""
     if part:
         part.unlink(missing_ok=True)  # left by a run that was killed
     # The name does not build on the target's, which may already have all the 255 bytes that a name can have.

@@ -1,17 +1,15 @@
-"""Images on disk: decode, re-encode in the format they came in, list a data set, write files whole, compare two images.
+"""Image files: decode, encode again in the format they came in, compare two images, draw a contact sheet.
 
 Only what can be kept is accepted: a file whose depth or layout Pillow would silently change raises RadiotagError.
 """
 
 import io
 import math
-import os
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,6 @@ from PIL.TiffImagePlugin import TiffImageFile
 from scipy import ndimage
 
 from radiotag.errors import RadiotagError
-from radiotag.files import PART
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp"})
 OTHER_SUFFIXES = frozenset(  # of images that are only copied
@@ -53,7 +50,7 @@ SCAN, HUFFMAN, ADOBE, COMMENT = 0xDA, 0xC4, 0xEE, 0xFE  # markers of a JPEG's se
 FURTHER_PICTURES = b"MPF\0"  # how the list of them begins, whose places in the file hold no longer
 METADATA = ("exif", "icc_profile", "xmp", "dpi")  # in Pillow's words
 WEBP_QUALITY = 90  # a lossy WebP does not tell its quality; the usual 75-80 would wash out part of the mark
-SMALL, LARGE = 128, 320  # pixels on the long side of a picture in the contact sheet
+SHEET_SMALLEST, SHEET_LARGEST = 128, 320  # pixels on the long side of a picture in the contact sheet
 LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
 # Of odd metadata, and of large images, which are refused. Once for all: catching warnings is not for threads.
 warnings.filterwarnings("ignore", module=r"PIL\b")
@@ -210,13 +207,13 @@ def _jpeg_options(image: JpegImageFile, data: bytes) -> dict[str, Any]:
 
 def _jpeg_segments(data: bytes) -> list[tuple[int, bytes]]:
     """(marker, the segment with it) of all that comes before a JPEG's first scan."""
-    found, position = [], 2
+    segments, position = [], 2
     while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != SCAN:
         size = 1 if data[position + 1] == 0xFF else 2 + struct.unpack_from(">H", data, position + 2)[0]  # 1: filling
         if size > 1:
-            found.append((data[position + 1], data[position : position + size]))
+            segments.append((data[position + 1], data[position : position + size]))
         position += size
-    return found
+    return segments
 
 
 def _is_metadata(marker: int) -> bool:
@@ -251,23 +248,22 @@ def _with_metadata(data: bytes, metadata: bytes) -> bytes:
     scans = data[2 + sum(len(part) for _, part in segments) :]
     if any(marker == ADOBE for marker, _ in segments):
         metadata = b"".join(part for marker, part in _jpeg_segments(data[:2] + metadata) if marker != ADOBE)
-    own = (part for marker, part in segments if marker == ADOBE or not _is_metadata(marker))
-    return data[:2] + metadata + b"".join(own) + scans
+    coding = (part for marker, part in segments if marker == ADOBE or not _is_metadata(marker))
+    return data[:2] + metadata + b"".join(coding) + scans
 
 
 def _huffman(data: bytes) -> set[bytes]:
     """A JPEG's Huffman tables, each with its number."""
-    found = set()
+    tables = set()
     for part in (part for marker, part in _jpeg_segments(data) if marker == HUFFMAN):
         position = 4
         while position + 17 <= len(part):
             end = position + 17 + sum(part[position + 1 : position + 17])
-            found.add(part[position:end])
+            tables.add(part[position:end])
             position = end
-    return found
+    return tables
 
 
-@cache
 def _standard_huffman() -> set[bytes]:
     """The tables of an encoder that does not optimise them."""
     file = io.BytesIO()
@@ -442,76 +438,6 @@ def extension(path: PurePath, format: str = "keep") -> PurePosixPath:
     return out if format == "keep" or out.suffix.lower() == ".png" else out.with_suffix(".png")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """One image of a data set."""
-
-    path: PurePosixPath  # relative to the source
-    label: str  # the class folder's name; "" in a flat folder
-
-
-def scan(source: Path) -> tuple[list[Item], list[str], list[PurePosixPath]]:
-    """Return the images by path, the sorted class names ([""] for a flat folder), and what else to copy.
-
-    A class is a first-level folder that holds images at any depth. What else there is are other and hidden files, files
-    in hidden folders, and empty folders; what `mark` left half-written is no file. RadiotagError for a missing, empty
-    or ambiguous folder, a link out of it, a broken link, and a link to a folder.
-    """
-    if not source.is_dir():
-        raise RadiotagError(f"{source}: " + ("not a folder" if source.exists() else "no such folder"), "check the path")
-    try:
-        images, others = _walk(source)
-    except OSError as error:
-        raise RadiotagError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
-    if not images:
-        raise RadiotagError(f"no images in {source}", f"files are taken by suffix: {' '.join(sorted(SUFFIXES))}")
-    names = sorted({path.parts[0] for path in images if len(path.parts) > 1})
-    loose = min((path for path in images if len(path.parts) == 1), default=None)
-    if names and loose:
-        hint = "move the images beside the class folders into one of them"
-        raise RadiotagError(f"{source}: images both in class folders ({names[0]}) and beside them ({loose})", hint)
-    if not names:
-        return [Item(path=path, label="") for path in images], [""], others
-    return [Item(path=path, label=path.parts[0]) for path in images], names, others
-
-
-def _walk(source: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
-    root, pending = source.resolve(), [PurePosixPath()]
-    images: list[PurePosixPath] = []
-    others: list[PurePosixPath] = []
-    while pending:
-        folder = pending.pop()
-        with os.scandir(source / folder) as entries:
-            found = list(entries)
-            for entry in found:
-                path = folder / entry.name
-                if entry.is_symlink():
-                    _check_link(Path(entry.path), root)
-                if entry.is_dir():
-                    pending.append(path)
-                elif entry.is_file() and not PART.fullmatch(entry.name):
-                    (images if _is_image(path) else others).append(path)
-        if not found:
-            others.append(folder)
-    return sorted(images, key=lambda path: path.parts), sorted(others, key=lambda path: path.parts)
-
-
-def _is_image(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
-
-
-def _check_link(link: Path, root: Path) -> None:
-    hint = "replace the link with a copy of what it points to, or remove it"
-    try:
-        target = link.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # Python 3.11 and 3.12 raise RuntimeError for a link that loops
-        raise RadiotagError(f"{link}: a symbolic link that leads nowhere", hint) from error
-    if not target.is_relative_to(root):
-        raise RadiotagError(f"{link}: a symbolic link to something outside the data set", hint)
-    if target.is_dir():
-        raise RadiotagError(f"{link}: a symbolic link to a folder", hint)
-
-
 def png(pixels: NDArray[np.uint8]) -> bytes:
     """The bytes of a plain PNG file of (H, W, 3) pixels."""
     buffer = io.BytesIO()
@@ -554,8 +480,8 @@ def linf(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def contact_sheet(rows: list[tuple[NDArray[Any], NDArray[Any], str]]) -> bytes:
     """Return a PNG, a row each: original | marked | difference x 10, (H, W, 3) in [0, 255], over its caption."""
-    cells = [[_fit(a), _fit(b), _fit(128 + 10 * (b.astype(np.float64) - a))] for a, b, _ in rows]
-    width = max((cell.width for line in cells for cell in line), default=SMALL)
+    cells = [[_sheet_picture(p) for p in (a, b, 128 + 10 * (b.astype(np.float64) - a))] for a, b, _ in rows]
+    width = max((cell.width for line in cells for cell in line), default=SHEET_SMALLEST)
     gap, text = 8, 24
     height = text + gap + sum(line[0].height + text + gap for line in cells)
     sheet = Image.new("RGB", (3 * width + 4 * gap, height), "white")
@@ -571,12 +497,12 @@ def contact_sheet(rows: list[tuple[NDArray[Any], NDArray[Any], str]]) -> bytes:
     return png(np.asarray(sheet))
 
 
-def _fit(pixels: NDArray[Any]) -> Image.Image:
+def _sheet_picture(pixels: NDArray[Any]) -> Image.Image:
     """Enlarge a small image by a whole factor, so that its pixels stay visible, and reduce a large one."""
     image = Image.fromarray(np.rint(np.clip(pixels, 0, 255)).astype(np.uint8))
     side = max(image.size)
-    if side < SMALL:
-        factor = -(-SMALL // side)
+    if side < SHEET_SMALLEST:
+        factor = -(-SHEET_SMALLEST // side)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image.thumbnail((LARGE, LARGE), Image.Resampling.LANCZOS)  # does nothing to an image that fits
+    image.thumbnail((SHEET_LARGEST, SHEET_LARGEST), Image.Resampling.LANCZOS)  # does nothing to an image that fits
     return image

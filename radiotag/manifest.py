@@ -1,25 +1,29 @@
 """The manifest: which images are marked, and the journal that an interrupted run goes on from.
 
 JSON lines: the first says how the folder is marked, each further one is written after the file it speaks of, and the
-last line of a path counts. Several processes write a journal each (NAME.rank1, …), which the first one takes in.
+last line of a path counts. Several processes write a journal each (NAME.rank1, …), which the first one merges.
 """
 
+import errno
 import hashlib
 import json
 import os
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from radiotag.errors import RadiotagError
 from radiotag.files import fill_atomically
 
-FORMAT = 1
+MANIFEST_FORMAT = 1
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system without them
 WRITTEN = "a manifest is what mark wrote beside its output, OUTPUT.manifest.jsonl"
 Row = dict[str, Any]
 
@@ -31,6 +35,7 @@ class Summary:
     images: int  # that there are to be
     skipped: int = 0  # done by an earlier run
     done: int = 0
+    under_way: float = 0.0  # of the batch that is being marked: how many images' worth of steps
     copied: int = 0
     failed: list[Row] = field(default_factory=list)
     psnr: "array[float]" = field(default_factory=lambda: array("d"))  # dB, of the marked ones in the rows' order
@@ -53,6 +58,7 @@ class Summary:
     def add(self, row: Row, place: int = 0) -> None:
         """Count a row in."""
         self.done += 1
+        self.under_way = max(0.0, self.under_way - (row["status"] == "marked"))
         if row["status"] == "failed":
             self.failed.append(row)
         elif row["status"] == "copied":
@@ -99,7 +105,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
                 if not text.endswith(b"\n"):
                     break
                 row = dict(json.loads(text))
-                if row["radiotag"] != FORMAT if number == 0 else not isinstance(row["path"], str):
+                if row["radiotag"] != MANIFEST_FORMAT if number == 0 else not isinstance(row["path"], str):
                     raise ValueError("a line that is none of a manifest's")
                 yield place, row
                 place += len(text)
@@ -158,12 +164,12 @@ def rank_journal(path: Path, rank: int) -> Path:
 def rank_journals(path: Path) -> list[Path]:
     """Those that lie beside a manifest."""
     start = f"{path.name}.rank"
-    found = [other for other in path.parent.iterdir() if other.name.startswith(start)]
-    return sorted(other for other in found if other.name.removeprefix(start).isdigit())
+    beside = [file for file in path.parent.iterdir() if file.name.startswith(start)]
+    return sorted(file for file in beside if file.name.removeprefix(start).isdigit())
 
 
-def mend(journal: IO[bytes]) -> None:
-    """Cut a torn last line off, which would spoil the next one, and stand at the end."""
+def truncate_torn_line(journal: IO[bytes]) -> None:
+    """Cut off a torn last line, which would spoil the next one, and stand at the end."""
     end = journal.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - 4096)
@@ -178,21 +184,21 @@ def mend(journal: IO[bytes]) -> None:
     journal.seek(0, os.SEEK_END)
 
 
-def take_in(path: Path, journal: IO[bytes]) -> None:
-    """Append what other processes' journals say, and remove them."""
-    for other in rank_journals(path):
-        for place, row in read_lines(other):
+def merge_journals(path: Path, journal: IO[bytes]) -> None:
+    """Append what the other processes' journals say, and remove them."""
+    for rank in rank_journals(path):
+        for place, row in read_lines(rank):
             if place:
                 journal.write(line(row))
         journal.flush()
         os.fsync(journal.fileno())
-        other.unlink()
+        rank.unlink()
 
 
 def put_in_order(path: Path, header: Row, wanted: Iterable[str], skipped: int) -> Summary:
     """Write the manifest anew with one row a path, in the order wanted, and sum it up."""
-    found = places(path)
-    order = [found[name] for name in wanted]
+    place_of = places(path)
+    order = [place_of[name] for name in wanted]
     summary = Summary(images=len(order), skipped=skipped)
 
     def fill(new: IO[bytes]) -> None:
@@ -210,23 +216,20 @@ def put_in_order(path: Path, header: Row, wanted: Iterable[str], skipped: int) -
 @contextmanager
 def locked(path: Path, output: Path) -> Iterator[None]:
     """Hold a manifest for this process, by a file beside it; a second run into the same output is refused."""
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: no lock, files still appear whole
-        yield
-        return
     place = _hidden(path, "lock")
-    with place.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(file.fileno()), place.stat())
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        except OSError:  # a file system without locks
-            held = True
-        if not held:  # or whoever held it has ended, and removed it, just now
-            raise RadiotagError(f"another radiotag is marking into {output}", "wait for it, or choose another -o")
-        try:
-            yield
-        finally:
-            place.unlink(missing_ok=True)
+    lock = FileLock(place)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a file system without locks, where the file alone is one
+            lock.acquire(timeout=0)
+    except Timeout as error:
+        message = f"another radiotag is marking into {output}"
+        raise RadiotagError(message, "wait for it, or choose another -o") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file: there, the release does
+            place.unlink()
+        lock.release()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from radiotag.errors import RadiotagError
-from radiotag.images import decode, scan
+from radiotag.images import decode
+from radiotag.listing import list_folder
 from radiotag.manifest import marked_hashes, marked_rows
 from radiotag.networks import SMALL_IMAGE, Network, resized
 from radiotag.suspect import FEW_IMAGES, MANY_IMAGES, Reference
@@ -55,7 +56,7 @@ class FolderImages:
     """A folder's images. RadiotagError for one that is marked, by a manifest given, beside the folder, or above it."""
 
     def __init__(self, folder: Path, manifest: Path | None = None) -> None:
-        items, _, _ = scan(folder)
+        items, _, _ = list_folder(folder)
         self.folder, self.name = folder, str(folder)
         self.labels: Sequence[str] = [item.label for item in items]
         self.paths: Sequence[str] = [item.path.as_posix() for item in items]

@@ -9,14 +9,14 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from radiotag import images
 from radiotag.errors import RadiotagError
 from radiotag.files import PART, fill_atomically
-from radiotag.images import OTHER_SUFFIXES, SUFFIXES, Item
+from radiotag.images import OTHER_SUFFIXES, SUFFIXES
+from radiotag.listing import Item, Listing
 
 BLOCK = 512
 CHUNK = 2**20
@@ -48,10 +48,10 @@ class Archive:
 
     def by_shard(self) -> dict[str, list[tuple[str, Member]]]:
         """Every shard's images, with their paths."""
-        found: dict[str, list[tuple[str, Member]]] = {shard: [] for shard in self.shards}
+        images: dict[str, list[tuple[str, Member]]] = {shard: [] for shard in self.shards}
         for path, member in self.members.items():
-            found[path.split("/", maxsplit=1)[0]].append((path, member))
-        return found
+            images[path.split("/", maxsplit=1)[0]].append((path, member))
+        return images
 
     def read(self, path: PurePosixPath) -> bytes:
         """One image's bytes."""
@@ -59,11 +59,6 @@ class Archive:
         with (self.root / path.parts[0]).open("rb") as file:
             file.seek(member.data)
             return file.read(member.size)
-
-
-def listing(source: Path) -> tuple[Archive | None, list[Item], list[str], list[PurePosixPath]]:
-    """A data set's index if it is shards, images, class names and other files, whichever way it is kept."""
-    return scan(source) if is_archive(source) else (None, *images.scan(source))
 
 
 def is_archive(source: Path) -> bool:
@@ -79,27 +74,8 @@ def is_shard(path: Path) -> bool:
     return path.suffix.lower() == ".tar" and path.is_file()
 
 
-def released(output: Path) -> Archive | None:
-    """The index of what can be read of the shards that an earlier run has put together."""
-    members: dict[str, Member] = {}
-    files = ([output] if output.is_file() else sorted(output.iterdir())) if output.exists() else []
-    for shard in files:
-        if is_shard(shard):
-            found: dict[str, Member] = {}
-            try:
-                _index(shard, found, {}, Counter())
-            except (OSError, tarfile.TarError, RadiotagError):
-                continue  # damaged: it will be put together again
-            members |= found
-    return (
-        Archive(root=output.parent if output.is_file() else output, shards=(), members=members, unmarked=Counter())
-        if members
-        else None
-    )
-
-
-def scan(source: Path) -> tuple[Archive, list[Item], list[str], list[PurePosixPath]]:
-    """As `images.scan`, of shards: the index, the images in their order, the class names, the other files to copy.
+def list_shards(source: Path) -> tuple[Archive, Listing]:
+    """The index of shards, and what `list_folder` says of a folder: the images in the order of the shards.
 
     A class is what the sample's `.cls` member says, else the folder in the member's name, else there is one class.
     Classes that are numbers are carrier rows, as they are a model's outputs.
@@ -107,28 +83,39 @@ def scan(source: Path) -> tuple[Archive, list[Item], list[str], list[PurePosixPa
     files = [source] if source.is_file() else sorted(source.iterdir())
     shards = [path for path in files if is_shard(path)]
     beside = (path.name for path in files if path not in shards and path.is_file())
-    others = [PurePosixPath(name) for name in beside if not PART.fullmatch(name)]
-    members: dict[str, Member] = {}
-    labels: dict[str, str] = {}
-    unmarked: Counter[str] = Counter()
-    loose = next((path for path in others if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")), None)
+    other_files = [PurePosixPath(name) for name in beside if not PART.fullmatch(name)]
+    loose = next((p for p in other_files if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")), None)
     if loose:
         raise RadiotagError(f"{source}: images both in shards and beside them ({loose})", "put them apart")
+    index = _Index()
     for shard in shards:
         try:
-            _index(shard, members, labels, unmarked)
+            index.add(shard)
         except (OSError, tarfile.TarError) as error:
             raise RadiotagError(f"{shard}: not a tar file that can be read ({error})", "replace the file") from error
-    if not members:
+    if not index.members:
         raise RadiotagError(f"no images in {source}", f"members are taken by suffix: {' '.join(sorted(SUFFIXES))}")
-    names = _names(set(labels.values()))
-    items = [Item(path=PurePosixPath(p), label=labels[p]) for p in members]
-    shard_names = tuple(shard.name for shard in shards)
-    archive = Archive(root=shards[0].parent, shards=shard_names, members=members, unmarked=unmarked)
-    return archive, items, names, others
+    items = [Item(path=PurePosixPath(path), label=index.labels[path]) for path in index.members]
+    archive = index.archive(shards[0].parent, tuple(shard.name for shard in shards))
+    return archive, Listing(items, _class_names(set(index.labels.values())), other_files)
 
 
-def _names(labels: set[str]) -> list[str]:
+def finished_archive(output: Path) -> Archive | None:
+    """The index of what can be read of the shards that an earlier run has put together."""
+    index = _Index()
+    files = ([output] if output.is_file() else sorted(output.iterdir())) if output.exists() else []
+    for shard in files:
+        if is_shard(shard):
+            readable = _Index()
+            try:
+                readable.add(shard)
+            except (OSError, tarfile.TarError, RadiotagError):
+                continue  # damaged: it will be put together again
+            index.members |= readable.members
+    return index.archive(output.parent if output.is_file() else output) if index.members else None
+
+
+def _class_names(labels: set[str]) -> list[str]:
     if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in labels):
         count = max(map(int, labels)) + 1
         if count > CLASSES:
@@ -139,50 +126,65 @@ def _names(labels: set[str]) -> list[str]:
     return sorted(labels)
 
 
-def _index(shard: Path, members: dict[str, Member], labels: dict[str, str], unmarked: Counter[str]) -> None:
-    """Add a shard's images and their classes, and count what looks like images but is none to mark."""
-    classes: dict[str, str] = {}
-    samples: dict[str, str] = {}
-    with tarfile.open(shard, "r:") as tar:
-        for info in tar:
-            tar.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
-            name = PurePosixPath(info.name)
-            if not info.isreg() or any(part.startswith(".") and part != ".." for part in name.parts):
-                continue
-            path = f"{shard.name}/{name}"
-            sample = str(name.with_name(name.name.split(".")[0]))
-            if name.suffix == ".cls":
-                file = tar.extractfile(info)
-                classes[sample] = file.read(1024).decode("utf-8", "replace").strip() if file else ""
-            elif name.suffix.lower() in SUFFIXES:
-                _check(shard, info, path in members)
-                header = info.offset_data - BLOCK
-                members[path] = Member(header=header, data=info.offset_data, size=info.size)
-                samples[path] = sample
-            elif name.suffix.lower() in OTHER_SUFFIXES:
-                unmarked[name.suffix.lower()] += 1
-        end = tar.offset
+@dataclass(slots=True)
+class _Index:
+    """What is known of shards while they are read, one after the other."""
+
+    members: dict[str, Member] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    unmarked: Counter[str] = field(default_factory=Counter)
+
+    def archive(self, root: Path, shards: tuple[str, ...] = ()) -> Archive:
+        """The finished index."""
+        return Archive(root=root, shards=shards, members=self.members, unmarked=self.unmarked)
+
+    def add(self, shard: Path) -> None:
+        """Add a shard's images and their classes, and count what looks like images but is none to mark."""
+        classes: dict[str, str] = {}
+        samples: dict[str, str] = {}
+        with tarfile.open(shard, "r:") as tar:
+            for info in tar:
+                tar.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
+                name = PurePosixPath(info.name)
+                if not info.isreg() or any(part.startswith(".") and part != ".." for part in name.parts):
+                    continue
+                path = f"{shard.name}/{name}"
+                sample = str(name.with_name(name.name.split(".")[0]))
+                if name.suffix == ".cls":
+                    file = tar.extractfile(info)
+                    classes[sample] = file.read(1024).decode("utf-8", "replace").strip() if file else ""
+                elif name.suffix.lower() in SUFFIXES:
+                    _check_member(shard, info, path in self.members)
+                    header = info.offset_data - BLOCK
+                    self.members[path] = Member(header=header, data=info.offset_data, size=info.size)
+                    samples[path] = sample
+                elif name.suffix.lower() in OTHER_SUFFIXES:
+                    self.unmarked[name.suffix.lower()] += 1
+            _check_end(shard, tar.offset)
+        self._remove_masks(samples)
+        for path, sample in samples.items():
+            parents = PurePosixPath(sample).parts[:-1]
+            self.labels[path] = classes.get(sample, parents[0] if parents else "")
+
+    def _remove_masks(self, samples: dict[str, str]) -> None:
+        """Images with a further suffix (0.seg.png) beside a sample's picture (0.jpg) are masks and the like."""
+        is_picture = {path: PurePosixPath(path).stem == PurePosixPath(name).name for path, name in samples.items()}
+        pictured = {sample for path, sample in samples.items() if is_picture[path]}
+        masks = [path for path, sample in samples.items() if sample in pictured and not is_picture[path]]
+        for path in masks:
+            kind, suffix = PurePosixPath(path).suffixes[-2:]
+            self.unmarked[suffix if kind[1:].isdecimal() else kind + suffix] += 1  # of a film's frames not one each
+            del self.members[path], samples[path]
+
+
+def _check_end(shard: Path, end: int) -> None:
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(BLOCK).strip(b"\0"):
             raise tarfile.ReadError(f"a damaged header at byte {end}")  # tarfile takes it for the end
-    for path in _masks(samples):
-        kind, suffix = PurePosixPath(path).suffixes[-2:]
-        unmarked[suffix if kind[1:].isdecimal() else kind + suffix] += 1  # of a film's frames not one each
-        del members[path], samples[path]
-    for path, sample in samples.items():
-        parents = PurePosixPath(sample).parts[:-1]
-        labels[path] = classes.get(sample, parents[0] if parents else "")
 
 
-def _masks(samples: dict[str, str]) -> list[str]:
-    """Images with a further suffix (0.seg.png) beside a sample's own (0.jpg): masks and the like, and no pictures."""
-    own = {path: PurePosixPath(path).stem == PurePosixPath(sample).name for path, sample in samples.items()}
-    pictured = {sample for path, sample in samples.items() if own[path]}
-    return [path for path, sample in samples.items() if sample in pictured and not own[path]]
-
-
-def _check(shard: Path, info: tarfile.TarInfo, twice: bool) -> None:
+def _check_member(shard: Path, info: tarfile.TarInfo, twice: bool) -> None:
     """Names become paths while a shard is worked on: none may lead out of it."""
     name = PurePosixPath(info.name)
     if name.is_absolute() or ".." in name.parts:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from radiotag.errors import RadiotagError, first_line
-from radiotag.images import decode, scan
+from radiotag.images import decode
+from radiotag.listing import list_folder
 from radiotag.networks import (
     SMALL_IMAGE,
     Network,
@@ -76,8 +77,8 @@ class Dataset:
 
 def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | None = None) -> Dataset:
     """Decode a folder of class sub-folders; each image is resized and centre-cropped to S×S pixels."""
-    items, found, _ = scan(source)
-    names = names or tuple(found) or ("",)
+    items, folder_names, _ = list_folder(source)
+    names = names or tuple(folder_names)
     unknown = sorted({item.label for item in items} - set(names))
     if unknown:
         raise RadiotagError(f"{source}: the class '{unknown[0]}' is not one of the model's")

@@ -48,7 +48,7 @@ VOIDS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class VerifyOptions:
     """How suspects are read and tested, all of them alike."""
 
     architecture: str | None = None  # of the suspects; None: recognised from their tensors
@@ -99,13 +99,13 @@ class Finding:
 # ---------------------------------------------------------------- reading suspects
 
 
-def load_suspect(model: Model, options: Options) -> Network:
+def load_suspect(model: Model, options: VerifyOptions) -> Network:
     """A suspect's file, hostile input, read as weights alone; or a copy of a module that the caller holds."""
     if isinstance(model, nn.Module):
         own = copy.deepcopy(model)  # the caller's stays in training, if it was
         return wrap_module(own, image_size=options.image_size, mean=options.mean, std=options.std).to(options.device)
     if not isinstance(model, Path):
-        hint = "give data and labels, and options=Options(black_box=True)"
+        hint = "give data and labels, and options=VerifyOptions(black_box=True)"
         raise RadiotagError(f"{suspect_name(model)} is a function: its weights cannot be tested", hint)
     return load_network(
         model, architecture=options.architecture, image_size=options.image_size, mean=options.mean, std=options.std,
@@ -113,7 +113,7 @@ def load_suspect(model: Model, options: Options) -> Network:
     ).to(options.device)  # fmt: skip
 
 
-def check_suspects(models: Sequence[Model], options: Options) -> None:
+def check_suspects(models: Sequence[Model], options: VerifyOptions) -> None:
     """Read each of several: one that cannot be read would cost the minutes that were spent on those before it."""
     paths = [model for model in models if isinstance(model, Path)]
     for path in paths:
@@ -165,7 +165,7 @@ def _in_memory(call: Callable[[Batching], T], batching: Batching) -> T:
         batching = replace(batching, size=batching.size // 2)  # the failed call's tensors are gone with its error
 
 
-def _batching(name: str, options: Options, progress: Progress) -> Batching:
+def _batching(name: str, options: VerifyOptions, progress: Progress) -> Batching:
     def tell(what: str, done: int, of: int) -> None:
         progress(name, what, done, of)
 
@@ -183,7 +183,7 @@ class Examined(NamedTuple):
     vectors: ClassVectors
 
 
-def examine(network: Network, key: Key, references: References, options: Options, batching: Batching) -> Examined:
+def examine(network: Network, key: Key, references: References, options: VerifyOptions, batching: Batching) -> Examined:
     """Ask a suspect, pair its outputs with classes and carriers, and compute its class vectors.
 
     RadiotagError where it knows none of the classes, FloatingPointError where its outputs or features are not finite.
@@ -202,7 +202,7 @@ def examine(network: Network, key: Key, references: References, options: Options
 def verify(
     models: Sequence[Model],
     key: Key,
-    options: Options,
+    options: VerifyOptions,
     data: UnmarkedImages | None = None,
     progress: Progress = lambda *_: None,
 ) -> list[Finding]:
@@ -229,7 +229,7 @@ def verify(
     return corrected(findings, options.alpha)
 
 
-def _white_box_finding(model: Model, examined: Examined, result: Evidence, options: Options) -> Finding:
+def _white_box_finding(model: Model, examined: Examined, result: Evidence, options: VerifyOptions) -> Finding:
     return Finding(
         path=suspect_name(model),
         sha256=suspect_digest(model),
@@ -269,14 +269,14 @@ def corrected(findings: Sequence[Finding], alpha: float) -> list[Finding]:
     ]
 
 
-def _assumed_input(network: Network, options: Options) -> list[str]:
+def _assumed_input(network: Network, options: VerifyOptions) -> list[str]:
     if network.assumed and not (options.mean and options.std and options.image_size):
         size = network.spec.image_size
         return [f"input size ({size} px) and normalisation are assumed: give --image-size, --mean and --std"]
     return []
 
 
-def _warnings(examined: Examined, result: Evidence, options: Options) -> list[str]:
+def _warnings(examined: Examined, result: Evidence, options: VerifyOptions) -> list[str]:
     network, pairing, vectors = examined
     said = _assumed_input(network, options)
     if vectors.r2 is not None and vectors.r2 < POOR_R2:
@@ -300,7 +300,7 @@ class MarkerAnswers(NamedTuple):
     names: tuple[str, ...]
 
 
-def choose_queries(key: Key, data: UnmarkedImages, options: Options) -> blackbox.Queries:
+def choose_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> blackbox.Queries:
     """Queries of labelled, unmarked images under random names; what was marked is asked first.
 
     Without a number of decoys there are as many as it takes for a p-value of alpha: thousands for a single class.
@@ -321,7 +321,7 @@ def choose_queries(key: Key, data: UnmarkedImages, options: Options) -> blackbox
     return blackbox.make([pictures[i] for i in order], [rows[name] for name in labels], labels, decoys)
 
 
-def prepare_queries(key: Key, data: UnmarkedImages, options: Options) -> blackbox.Queries:
+def prepare_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> blackbox.Queries:
     """`choose_queries`, kept beside the key's file if it has one: read back if they were made before."""
     queries = choose_queries(key, data, options)
     if key.path is None:
@@ -337,7 +337,7 @@ def verify_black_box(
     models: Sequence[Model],
     queries: blackbox.Queries,
     key: Key,
-    options: Options,
+    options: VerifyOptions,
     progress: Progress = lambda *_: None,
 ) -> list[Finding]:
     """Test every suspect by its answers alone: see `blackbox`."""
@@ -361,14 +361,14 @@ def verify_black_box(
 
 
 def _ask_all(
-    name: str, network: Network, queries: blackbox.Queries, key: Key, options: Options, progress: Progress
+    name: str, network: Network, queries: blackbox.Queries, key: Key, options: VerifyOptions, progress: Progress
 ) -> Tensor:
     batching = _batching(name, options, progress)
     return _in_memory(partial(blackbox.ask, network, queries, key), batching)
 
 
 def marker_answers(
-    queries: blackbox.Queries, key: Key, options: Options, progress: Progress = lambda *_: None
+    queries: blackbox.Queries, key: Key, options: VerifyOptions, progress: Progress = lambda *_: None
 ) -> MarkerAnswers:
     """What the marking network, which has seen no mark, answers to the queries."""
     marker = key.network(options.device)
@@ -377,7 +377,7 @@ def marker_answers(
 
 
 def verify_predictions(
-    path: Path, key: Key, options: Options, progress: Progress = lambda *_: None
+    path: Path, key: Key, options: VerifyOptions, progress: Progress = lambda *_: None
 ) -> list[Finding]:
     """Test a suspect by a file of its answers to exported queries, which lie beside the key's file."""
     beside = key.path or Path("k.safetensors")
@@ -403,7 +403,7 @@ def verify_predictions(
 
 
 def _black_box_finding(
-    name: str, queries: blackbox.Queries, answers: Tensor, usual: MarkerAnswers, options: Options
+    name: str, queries: blackbox.Queries, answers: Tensor, usual: MarkerAnswers, options: VerifyOptions
 ) -> Finding:
     """The finding from (2(K + 1), N, C') answers. The outputs are matched on the answers under all keys alike."""
     rows = sorted(set(queries.rows))

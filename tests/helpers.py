@@ -96,7 +96,7 @@ def finish(argv):  # what a forked process is for
 """
 FORKS = """
 import itertools, json, os, resource, signal, sys
-import radiotag.marking, radiotag.training, radiotag.verification
+import radiotag.marking_run, radiotag.training, radiotag.verification
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would pass on that it is ignored
 
 def die(at, size):

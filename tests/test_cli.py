@@ -45,11 +45,11 @@ from safetensors import safe_open
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from radiotag import __version__, cli, demo, images, keys, marking, networks, probes, synthetic, training
+from radiotag import __version__, batches, cli, demo, images, keys, networks, probes, synthetic, training
 from radiotag import suspect as suspect_module
 from radiotag.errors import RadiotagError
 from radiotag.keys import load_key
-from radiotag.manifest import locked, marked_hashes, marked_rows, read_manifest
+from radiotag.manifest import Summary, locked, marked_hashes, marked_rows, read_manifest
 from radiotag.networks import Network, load_network, save_checkpoint
 
 COMMANDS = ("keygen", "mark", "train-demo", "verify")
@@ -1085,15 +1085,15 @@ def test_out_of_memory_halves_the_batch_and_changes_no_byte(world, tmp_path, mon
     import torch
 
     assert mark(world, tmp_path / "roomy" / "out").code == 0
-    real, sizes = marking.mark_pictures, []
+    real, sizes = batches.mark_pictures, []
 
-    def cramped(network, pictures, *rest):
+    def cramped(marker, pictures, *rest):
         sizes.append(len(pictures))
         if len(pictures) > 3:
             raise torch.OutOfMemoryError("no memory")
-        return real(network, pictures, *rest)
+        return real(marker, pictures, *rest)
 
-    monkeypatch.setattr(marking, "mark_pictures", cramped)
+    monkeypatch.setattr(batches, "mark_pictures", cramped)
     assert mark(world, tmp_path / "cramped" / "out").code == 0
     assert max(sizes) > 3 >= min(sizes)
     assert tree(tmp_path / "cramped") == tree(tmp_path / "roomy")
@@ -1102,14 +1102,14 @@ def test_out_of_memory_halves_the_batch_and_changes_no_byte(world, tmp_path, mon
 def test_an_image_that_cannot_be_written_marked_costs_that_image_alone(world, tmp_path, monkeypatch):
     """Of what is only found while its batch is optimised, too."""
     assert mark(world, tmp_path / "whole" / "out").code == 0
-    real = marking.mark_pictures
+    real = batches.mark_pictures
 
-    def failing(network, pictures, *rest):
+    def failing(marker, pictures, *rest):
         if any(picture.name.endswith("ant/00003.png") for picture in pictures):
             raise RadiotagError("ant/00003.png cannot be written")
-        return real(network, pictures, *rest)
+        return real(marker, pictures, *rest)
 
-    monkeypatch.setattr(marking, "mark_pictures", failing)
+    monkeypatch.setattr(batches, "mark_pictures", failing)
     result = mark(world, tmp_path / "out", "--json")
     assert (result.code, result.json["marked"], len(result.json["failed"])) == (1, 11, 1)
     assert result.json["failed"][0]["path"] == "ant/00003.png"
@@ -1723,10 +1723,29 @@ def test_a_terminal_gets_a_progress_bar_and_colour_only_if_it_wants(world, forks
     plain = on_terminal(world, forks, tmp_path / "a", TERM="xterm-256color", NO_COLOR="1")
     assert "images" in plain
     assert "PSNR" in plain
+    assert plain.count("planning") > 1  # the bar shows it, too
     assert not colours.search(plain)
     dumb = on_terminal(world, forks, tmp_path / "b", TERM="dumb")
     assert ESCAPE not in dumb
     assert "planning" in dumb
+
+
+def test_the_rate_counts_from_where_marking_begins(monkeypatch):
+    now, pace, summary = 1000.0, cli._Pace(), Summary(images=20)
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    marked = {"status": "marked", "psnr": 40.0, "ssim": 1.0, "linf": 1.0, "gain": 0.0}
+    for row in (marked, marked, {"status": "copied"}):  # as an earlier run left them, and a copy
+        summary.add(row)
+        summary.skipped += row is marked
+        assert pace.told(summary) == ""
+        now += 500
+    assert pace.told(summary) == ""  # the first step begins
+    now, summary.under_way = now + 2, 5.0
+    assert pace.told(summary) == "2.5/s  PSNR 40.0 dB"
+    now += 2
+    for _ in range(8):
+        summary.add(marked)
+    assert pace.told(summary) == "2.0/s  PSNR 40.0 dB"
 
 
 def test_a_terminal_that_knows_only_ascii(world, forks, tmp_path):
@@ -1757,7 +1776,7 @@ def test_out_of_memory_says_what_to_do(world, tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("radiotag.marking.mark_images", fail)
+    monkeypatch.setattr("radiotag.batches.mark_images", fail)
     result = bad("mark", world.imgs, "--key", world.key, "-o", tmp_path / "out")
     assert "out of memory" in result.err
     assert "--batch-size" in result.err
@@ -1767,7 +1786,7 @@ def test_what_nobody_foresaw_is_told_in_json_too(world, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("radiotag.marking.mark_images", fail)
+    monkeypatch.setattr("radiotag.batches.mark_images", fail)
     result = bad("mark", world.imgs, "--key", world.key, "-o", tmp_path / "out", "--json")
     assert "RuntimeError: first line" in result.json["error"]
     assert "RADIOTAG_DEBUG=1" in result.json["hint"]
@@ -1777,7 +1796,7 @@ def test_a_full_disk_is_named(world, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", str(tmp_path / "out" / "x"))
 
-    monkeypatch.setattr("radiotag.marking.copy_atomically", full)
+    monkeypatch.setattr("radiotag.stores.copy_atomically", full)
     assert "No space left" in mark(world, tmp_path / "out", "--fraction", 0.5).err
 
 

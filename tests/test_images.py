@@ -18,6 +18,7 @@ from PIL.JpegImagePlugin import get_sampling
 
 from radiotag import files, images
 from radiotag.errors import RadiotagError
+from radiotag.listing import list_folder
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 pixels = hnp.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3)))
@@ -728,7 +729,7 @@ def test_extension(path, want):
     assert images.extension(PurePosixPath(path), "png") == PurePosixPath(want)
 
 
-# -- scan
+# -- listing a folder
 
 
 def tree(root, *names):
@@ -740,11 +741,11 @@ def tree(root, *names):
 
 
 def listed(source):
-    items, names, others = images.scan(source)
+    items, names, others = list_folder(source)
     return [(str(item.path), item.label) for item in items], names, [str(path) for path in others]
 
 
-def test_scan_classes_nested_files_and_others(tmp_path):
+def test_listing_classes_nested_files_and_others(tmp_path):
     root = tree(
         tmp_path, "dog/2.JPG", "dog/1.png", "cat/deep/er/3.webp", "cat/notes.txt", "labels.csv", "docs/readme.md",
         "cat/.thumb.png", ".cache/4.png", "dog/5.png.part", "Zoo/6.tif", "cat/png", "cat/.png",
@@ -759,22 +760,22 @@ def test_scan_classes_nested_files_and_others(tmp_path):
     )  # fmt: skip
 
 
-def test_scan_orders_classes_as_torchvision(tmp_path):
+def test_listing_orders_classes_as_torchvision(tmp_path):
     from torchvision.datasets import ImageFolder
 
     root = tree(tmp_path, "b/1.png", "B/2.png", "a b/3.png", "a/4.png", "a.x/5.png", "10/6.png", "9/7.png", "é/8.png")
-    items, names, _ = images.scan(root)
+    items, names, _ = list_folder(root)
     folder = ImageFolder(str(root))
     assert names == folder.classes
     assert {str(root / item.path): names.index(item.label) for item in items} == dict(folder.samples)
 
 
-def test_scan_flat(tmp_path):
+def test_listing_flat(tmp_path):
     root = tree(tmp_path, "b.png", "a.bmp", "notes/x.txt")
     assert listed(root) == ([("a.bmp", ""), ("b.png", "")], [""], ["notes/x.txt"])
 
 
-def test_scan_odd_names(tmp_path):
+def test_listing_odd_names(tmp_path):
     names = ["a b.png", "new\nline.jpg", "ünï→.webp", "x" * 251 + ".png", "-rf.png", "a.b.c.tiff"]
     raw = os.fsdecode(b"latin\xe9.png")
     try:
@@ -783,29 +784,29 @@ def test_scan_odd_names(tmp_path):
     except OSError:
         pass  # some file systems take only UTF-8
     tree(tmp_path, *(f"class\n1/{name}" for name in names))
-    items, classes, others = images.scan(tmp_path)
+    items, classes, others = list_folder(tmp_path)
     assert [item.path.name for item in items] == sorted(names)
     assert (classes, others) == (["class\n1"], [])
     assert all((tmp_path / item.path).is_file() for item in items)
 
 
-def test_scan_mixed_is_ambiguous(tmp_path):
+def test_listing_mixed_is_ambiguous(tmp_path):
     with pytest.raises(RadiotagError, match=r"cat.*loose\.png") as caught:
-        images.scan(tree(tmp_path, "cat/1.png", "loose.png"))
+        list_folder(tree(tmp_path, "cat/1.png", "loose.png"))
     assert caught.value.hint
 
 
-def test_scan_nothing_to_mark(tmp_path):
+def test_listing_nothing_to_mark(tmp_path):
     with pytest.raises(RadiotagError, match="no images in") as caught:
-        images.scan(tree(tmp_path, "cat/1.gif", "2.png.part"))
+        list_folder(tree(tmp_path, "cat/1.gif", "2.png.part"))
     assert all(suffix in caught.value.hint for suffix in images.SUFFIXES)
     with pytest.raises(RadiotagError, match="no such folder"):
-        images.scan(tmp_path / "nowhere")
+        list_folder(tmp_path / "nowhere")
     with pytest.raises(RadiotagError, match="not a folder"):
-        images.scan(tmp_path / "cat/1.gif")
+        list_folder(tmp_path / "cat/1.gif")
 
 
-def test_scan_follows_links_that_stay_inside(tmp_path):
+def test_listing_follows_links_that_stay_inside(tmp_path):
     root = tree(tmp_path / "set", "cat/1.png", "dog/2.png", "notes.txt")
     (root / "dog/link.png").symlink_to("../cat/1.png")
     (root / "dog/link.txt").symlink_to("../notes.txt")
@@ -827,23 +828,23 @@ def test_scan_follows_links_that_stay_inside(tmp_path):
         ("..", "to a folder"),
     ],
 )
-def test_scan_refuses_other_links(tmp_path, target, why):
+def test_listing_refuses_other_links(tmp_path, target, why):
     root = tree(tmp_path / "set", "cat/1.png", "dog/2.png")
     tree(tmp_path, "secret.png", "set-beside/3.png")
     (root / "dog/link.png").symlink_to(target)
     with pytest.raises(RadiotagError, match=rf"dog/link\.png.*{why}"):
-        images.scan(root)
+        list_folder(root)
 
 
-def test_scan_refuses_a_link_to_a_sibling_with_the_same_prefix(tmp_path):
+def test_listing_refuses_a_link_to_a_sibling_with_the_same_prefix(tmp_path):
     root = tree(tmp_path / "set", "cat/1.png")
     tree(tmp_path, "set-beside/3.png")
     (root / "cat/link.png").symlink_to(tmp_path / "set-beside/3.png")
     with pytest.raises(RadiotagError, match="outside"):
-        images.scan(root)
+        list_folder(root)
 
 
-def test_scan_passes_over_what_is_no_file(tmp_path):
+def test_listing_passes_over_what_is_no_file(tmp_path):
     root = tree(tmp_path, "cat/1.png")
     os.mkfifo(root / "cat/pipe.png")
     assert listed(root) == ([("cat/1.png", "cat")], ["cat"], [])

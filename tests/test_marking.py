@@ -37,8 +37,10 @@ from torchvision.models import get_model
 
 from radiotag import images, manifest
 from radiotag.errors import RadiotagError
-from radiotag.marking import ahead
+from radiotag.keys import load_key
+from radiotag.marking_run import prefetch, run
 from radiotag.networks import Spec, save_checkpoint
+from radiotag.plan import MarkOptions, make_plan
 
 SUFFIXES = (".jpg", ".png")
 SMALL = "shufflenet_v2_x0_5"
@@ -964,7 +966,7 @@ quick = settings(deadline=None, max_examples=60)
 def test_mending_cuts_the_torn_last_line_and_nothing_else(parts):
     content = b"".join(parts)
     file = io.BytesIO(content)
-    manifest.mend(file)
+    manifest.truncate_torn_line(file)
     whole = content[: content.rfind(b"\n") + 1]
     assert file.getvalue() == whole
     assert file.tell() == len(whole)
@@ -1012,7 +1014,7 @@ def test_taking_in_appends_whole_lines_and_removes_the_journals(tmp_path):
     (tmp_path / "out.manifest.jsonl.rankle").write_bytes(b"mine")
     (tmp_path / "other.manifest.jsonl.rank1").write_bytes(b"another's")
     with path.open("ab") as journal:
-        manifest.take_in(path, journal)
+        manifest.merge_journals(path, journal)
     header, *rows = map(json.loads, path.read_bytes().splitlines())
     assert header == {"radiotag": 1}
     assert rows[0] == {"path": "a"}
@@ -1239,6 +1241,19 @@ def test_a_class_never_changes_its_carrier_without_force(world, tmp_path):
     good(source, world.key, tmp_path / "out", "--force")
 
 
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_keeps_nobody_from_marking(world, tmp_path, monkeypatch, error):
+    """As network file systems may be mounted."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    good(world.folder, world.key, tmp_path / "out")
+    assert leftovers(tmp_path) == []
+
+
 def test_what_was_marked_stays_marked_when_images_come_and_go(world, tmp_path):
     """A tenth of more images, or of fewer, is another choice; but what is out cannot be taken back."""
     source = write_folder(tmp_path / "src", {f"cat/{i:02}.jpg": photo(i, "JPEG") for i in range(10)})
@@ -1424,6 +1439,24 @@ def test_ssim_is_1_for_equal_images_and_less_for_others_of_any_size(shape):
     assert -1 <= other < 0.999
 
 
+# ---------------------------------------------------------------- progress
+
+
+def test_progress_moves_with_every_step_and_every_file(world, tmp_path):
+    plan = make_plan(world.folder, tmp_path / "out", load_key(world.key), MarkOptions(steps=4, batch_size=4))
+    done, shown = [], []
+
+    def watch(summary):
+        done.append(summary.done)
+        shown.append(summary.done + summary.under_way)
+
+    run(plan, watch)
+    assert set(np.diff(done)) == {0, 1}
+    assert shown == sorted(shown)
+    assert {0, 1, 2, 3} <= set(shown[: done.index(1)])  # a quarter of four images a step, before one is done
+    assert (done[-1], shown[-1]) == (8, 8)
+
+
 # ---------------------------------------------------------------- working ahead
 
 
@@ -1447,7 +1480,7 @@ class Now:
 @settings(deadline=None)
 def test_working_ahead_keeps_the_order_and_the_limit(count, limit):
     pool, seen = Now(), []
-    for result in ahead(pool, lambda item: item * item, iter(range(count)), limit):
+    for result in prefetch(pool, lambda item: item * item, iter(range(count)), limit):
         seen.append(result)
         assert len(pool.done) - len(seen) < limit
         assert len(pool.done) == min(count, len(seen) - 1 + limit)  # nor less than it may
@@ -1465,7 +1498,7 @@ def test_working_ahead_keeps_the_order_whichever_thread_is_first():
         return item
 
     with ThreadPoolExecutor(6) as pool:
-        assert list(ahead(pool, work, range(6), 6)) == list(range(6))
+        assert list(prefetch(pool, work, range(6), 6)) == list(range(6))
 
 
 def test_an_error_of_the_work_comes_in_its_turn_and_ends_it():
@@ -1476,7 +1509,7 @@ def test_an_error_of_the_work_comes_in_its_turn_and_ends_it():
 
     pool, seen = Now(), []
     with pytest.raises(ValueError, match="three"):
-        seen.extend(ahead(pool, work, range(100), 4))
+        seen.extend(prefetch(pool, work, range(100), 4))
     assert seen == [0, 1, 2]
     assert len(pool.done) <= 7
 
@@ -1487,7 +1520,7 @@ def test_an_error_of_the_items_comes_through():
         raise ValueError("no more")
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="no more"):
-        list(ahead(pool, abs, items(), 1))
+        list(prefetch(pool, abs, items(), 1))
 
 
 @pytest.mark.parametrize("how", ["close", "error"])
@@ -1502,7 +1535,7 @@ def test_ending_early_cancels_what_has_not_begun(how):
         return item
 
     with ThreadPoolExecutor(1) as pool:
-        results = ahead(pool, work, range(100), 10)
+        results = prefetch(pool, work, range(100), 10)
         if how == "error":
             with pytest.raises(ValueError, match="zero"):
                 next(results)

@@ -33,7 +33,7 @@ from radiotag.radioactive import resampled_log_p
 from radiotag.report import histogram
 from radiotag.suspect import Batching, ClassVectors, class_vectors
 from radiotag.suspect import features as feature_vectors
-from radiotag.verification import Finding, Options
+from radiotag.verification import Finding, VerifyOptions
 
 NAMES = ("ant", "bee", "cat")
 
@@ -119,7 +119,7 @@ def key_and_marker(place):
 def examine(path, key, folder, marker=None):
     """What is computed of a suspect before a carrier is looked at."""
     references = References(marker or key.network(), FolderImages(folder) if folder else None)
-    options = Options()
+    options = VerifyOptions()
     return verification.examine(verification.load_suspect(path, options), key, references, options, Batching())
 
 
@@ -351,7 +351,7 @@ def pattern_reader(answers, strength):
 def test_a_suspect_that_learnt_the_patterns_is_found(place, asked):
     key = load_key(place / "k.safetensors")
     queries = blackbox.load_queries(next(place.glob("k.queries-*.safetensors")), key)
-    answers = blackbox.ask(verification.load_suspect(place / "one.pt", Options()), queries, key, Batching())
+    answers = blackbox.ask(verification.load_suspect(place / "one.pt", VerifyOptions()), queries, key, Batching())
     pairs = [(0, 0), (1, 1), (2, 2)]
     found = [resampled_log_p(pattern_effects(queries, pattern_reader(answers, s), pairs)) for s in (0, 5)]
     assert found[1] == pytest.approx(-3 * np.log(5)) and found[0] > found[1]
@@ -390,14 +390,14 @@ def test_there_are_as_many_decoys_as_alpha_needs(classes, alpha):
 def test_one_class_is_asked_with_many_decoys_and_few_images(place, monkeypatch):
     monkeypatch.setattr(blackbox, "QUESTIONS", 700)
     key = new_key(*marking_weights("builtin"), NAMES[:1])
-    queries = verification.prepare_queries(key, FolderImages(place / "few"), Options(alpha=0.01))
+    queries = verification.prepare_queries(key, FolderImages(place / "few"), VerifyOptions(alpha=0.01))
     assert (len(queries.names), len(queries.rows)) == (2 * 105, 3)  # 630 questions
     assert set(queries.labels) == {"ant"}
     ours = suspect(place, "plain.pt", (0, 1, 2), NAMES)
-    (found,) = verification.verify_black_box([ours], queries, key, Options(alpha=0.01))
+    (found,) = verification.verify_black_box([ours], queries, key, VerifyOptions(alpha=0.01))
     assert found.classes_used == 1 and found.warnings == ()
     assert found.log10_p == pytest.approx(np.log10(round(105 * 10**found.log10_p) / 105))  # a place among 105
-    (found,) = verification.verify_black_box([ours], queries, key, Options(alpha=0.001))
+    (found,) = verification.verify_black_box([ours], queries, key, VerifyOptions(alpha=0.001))
     assert found.warnings == ("p cannot be below 9.5e-03 with 104 decoys and 1 of the classes: ask with more --decoys",)
 
 
@@ -412,7 +412,7 @@ def test_black_box_asks_first_with_the_originals_of_what_was_published(place, tm
 
     def shown(manifest):
         images = FolderImages(place / "few", manifest)
-        queries = verification.choose_queries(key, images, Options(manifest=manifest, decoys=2))
+        queries = verification.choose_queries(key, images, VerifyOptions(manifest=manifest, decoys=2))
         return {image.numpy().tobytes() for image in queries.images}
 
     originals = [decode((place / "few" / path).read_bytes(), path).rgb.transpose(2, 0, 1) for path in marked]
@@ -463,7 +463,7 @@ def exported(place, asked):
 @pytest.fixture(scope="module")
 def answers(place, exported):
     """What the first suspect says of each exported file, read back as a stranger would."""
-    network = verification.load_suspect(place / "one.pt", Options())
+    network = verification.load_suspect(place / "one.pt", VerifyOptions())
     files = sorted(exported.iterdir())
     pixels = torch.stack([torch.from_numpy(decode(f.read_bytes(), f.name).rgb.transpose(2, 0, 1).copy())
                           for f in files])  # fmt: skip
@@ -772,13 +772,13 @@ def test_batches_are_halved_until_memory_suffices(place, monkeypatch):
         return real(*given)
 
     key, data = load_key(place / "k.safetensors"), FolderImages(place / "few")
-    (whole,) = verification.verify([model], key, Options(), data)
+    (whole,) = verification.verify([model], key, VerifyOptions(), data)
     monkeypatch.setattr(verification, "class_vectors", small)
-    (found,) = verification.verify([model], key, Options(batch_size=50), data)
+    (found,) = verification.verify([model], key, VerifyOptions(batch_size=50), data)
     assert sizes == [50, 25, 12] and found.log10_p == pytest.approx(whole.log10_p, abs=1e-4)
     with pytest.raises(torch.OutOfMemoryError):
         monkeypatch.setattr(verification, "class_vectors", lambda *_: small(*[None] * 3, Batching(size=13)))
-        verification.verify([model], key, Options(batch_size=1), data)
+        verification.verify([model], key, VerifyOptions(batch_size=1), data)
 
 
 @pytest.mark.parametrize("option", [(), ("--image-size", "64")])

@@ -273,7 +273,7 @@ def marked_by(
 
 def verified(model: Path, key_files: list[Path], held_out: Path) -> list[dict[str, float | None]]:
     """What `verify --data` says under each key; what it computes of the suspect is the same under all of them."""
-    owners, options = [keys.load_key(path) for path in key_files], verification.Options()
+    owners, options = [keys.load_key(path) for path in key_files], verification.VerifyOptions()
     references = References(owners[0].network(), FolderImages(held_out))
     suspect = verification.load_suspect(model, options)
     _, pairing, vectors = verification.examine(suspect, owners[0], references, options, Batching())

@@ -1,0 +1,321 @@
+"""What a marking run will do: every input and what becomes of it, made and checked before anything is written.
+
+Here are the refusals, too: of secrets among the files, of names that fall together, and of an output that earlier runs
+left and that this one cannot go on with.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+from safetensors import SafetensorError, safe_open
+
+from radiotag import manifest
+from radiotag.errors import RadiotagError
+from radiotag.files import hash_or_none
+from radiotag.images import OTHER_SUFFIXES, SUFFIXES, decode, extension, psnr
+from radiotag.keys import Key, choose
+from radiotag.listing import Item
+from radiotag.manifest import MANIFEST_FORMAT, Row
+from radiotag.radioactive import Marking
+from radiotag.stores import Store, open_store
+
+ALIKE_PSNR = 15.0  # dB of a marked image and its source, at least; of two images that differ, some 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkOptions:
+    """How a data set is marked."""
+
+    # The manifest records these: a run that goes on must have the same.
+    fraction: float = 1.0  # of each class
+    epsilon: float = 10.0  # largest change of a pixel, in units of 1/255
+    min_psnr: float | None = None  # dB that each mark keeps; None: by the image's size
+    steps: int = 20  # gradient steps an image
+    format: str = "keep"  # or "png"
+    seed: int = 0  # of the random crops
+    # None of these changes a byte.
+    device: str = "cpu"
+    batch_size: int = 64  # images optimised together
+    force: bool = False  # over whatever the output holds
+    strict: bool = False  # stop at the first image that cannot be marked
+
+    @property
+    def marking(self) -> Marking:
+        """How single images are marked."""
+        return Marking(epsilon=self.epsilon, min_psnr=self.min_psnr, steps=self.steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Every input and what becomes of it."""
+
+    store: Store
+    key: Key = field(repr=False)  # secret
+    options: MarkOptions
+    manifest: Path
+    rows: dict[str, int]  # class → carrier row
+    chosen: frozenset[str]  # relative paths to mark
+
+    @property
+    def source(self) -> Path:
+        """The data set."""
+        return self.store.source
+
+    @property
+    def output(self) -> Path:
+        """Its marked copy."""
+        return self.store.output
+
+    @property
+    def items(self) -> list[Item]:
+        """The images of the source."""
+        return self.store.listing.items
+
+    @property
+    def other_files(self) -> list[PurePosixPath]:
+        """What is copied so that the tree is complete."""
+        return self.store.listing.other_files
+
+    @property
+    def header(self) -> Row:
+        """The manifest's first line."""
+        recorded = ("fraction", "format", "seed", "epsilon", "min_psnr", "steps")
+        settings = {name: getattr(self.options, name) for name in recorded}
+        return {"radiotag": MANIFEST_FORMAT, "fingerprint": self.key.fingerprint, **settings}
+
+    def marks(self, item: Item) -> bool:
+        """Whether an image is to be marked; it is copied else."""
+        return item.path.as_posix() in self.chosen
+
+    def target(self, item: Item) -> str:
+        """An image's relative path in the output: unmarked images keep their format."""
+        return str(extension(item.path, self.options.format if self.marks(item) else "keep"))
+
+    def targets(self) -> set[str]:
+        """Relative paths of all that the output is to hold."""
+        return {self.target(item) for item in self.items} | {path.as_posix() for path in self.other_files}
+
+
+def make_plan(source: Path, output: Path, key: Key, options: MarkOptions) -> Plan:
+    """Pair every input with its output and choose what is marked. Raises RadiotagError before anything is touched."""
+    store = open_store(source, output)
+    items, names, other_files = store.listing
+    store.check_options(options.format)
+    if output.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(output.resolve()):
+        raise RadiotagError(f"{output} and {source} lie in each other", "choose another folder with -o")
+    for path in other_files:
+        if _is_secret(source / path):
+            raise RadiotagError(f"{source / path} is secret, and would be copied", "keep keys and manifests elsewhere")
+    paths, labels = [item.path.as_posix() for item in items], [item.label for item in items]
+    chosen = choose_images(key, paths, labels, options.fraction)
+    _check_collisions(items, chosen, options.format)
+    if key.class_names:
+        names = sorted({item.label for item in items})  # not the numbers between them, which no image has
+    named = output if output.name else output.absolute()
+    return Plan(
+        store=store, key=key, options=options, rows=carrier_rows(key, names), chosen=chosen,
+        manifest=named.with_name(named.name + ".manifest.jsonl"),
+    )  # fmt: skip
+
+
+def choose_images(key: Key, paths: Sequence[str], labels: Sequence[str], fraction: float) -> frozenset[str]:
+    """The paths that are to be marked, a fraction of each class."""
+    by_class: dict[str, list[str]] = {}
+    for path, label in zip(paths, labels, strict=True):
+        by_class.setdefault(label, []).append(path)
+    return frozenset(path for members in by_class.values() for path in choose(key, members, fraction))
+
+
+def _is_secret(path: Path) -> bool:
+    """Whether a file, of any name, is a key, an index of black-box questions or a manifest: not to be released."""
+    try:
+        with path.open("rb") as file:
+            first = file.read(4096)
+        if first.startswith(b"{"):
+            line = first.split(b"\n", 1)[0]
+            return b'"radiotag"' in line and b'"fingerprint"' in line
+        if first[8:9] != b"{":
+            return False
+        with safe_open(path, framework="pt") as tensors:
+            metadata = (tensors.metadata() or {}).get("radiotag", "")
+    except (SafetensorError, OSError):
+        return False
+    return '"statistic"' in metadata or '"fingerprint"' in metadata
+
+
+def carrier_rows(key: Key, names: Sequence[str]) -> dict[str, int]:
+    """Which carrier marks which class: by name where the key names its classes, else in sorted order."""
+    known = key.class_names
+    if known is None or (len(known) == 1 and list(names) == [""]):
+        if len(names) > len(key.carriers):
+            hint = f"make a larger key: radiotag keygen --classes {len(names)}"
+            raise RadiotagError(f"the key has {len(key.carriers)} carriers, the folder {len(names)} classes", hint)
+        return {name: row for row, name in enumerate(names)}
+    missing = sorted(set(names) - set(known))
+    if missing == [""]:
+        hint = "put the images into a sub-folder of the class's name, or use a key of one class: keygen --classes 1"
+        raise RadiotagError("the key names its classes, and the folder has none", hint)
+    if missing:
+        hint = "use a key of this folder's classes: radiotag keygen --data SRC -o ANOTHER"
+        raise RadiotagError(f"the key does not know the class '{missing[0]}'", hint)
+    return {name: known.index(name) for name in names}
+
+
+def _check_collisions(items: Sequence[Item], chosen: AbstractSet[str], format: str) -> None:
+    if format == "keep":
+        return
+    targets = Counter(str(extension(i.path, format) if i.path.as_posix() in chosen else i.path) for i in items)
+    twice = next((name for name, count in targets.items() if count > 1), None)
+    if twice:
+        raise RadiotagError(f"two images would both become {twice}", "rename one, or use --format keep")
+
+
+# ---------------------------------------------------------------- what a user is told of a plan
+
+
+def unexpected_files(plan: Plan) -> list[str]:
+    """Files in the output that are not the source's, by relative path: left by earlier runs, or put there by a user."""
+    there = set(plan.store.output_files())
+    return sorted(there - with_earlier(plan).targets()) if there else []
+
+
+def uncounted_classes(plan: Plan) -> list[str]:
+    """First-level folders of images none of which is marked: a loader of class folders counts them as classes, too."""
+    images = (path for path in plan.other_files if path.suffix.lower() in SUFFIXES | OTHER_SUFFIXES)
+    folders = {path.parts[0] for path in images if len(path.parts) > 1}
+    return sorted(folders - set(plan.rows)) if "" not in plan.rows else []
+
+
+# ---------------------------------------------------------------- what an earlier run left
+
+
+def check(plan: Plan) -> None:
+    """RadiotagError for an output that this plan cannot begin or go on with; nothing is written."""
+    check_begun(plan)
+    if plan.manifest.exists() and not plan.options.force:
+        check_rows(plan)
+
+
+def check_begun(plan: Plan) -> None:
+    """As `check`, but for the rows, which a run looks at when it has merged other processes' journals."""
+    _check_links(plan)
+    if plan.output.is_file() and plan.source.is_dir():
+        raise RadiotagError(f"{plan.output} is a file", "choose another -o")
+    if plan.options.force:
+        return
+    if plan.manifest.exists():
+        _check_settings(plan, manifest.read_header(plan.manifest))
+    elif plan.output.exists() and (plan.output.is_file() or any(plan.output.iterdir())):
+        raise RadiotagError(f"{plan.output} exists and has no manifest", "choose another -o, or overwrite with --force")
+
+
+def check_rows(plan: Plan) -> None:
+    """Refuse an output that holds files of an earlier, different run."""
+    _check_images(plan)
+    whole = with_earlier(plan)
+    _check_stale(whole)
+    _check_strangers(whole)
+
+
+def with_earlier(plan: Plan) -> Plan:
+    """The plan, with what earlier runs marked, or meant to, chosen: as images come and go, a share falls on others."""
+    if len(plan.chosen) == len(plan.items):
+        return plan
+    marked = {row["path"]: row.get("status") == "marked" or "chosen" in row for row in _recorded(plan)}
+    earlier = {item.path.as_posix() for item in plan.items if marked.get(item.path.as_posix())}
+    _check_collisions(plan.items, plan.chosen | earlier, plan.options.format)
+    return replace(plan, chosen=plan.chosen | earlier)
+
+
+def stale_files(plan: Plan) -> Iterator[tuple[Path, str]]:
+    """Files that earlier runs wrote and this one will not, with their hashes ("": not known)."""
+    return plan.store.stale(_recorded(plan), plan.targets())
+
+
+def _recorded(plan: Plan) -> Iterator[Row]:
+    """The rows of the manifest, of which the last of each path counts."""
+    return (row for place, row in manifest.read_lines(plan.manifest) if place)
+
+
+def _check_links(plan: Plan) -> None:
+    """Refuse to write through links in the output: what lies behind one may be the source."""
+    parents = {path.parent for path in (*(item.path for item in plan.items), *plan.other_files)}
+    for folder in sorted({place for parent in parents for place in (parent, *parent.parents) if place.name}):
+        place = plan.store.output_file(folder)
+        if place and place.is_symlink():
+            message = f"{place} is a link, and what lies behind it would be overwritten"
+            raise RadiotagError(message, "remove the link, or choose another -o")
+
+
+def _check_settings(plan: Plan, recorded: Row) -> None:
+    for name, value in plan.header.items():
+        if recorded.get(name) != value:
+            raise RadiotagError(
+                f"{plan.output} was begun with {name} {recorded.get(name)}, not {value}",
+                "repeat the earlier setting, choose another -o, or start over with --force",
+            )
+
+
+def _check_images(plan: Plan) -> None:
+    """Refuse to put other images, or other carriers' marks, in the place of an earlier run's.
+
+    One image that is still the same shows that all belong.
+    """
+    items, same, other = {item.path.as_posix(): item for item in plan.items}, False, False
+    for row in _recorded(plan):
+        if not row.keys() >= {"sha256_in", "class", "row"}:
+            continue
+        _check_carrier(plan, row)
+        if not same:
+            item = items.get(row["path"])
+            digest = item and plan.store.hash(item.path)
+            same = digest == row["sha256_in"]
+            other = other or item is None or digest is not None
+    if other and not same:
+        raise RadiotagError(
+            f"{plan.output} was made of other images than are in {plan.source}",
+            "choose another -o, or start over with --force",
+        )
+
+
+def _check_carrier(plan: Plan, row: Row) -> None:
+    carrier = plan.rows.get(row["class"], row["row"])
+    if carrier != row["row"]:
+        message = f"the class '{row['class']}' was marked with carrier {row['row']}, and now has carrier {carrier}"
+        hint = "choose another -o, or start over with --force; a key of keygen --data names its classes"
+        raise RadiotagError(message, hint)
+
+
+def _check_stale(plan: Plan) -> None:
+    for stale, _ in stale_files(plan):
+        if stale.exists():
+            raise RadiotagError(
+                f"{stale} was made by an earlier run, and would not be made by this one",
+                "remove it, choose another -o, or start over with --force",
+            )
+
+
+def _check_strangers(plan: Plan) -> None:
+    """Refuse to overwrite files that no run recorded, but for what a killed one left: it looks like its source."""
+    recorded = manifest.places(plan.manifest)
+    for item in plan.items if recorded else ():
+        target = plan.store.output_file(plan.target(item))
+        if target is None or item.path.as_posix() in recorded or not target.exists():
+            continue
+        if not _alike(plan.source / item.path, target):
+            message = f"{target} was not made by an earlier run, and would be overwritten"
+            raise RadiotagError(message, "move it away, choose another -o, or start over with --force")
+
+
+def _alike(source: Path, target: Path) -> bool:
+    """Whether a file is its source's copy, or may be it marked."""
+    if hash_or_none(source) == hash_or_none(target):
+        return True
+    try:
+        before, after = (decode(path.read_bytes(), str(path)).rgb for path in (source, target))
+    except (RadiotagError, OSError):
+        return False
+    return before.shape == after.shape and psnr(before, after) >= ALIKE_PSNR

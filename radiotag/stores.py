@@ -1,0 +1,268 @@
+"""Where the images of a data set come from and where they go: a folder, or tar shards.
+
+All that differs between the two is here, behind one interface (`Store`): the plan and the run know only that. In a
+folder every image is a file. In shards it is a member: what is marked waits in a work folder until `finish` puts the
+shards together. Paths are relative to the source; of an image in shards, SHARD/MEMBER.
+"""
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Set
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from radiotag import shards
+from radiotag.errors import RadiotagError
+from radiotag.files import (
+    PART,
+    copy_atomically,
+    copy_mode_and_times,
+    hash_or_none,
+    with_parent,
+    write_atomically,
+)
+from radiotag.images import OTHER_SUFFIXES
+from radiotag.listing import Listing, list_folder
+from radiotag.manifest import Row
+
+
+class Store(Protocol):
+    """A data set and its marked copy."""
+
+    source: Path
+    output: Path
+    listing: Listing  # what the source holds
+    failed_are: str  # what becomes of images that cannot be marked, in the output
+    failed_where: str
+
+    def check_options(self, format: str) -> None:
+        """RadiotagError for a format or an output that such a source cannot have."""
+
+    def unmarked_formats(self) -> Counter[str]:
+        """How many files look like images of formats that are only copied, by suffix."""
+
+    def read(self, path: PurePosixPath) -> bytes:
+        """An image of the source."""
+
+    def hash(self, path: PurePosixPath) -> str | None:
+        """The SHA-256 of an image of the source; None if it cannot be read."""
+
+    def copy(self, path: PurePosixPath) -> str | None:
+        """Copy an image as it is, and return its SHA-256."""
+
+    def write(self, path: PurePosixPath, target: str, data: bytes) -> None:
+        """Write an image's marked file, whole or not at all."""
+
+    def finish(self, marked: Iterable[Row]) -> None:
+        """Complete the output, when all images that are to be marked are written; `marked` are their rows."""
+
+    def open_output(self) -> None:
+        """Look at what earlier runs have finished, for `is_written` and `read_output`."""
+
+    def is_written(self, row: Row) -> bool:
+        """Whether the output holds an image just as a row records it."""
+
+    def read_output(self, target: str) -> bytes:
+        """An image of the output; b"" or OSError if it is not there."""
+
+    def remove_parts(self) -> None:
+        """Remove what a killed run left half-written."""
+
+    def output_files(self) -> Iterator[str]:
+        """All files in the output that could be other than the source's, by relative path."""
+
+    def stale(self, rows: Iterable[Row], targets: Set[str]) -> Iterator[tuple[Path, str]]:
+        """Files that earlier runs recorded in rows and this one, with these targets, will not write; their hashes."""
+
+    def output_file(self, target: PurePosixPath | str) -> Path | None:
+        """Where an image, or a folder of images, lies in the output; None where images are no files."""
+
+
+def list_dataset(source: Path) -> Listing:
+    """What a data set holds, however it is stored."""
+    return shards.list_shards(source)[1] if shards.is_archive(source) else list_folder(source)
+
+
+def open_store(source: Path, output: Path) -> Store:
+    """The store of a data set, by what the source is."""
+    return Shards(source, output) if shards.is_archive(source) else Folder(source, output)
+
+
+def copy_other_file(source: Path, target: Path) -> None:
+    """Copy what is no image, or make an empty folder; a copy that is already there is left as it is."""
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+    elif hash_or_none(source) != hash_or_none(target) or not target.exists():
+        copy_atomically(source, with_parent(target))
+        copy_mode_and_times(source, target)
+
+
+class Folder:
+    """Images as files in a folder of class sub-folders, or in a flat one."""
+
+    failed_are, failed_where = "missing", "MISSING from"
+
+    def __init__(self, source: Path, output: Path) -> None:
+        self.source, self.output, self.listing = source, output, list_folder(source)
+
+    def check_options(self, format: str) -> None:
+        """A folder can be marked in every format, into every folder."""
+
+    def unmarked_formats(self) -> Counter[str]:
+        return _unmarked_suffixes(self.listing)
+
+    def read(self, path: PurePosixPath) -> bytes:
+        return (self.source / path).read_bytes()
+
+    def hash(self, path: PurePosixPath) -> str | None:
+        return hash_or_none(self.source / path)
+
+    def copy(self, path: PurePosixPath) -> str | None:
+        source, target = self.source / path, with_parent(self.output / path)
+        copy_atomically(source, target)
+        copy_mode_and_times(source, target)
+        return hash_or_none(target)
+
+    def write(self, path: PurePosixPath, target: str, data: bytes) -> None:
+        file = with_parent(self.output / target)
+        write_atomically(file, data)
+        copy_mode_and_times(self.source / path, file)
+
+    def finish(self, marked: Iterable[Row]) -> None:
+        """Nothing is left to do: every image is in its place."""
+
+    def open_output(self) -> None:
+        """Nothing to do: every image is looked up by its name."""
+
+    def is_written(self, row: Row) -> bool:
+        return bool(row["sha256_out"] == hash_or_none(self.output / row["output"]))
+
+    def read_output(self, target: str) -> bytes:
+        return (self.output / target).read_bytes()
+
+    def remove_parts(self) -> None:
+        _remove_parts(self.output)
+
+    def output_files(self) -> Iterator[str]:
+        for folder, _, names in os.walk(self.output):
+            yield from ((Path(folder).relative_to(self.output) / name).as_posix() for name in names)
+
+    def stale(self, rows: Iterable[Row], targets: Set[str]) -> Iterator[tuple[Path, str]]:
+        for row in rows:
+            if row.get("status", "failed") != "failed" and row.get("output", row["path"]) not in targets:
+                yield self.output / row["output"], row.get("sha256_out", "")
+
+    def output_file(self, target: PurePosixPath | str) -> Path | None:
+        return self.output / target
+
+
+class Shards:
+    """Images as members of tar shards, in a folder or of a single one."""
+
+    failed_are, failed_where = "left unmarked", "UNMARKED in"
+
+    def __init__(self, source: Path, output: Path) -> None:
+        self.source, self.output = source, output
+        self.archive, self.listing = shards.list_shards(source)
+        self.finished: shards.Archive | None = None  # the index of the output, as `open_output` finds it
+
+    @property
+    def work(self) -> Path:
+        """Where marked images wait until a shard can be put together: beside the output."""
+        output = self.output if self.output.name else self.output.absolute()
+        return output.with_name(f".{output.name}.staged")
+
+    def check_options(self, format: str) -> None:
+        if format != "keep":
+            raise RadiotagError(f"{self.source}: the images of a tar shard keep their format", "leave out --format")
+        if self.source.is_file() and (self.output.is_dir() or self.output.suffix.lower() != ".tar"):
+            raise RadiotagError(f"{self.output}: a single shard becomes a single shard", "name a .tar file with -o")
+
+    def unmarked_formats(self) -> Counter[str]:
+        return _unmarked_suffixes(self.listing) + self.archive.unmarked
+
+    def read(self, path: PurePosixPath) -> bytes:
+        return self.archive.read(path)
+
+    def hash(self, path: PurePosixPath) -> str | None:
+        return hashlib.sha256(self.read(path)).hexdigest()
+
+    def copy(self, path: PurePosixPath) -> str | None:
+        """It goes from shard to shard when that is put together."""
+        return self.hash(path)
+
+    def write(self, path: PurePosixPath, target: str, data: bytes) -> None:
+        write_atomically(with_parent(self._staged(target)), data)
+
+    def finish(self, marked: Iterable[Row]) -> None:
+        """Put the shards together from the source's and the marked images, and remove the work folder."""
+        self.open_output()
+        targets = {row["path"]: row["output"] for row in marked}
+
+        def marked_bytes(path: str) -> bytes | None:
+            return self._marked(path, targets[path]) if path in targets else None
+
+        for shard, members in self.archive.by_shard().items():
+            source, target = self.archive.root / shard, self._output_shard(shard)
+            shards.assemble(source, members, with_parent(target), marked_bytes, self.work)
+            copy_mode_and_times(source, target)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def open_output(self) -> None:
+        self.finished = shards.finished_archive(self.output)
+
+    def is_written(self, row: Row) -> bool:
+        if row["status"] == "copied":
+            return True
+        digest = hash_or_none(self._staged(row["output"]))
+        if digest is None and self.finished:
+            digest = hashlib.sha256(self.read_output(row["output"])).hexdigest()
+        return bool(row["sha256_out"] == digest)
+
+    def read_output(self, target: str) -> bytes:
+        if self.output.is_file():  # a single shard, whose name may differ from its source's
+            target = target.replace(target.split("/", maxsplit=1)[0], self.output.name, 1)
+        there = self.finished is not None and target in self.finished.members
+        return self.finished.read(PurePosixPath(target)) if self.finished and there else b""
+
+    def remove_parts(self) -> None:
+        _remove_parts(self.output)
+        _remove_parts(self.work)
+
+    def output_files(self) -> Iterator[str]:
+        return iter(())
+
+    def stale(self, rows: Iterable[Row], targets: Set[str]) -> Iterator[tuple[Path, str]]:
+        recorded = {row["path"].split("/")[0] for row in rows}
+        for shard in sorted(recorded - set(self.archive.shards)) if self.source.is_dir() else ():
+            if shards.is_shard(self.output / shard):
+                yield self.output / shard, ""
+
+    def output_file(self, target: PurePosixPath | str) -> Path | None:
+        return None
+
+    def _staged(self, target: str) -> Path:
+        """A file of the work folder, by a name that fits whatever the member is called."""
+        return self.work / hashlib.sha256(os.fsencode(target)).hexdigest()
+
+    def _output_shard(self, shard: str) -> Path:
+        return self.output / shard if self.source.is_dir() else self.output
+
+    def _marked(self, path: str, target: str) -> bytes:
+        staged = self._staged(target)
+        data = staged.read_bytes() if self.finished is None or staged.is_file() else self.read_output(path)
+        if not data:
+            raise RadiotagError(f"{path}, marked, is gone from {self.work}", "run the same command again")
+        return data
+
+
+def _unmarked_suffixes(listing: Listing) -> Counter[str]:
+    return Counter(path.suffix.lower() for path in listing.other_files if path.suffix.lower() in OTHER_SUFFIXES)
+
+
+def _remove_parts(folder: Path) -> None:
+    for part in folder.rglob(".*.part") if folder.is_dir() else ():
+        if PART.fullmatch(part.name):
+            part.unlink(missing_ok=True)
