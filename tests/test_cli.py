@@ -65,7 +65,7 @@ MARK_KEYS = COMMON | {
 SUSPECT_KEYS = {
     *("path", "architecture", "detected", "log10_p", "log10_p_corrected", "paper_log10_p", "mean_cosine"),
     *("pattern_cosine", "sha256"),
-    *("alignment_r2", "classes_used", "method", "warnings"),
+    *("alignment_r2", "classes_used", "classes", "method", "warnings"),
 }
 
 
@@ -1087,11 +1087,11 @@ def test_out_of_memory_halves_the_batch_and_changes_no_byte(world, tmp_path, mon
     assert mark(world, tmp_path / "roomy" / "out").code == 0
     real, sizes = batches.mark_pictures, []
 
-    def cramped(marker, pictures, *rest):
-        sizes.append(len(pictures))
-        if len(pictures) > 3:
+    def cramped(marker, requests):
+        sizes.append(len(requests))
+        if len(requests) > 3:
             raise torch.OutOfMemoryError("no memory")
-        return real(marker, pictures, *rest)
+        return real(marker, requests)
 
     monkeypatch.setattr(batches, "mark_pictures", cramped)
     assert mark(world, tmp_path / "cramped" / "out").code == 0
@@ -1104,10 +1104,10 @@ def test_an_image_that_cannot_be_written_marked_costs_that_image_alone(world, tm
     assert mark(world, tmp_path / "whole" / "out").code == 0
     real = batches.mark_pictures
 
-    def failing(marker, pictures, *rest):
-        if any(picture.name.endswith("ant/00003.png") for picture in pictures):
+    def failing(marker, requests):
+        if any(request.picture.name.endswith("ant/00003.png") for request in requests):
             raise RadiotagError("ant/00003.png cannot be written")
-        return real(marker, pictures, *rest)
+        return real(marker, requests)
 
     monkeypatch.setattr(batches, "mark_pictures", failing)
     result = mark(world, tmp_path / "out", "--json")
