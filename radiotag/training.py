@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from radiotag.errors import RadiotagError, first_line
 from radiotag.images import decode
@@ -87,7 +88,8 @@ def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | N
     for i, item in enumerate(items):
         rgb = decode((source / item.path).read_bytes(), str(source / item.path)).rgb
         picture = Image.fromarray(np.rint(rgb).astype(np.uint8))
-        images[i] = torch.from_numpy(np.array(_fit(picture, size))).permute(2, 0, 1)
+        picture = center_crop(resize(picture, [size]), [size])  # bilinear, antialiased
+        images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     labels = torch.tensor([names.index(item.label) for item in items])
     return Dataset(images=images, labels=labels, names=names)
 
@@ -97,15 +99,6 @@ def natural_size(path: Path) -> int:
     height, width, _ = decode(path.read_bytes(), str(path)).rgb.shape
     short = int(min(height, width))
     return short if short <= 64 else 224
-
-
-def _fit(picture: Image.Image, size: int) -> Image.Image:
-    if picture.size == (size, size):
-        return picture
-    scale = size / min(picture.size)
-    width, height = (max(size, round(s * scale)) for s in picture.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
 
 
 def _empty_images(count: int, size: int) -> Tensor:

@@ -161,9 +161,9 @@ def test_load_folder_resizes_the_short_side_and_crops_the_centre(folder, size):
     for image, name in zip(data.images, ORDER, strict=True):
         picture = Image.open(folder / name)
         short = min(picture.size)
-        width, height = (round(side * size / short) for side in picture.size)
+        width, height = (side * size // short for side in picture.size)  # as torchvision's Resize and CenterCrop
         resized = picture.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - size) // 2, (height - size) // 2
+        left, top = (round((side - size) / 2) for side in (width, height))
         expected = np.asarray(resized)[top : top + size, left : left + size]
         assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
