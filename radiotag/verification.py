@@ -81,6 +81,16 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClassResult:
+    """One class's part of a finding."""
+
+    name: str | None
+    output: int  # of the suspect
+    carrier: int  # row of the key's carriers
+    log10_p: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One suspect's result. Logarithms are to base 10."""
 
@@ -99,6 +109,7 @@ class Finding:
     warnings: tuple[str, ...]
     calibration: Calibration | None = None
     decoys: int | None = None  # keys beside the true one, black-box
+    classes: tuple[ClassResult, ...] = ()  # white-box
 
 
 def at_most(images: int, size: int) -> int:
@@ -595,6 +606,7 @@ def _warnings(suspect: Network, rows: Rows, options: Options) -> list[str]:
 def as_json(finding: Finding) -> dict[str, Any]:
     """Plain values for `--json`."""
     plain = asdict(finding)
+    del plain["classes"]
     if finding.method == "white-box":
         del plain["decoys"]
     if finding.calibration is None:
