@@ -50,7 +50,7 @@ td:last-child, th:last-child { padding-right: 0; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .gap { font-weight: 400; font-style: italic; }
 figure { margin: .8rem 0; }
-svg { display: block; width: 100%; font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans",
+figure > svg { display: block; width: 100%; font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans",
   "DejaVu Sans", sans-serif; }
 svg text { fill: #111; }
 svg rect { fill: #555; }

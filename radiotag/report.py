@@ -48,7 +48,7 @@ COMBINED = (
 )
 BEST = (
     "One class was marked, and which output it became is not known: every output was compared with the same carrier. "
-    "The strongest alone counts, its p-value multiplied by the number of outputs"
+    "The strongest alone counts, its p-value multiplied by the number of outputs."
 )
 ORDINALS = ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -305,27 +305,27 @@ def best_counts(finding: Finding) -> bool:
 
 
 def _evidence(page: Page) -> list[ET.Element]:
+    shown = [finding for finding in page.findings if finding.classes]
+    if not shown:
+        return []
+    how = (
+        "Each bar is −log10 p: a bar of 3 means that chance alone comes so far once in 1,000 times. In a model without "
+        "the marked data half of the bars end before the line p = 0.5, and 19 of 20 before the line p = 0.05. "
+    )
     parts = [
         element("h2", "Evidence per class"),
-        paragraph(
-            "Each bar is −log10 p: a bar of 3 means that chance alone comes so far once in 1,000 times. In a model "
-            "without the marked data half of the bars end before the line p = 0.5, and 19 of 20 before the line "
-            "p = 0.05."
-        ),
+        paragraph(how + (BEST if any(map(best_counts, shown)) else COMBINED)),
     ]
-    shown = [finding for finding in page.findings if finding.classes]
     for finding in shown:
         parts += [element("h3", element("code", finding.path))] if len(page.findings) > 1 else []
         parts += _class_evidence(finding)
-    return parts if shown else []
+    return parts
 
 
 def _class_evidence(finding: Finding) -> list[ET.Element]:
     ordered = sorted(finding.classes, key=lambda found: found.log10_p)
     what, count = ("outputs" if best_counts(finding) else "classes"), len(ordered)
-    ends, notes = [(f"all {count} {what}", ordered)], [COMBINED]
-    if best_counts(finding):
-        notes = [f"{BEST}, {count:,}."]
+    ends, notes = [(f"all {count} {what}", ordered)], []
     if count > 2 * SHOWN:
         ends = [(f"the {SHOWN} strongest {what}", ordered[:SHOWN]), (f"the {SHOWN} weakest {what}", ordered[-SHOWN:])]
         notes.append(f"Of {count:,} {what} the {SHOWN} strongest and the {SHOWN} weakest are shown.")
@@ -392,7 +392,7 @@ def _bins() -> list[str]:
 
 def calibration_words(found: Calibration, best: bool = False) -> list[str]:
     """Say what a calibration shows, one sentence a line; `best`: see `best_counts`."""
-    alike = "no small ones in excess" if best else "compatible with a uniform distribution"
+    alike = "no excess of small p-values" if best else "compatible with a uniform distribution"
     words = {True: f"{alike}, as it must be", False: "NOT uniform: do not trust this p-value"}
     p_values = (("Kolmogorov-Smirnov", found.ks_p), ("luck gives as many small p-values, or more, with", found.tail_p))
     return [
@@ -433,15 +433,15 @@ def _calibration(finding: Finding) -> list[ET.Element]:
     ]
     title = f"p-values of {found.n:,} null keys, counted in ten bins"
     expects = f"{expected:,.10g} are expected in each, and differences of about {0.6 * found.n**0.5:,.0f} are ordinary"
+    name = f"expected: {expected:,.10g}"
     if best_counts(finding):
+        name = f"expected: at most {expected:,.10g}"
         expects = f"at most about {expected:,.10g} are expected in each but the last"
     words = [raised(text) for text in calibration_words(found, best_counts(finding))]
-    drawn = chart(title, bars, [(expected, f"expected: {expected:,.10g}")], 1.05 * max(expected, *found.histogram))
+    drawn = chart(title, bars, [(expected, name)], 1.05 * max(expected, *found.histogram))
     return [
         element("figure", element("figcaption", f"{title}; {expects}"), drawn),
-        numbers(
-            ("p-value", "found", "expected"), [group(_tail(found))], "Small p-values of null keys, by which one accuses"
-        ),
+        numbers(("p-value", "found", "expected"), [group(_tail(found))], "How many null keys reach small p-values"),
         _list(words),
     ]
 

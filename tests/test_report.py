@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from helpers import bad, call
 from hypothesis import given, settings
@@ -144,6 +145,7 @@ def test_probabilities_as_people_write_them(log10_p, shown):
         (math.log10(0.2), "About every fifth model"), (math.log10(0.101), "About every tenth model"),
         (-1.0, "at most once in 10 times"), (-2.0, "at most once in 100 times"), (-4.0, "at most once in 10,000 times"),
         (-5.42, "at most once in 260,000 times"), (-6.42, "at most once in 2.6 million times"),
+        (-8.9, "at most once in 790 million times"), (-9.0, "at most once in 10^9 times"),
         (math.log10(1e-26), "at most once in 10^26 times"), (-1234.56, "at most once in 10^1234 times"),
     ],
 )  # fmt: skip
@@ -269,6 +271,15 @@ def test_any_text_of_strangers_comes_out_as_text(key):
     attempt()
 
 
+def test_text_is_made_harmless_wherever_it_stands():
+    made = markup.element(
+        "p", "a\x1b", "b\n", markup.element("b", "\x00"), "c\x07", "d\u2028", class_="x", text_anchor="end"
+    )
+    assert "".join(made.itertext()) == r"a\x1bb\n\x00c\x07d\u2028"
+    assert made.attrib == {"class": "x", "text-anchor": "end"}
+    assert markup.verbatim("one\x1b\ntwo\n\n").text == "one\\x1b\ntwo"
+
+
 # ---------------------------------------------------------------- what it says
 
 
@@ -316,7 +327,7 @@ def test_what_was_tested_is_told_in_full(key):
     assert found["log10 p, corrected"].startswith("-5.42")
     assert found["The paper's statistic"].startswith("log10 p = -1.25 (information only")
     assert found["Mean cosine, features"].startswith("+0.1234") and found["Mean cosine, patterns"].startswith("+0.2000")
-    for part in ("radiotag ", "Python ", f"torch {torch.__version__}"):
+    for part in ("radiotag ", "Python ", f"torch {torch.__version__}", f"scipy {scipy.__version__}"):
         assert part in found["Versions"]
 
 
@@ -363,6 +374,8 @@ def test_a_black_box_report_speaks_of_black_box_alone(key):
         assert part in said, part
     assert f"cannot be below {report.raised(report.probability(-3 * math.log10(24)))}" in said
     assert f"cannot be below {24**-2:.3f}" in said
+    found = facts_of(next(tree(page).iter("table")))
+    assert found["Decoy keys"] == "23" and found["Questions"] == "48 for each image"
     quoted = words(next(tree(page).iter("pre")))
     rest = said.replace(quoted, "").lower()
     for part in ("cosine", "alignment", "aligned", "r²", "white-box", "paper", "calibrat", "ridge", "none:"):
@@ -443,10 +456,15 @@ def test_of_a_thousand_classes_the_strongest_and_the_weakest_are_shown(key):
 
 def test_outputs_of_one_marked_class_are_told_from_classes(key):
     said = words(tree(text_of(key, finding(classes=results((-4.0, -0.1), carrier=0), calibration=BEST))))
-    assert "every output was compared with the same carrier" in said and "number of outputs, 2." in said
+    assert "every output was compared with the same carrier" in said and "all 2 outputs" in said
     assert "rests on all bars" not in said and "chance alone: 0 ±" not in said
-    assert "no small ones in excess" in said and "uniform distribution" not in said
+    assert "no excess of small p-values" in said and "uniform distribution" not in said
     assert "at most about 100 are expected in each but the last" in said
+
+
+def test_one_class_alone_is_no_best_of_many(key):
+    said = words(tree(text_of(key, finding(classes=results((-4.0,), NAMES), classes_used=1, calibration=UNIFORM))))
+    assert "rests on all bars" in said and "chance alone: 0 ±" in said and "uniform distribution" in said
 
 
 @given(st.text(max_size=60))
@@ -457,6 +475,11 @@ def test_labels_are_cut_to_the_room_there_is(name):
     if whole.isascii():
         assert (short == whole) == (len(whole) <= markup.LABEL)
     assert len(markup.shortened("山" * 40)) <= 1 + markup.LABEL // 2
+
+
+@pytest.mark.parametrize(("name", "short"), [("a" * 17, "a" * 17), ("a" * 18, "a" * 16 + "…"), ("山" * 8, "山" * 8)])
+def test_labels_fill_the_room_there_is(name, short):
+    assert markup.shortened(name) == short
 
 
 # ---------------------------------------------------------------- calibration
