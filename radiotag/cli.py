@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -665,7 +666,7 @@ def verify(
         int, typer.Option(min=0, max=1_000_000, help="fresh keys to test the same suspect with, as a check")
     ] = 0,
     report_: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html|.svg", help="write the result as a page, too")
+        Path | None, typer.Option("--report", metavar="FILE.html", help="write the result as a page, too")
     ] = None,
     force: ForceOption = False,
     device: DeviceOption = "auto",
@@ -714,7 +715,11 @@ def verify(
         problem = None
         if report_:
             try:
-                pages.write(report_, findings, secret, alpha)
+                command, created = ["radiotag", *sys.argv[1:]], datetime.now(UTC)
+                pages.write(
+                    report_,
+                    pages.Page(findings=findings, key=secret, alpha=alpha, command=command, created=created),
+                )
             except RadiotagError as error:  # the verdict of an hour is told all the same
                 report.problem(str(error), error.hint)
                 problem = error
@@ -805,7 +810,7 @@ def _tell(
     for finding in findings:
         report.say(*_finding_lines(finding, alpha, len(findings)))
         if finding.calibration:
-            report.say(*(line.plain for line in pages.histogram(finding.calibration)), "")
+            report.say(*pages.histogram(finding.calibration, pages.best_counts(finding)), "")
     white = all(finding.method == "white-box" for finding in findings)
     report.say(
         f"null         {NULL}",

@@ -1,84 +1,101 @@
-"""The page that a lawyer reads: what was tested, the null hypothesis, what came out and what would void it."""
+"""The verification report: one HTML page for a lawyer, an editor or an opposing expert.
 
-import io
+The page is one file: it loads nothing, runs nothing and needs no colour. Its first sentence says how often chance alone
+would look the same; the rest says what was tested, how, and on what conditions that holds.
+"""
+
 import math
+import platform
+import re
+import shlex
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+import numpy
+import scipy
+import torch
+import torchvision
 
 from radiotag import __version__
 from radiotag.calibration import TAIL, Calibration
-from radiotag.errors import RadiotagError, printable
+from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
-from radiotag.keys import STATISTICS, Key
+from radiotag.keys import STATISTICS, Key, public_half
+from radiotag.markup import Bar, chart, document, element, facts, group, numbers, paragraph, verbatim
 from radiotag.radioactive import NULL
-from radiotag.verification import VOIDS, Finding
+from radiotag.verification import VOIDS, ClassResult, Finding
 
-WIDTH = 118  # characters
+ALARM = 0.001  # a calibration's p-value below this says that the suspects' p-values cannot be trusted
+SHOWN = 20  # classes shown at either end, where there are more than twice as many
 BLACK_BOX = (
     "place of the true key among its decoys in how much surer the suspect is of images with the key's pattern added "
     "than taken away, class by class; exact resampling"
 )
+BLACK_BOX_VOIDS = (
+    VOIDS[0],
+    "if the images asked about are unmarked, and if no other key, suspect, decoys, questions or options were tried",
+)
+WHITE_BOX_HOW = (
+    "The test is white-box: the suspect's weights were read, and its response to unmarked images was measured. "
+    "Nothing in its file was run."
+)
+BLACK_BOX_HOW = "The test is black-box: the suspect was asked about images, and nothing but its answers was used."
+COMBINED = (
+    "The verdict rests on all bars together: many that lean a little the same way weigh as much as a few that lean "
+    "strongly. The key declares how they are combined, and p is not their product."
+)
+BEST = (
+    "One class was marked, and which output it became is not known: every output was compared with the same carrier. "
+    "The strongest alone counts, its p-value multiplied by the number of outputs."
+)
+ORDINALS = ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """What a report tells of."""
+
+    findings: Sequence[Finding]  # of one run, all white-box or all black-box
+    key: Key
+    alpha: float
+    command: Sequence[str]  # what repeats the test: the program and its arguments
+    created: datetime
+
+    @property
+    def black_box(self) -> bool:
+        """Whether the suspects were tested by their answers alone."""
+        return all(finding.method == "black-box" for finding in self.findings)
 
 
 def check(path: Path) -> None:
-    """RadiotagError, before minutes are spent, for a suffix that no page has or a folder that is not there."""
-    if path.suffix.lower() not in {".html", ".svg"}:
-        raise RadiotagError(f"{path} is neither .html nor .svg", "name the report so")
+    """Raise RadiotagError, before minutes are spent, for a name that is no HTML file's or a folder that is missing."""
+    if path.suffix.lower() != ".html":
+        raise RadiotagError(f"a report is an HTML page: {path} is not", f"name it {path.stem or 'report'}.html")
     if not path.parent.is_dir():
         raise RadiotagError(f"{path} lies in no folder that exists", "make the folder, or name another --report")
 
 
-def write(path: Path, findings: Sequence[Finding], key: Key, alpha: float) -> None:
-    """Write the page as HTML or SVG, by the suffix (Rich's own export)."""
-    console = Console(record=True, file=io.StringIO(), width=WIDTH, force_terminal=True, color_system="truecolor")
-    console.print(page(findings, key, alpha))
-    title = "radiotag: verification of suspects"
-    page_text = console.export_svg(title=title) if path.suffix.lower() == ".svg" else console.export_html()
-    write_atomically(path, page_text.encode())
+def write(path: Path, page: Page) -> None:
+    """Write the page, whole or not at all."""
+    write_atomically(path, html(page).encode())
 
 
-def page(findings: Sequence[Finding], key: Key, alpha: float) -> RenderableType:
-    """Everything the report says, as one renderable."""
-    parts: list[RenderableType] = [
-        Text("radiotag: was this model trained on the marked data?", style="bold"),
-        Text(f"radiotag {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"),
-        Text(),
-        _results(findings),
-        Text(),
-        _facts(findings, key, alpha),
-    ]
-    for finding in findings:
-        if finding.calibration:
-            parts += [
-                Text(),
-                Text(f"{printable(finding.path)} under fresh keys", style="bold"),
-                *histogram(finding.calibration),
-            ]
-    return Group(*parts)
+def html(page: Page) -> str:
+    """Return the whole page as text."""
+    sections = (_verdicts, _tested, _answers, _evidence, _calibrations, _key, _meaning, _voids, _repeat)
+    main = element("main", *(part for section in sections for part in section(page)))
+    return document(f"{_title(page)} Verification report by radiotag", _header(page), main)
 
 
-def _results(findings: Sequence[Finding]) -> Table:
-    table = Table(title="Suspects", title_justify="left")
-    for column in ("suspect", "network", "method", "classes", "log10 p", "corrected", "corrected p", "verdict"):
-        table.add_column(column, overflow="fold")
-    for finding in findings:
-        table.add_row(
-            *map(Text, (
-                printable(finding.path), finding.architecture, finding.method, str(finding.classes_used),
-                f"{finding.log10_p:.2f}", f"{finding.log10_p_corrected:.2f}", probability(finding.log10_p_corrected),
-            )),
-            Text("MARK DETECTED", style="bold") if finding.detected else Text("no evidence"),
-        )  # fmt: skip
-    return table
+# ---------------------------------------------------------------- numbers in words
 
 
 def probability(log10_p: float) -> str:
-    """A p-value as people write it, however small: 10^-1234 has no float."""
+    """Write a p-value as people do, however small: 10^-1234 has no float."""
     if log10_p > -3:
         return f"{10**log10_p:.3f}"
     exponent = math.floor(log10_p)
@@ -86,42 +103,418 @@ def probability(log10_p: float) -> str:
     return f"{mantissa:.1f} × 10^{exponent}" if mantissa < 10 else f"1.0 × 10^{exponent + 1}"
 
 
-def _facts(findings: Sequence[Finding], key: Key, alpha: float) -> Table:
-    table = Table(show_header=False, title="What the numbers mean", title_justify="left")
-    table.add_column(overflow="fold", max_width=36)
-    table.add_column(overflow="fold")
-    methods = {finding.method for finding in findings}
-    statistic = f"{key.statistic}: {STATISTICS[key.statistic]} (declared in the key)"
-    rows = [
-        ("null hypothesis", NULL),
-        ("p-value", "the probability, if the null hypothesis is true, of evidence at least as strong as was found"),
-        ("statistic", statistic if methods == {"white-box"} else BLACK_BOX),
-        ("correction", f"Holm's, over {len(findings)} suspect{'s' * (len(findings) > 1)} tested together"),
-        ("threshold", f"detected if the corrected p is at most {alpha:g}"),
-        ("key fingerprint", f"sha256:{key.fingerprint}"),
-        ("what voids it", " ".join(VOIDS)),
-    ]
-    rows += [(f"SHA-256 of {finding.path}", finding.sha256) for finding in findings]
-    rows += [(f"warning, {finding.path}", warning) for finding in findings for warning in finding.warnings]
-    for name, value in rows:
-        table.add_row(Text(printable(name)), Text(printable(value)))
-    return table
+def frequency(log10_p: float) -> str:
+    """Say how often chance comes so far, in two digits and never as rarer than it is.
+
+    >>> frequency(-5.42), frequency(-26.3)
+    ('once in 260,000 times', 'once in 10^26 times')
+    """
+    exponent = math.floor(-log10_p + 1e-9)  # logarithms are rounded: 26 may come as 25.999999999999996
+    if exponent >= 9:
+        return f"once in 10^{exponent} times"
+    step = 10 ** max(0, exponent - 1)
+    times = int(10**-log10_p * (1 + 1e-9)) // step * step
+    return f"once in {times / 1e6:g} million times" if exponent >= 6 else f"once in {times:,} times"
 
 
-def histogram(found: Calibration) -> list[Text]:
-    """Lines of a bar chart of p under fresh keys, in plain characters."""
-    widest = max(found.histogram)
-    lines = [
-        Text(f"{i / 10:.1f}-{(i + 1) / 10:.1f}  {'#' * round(50 * count / widest):<50}  {count}")
-        for i, count in enumerate(found.histogram)
+def sentence(log10_p: float) -> str:
+    """Say in one plain sentence what a corrected p-value means."""
+    times = 10 ** min(-log10_p, 300.0)  # a larger exponent has no float, and serves nothing here
+    if times < 1.5:
+        return "Most models without the marked data come this far."
+    if times < 10:
+        return f"About every {ORDINALS[round(times) - 2]} model without the marked data comes this far."
+    return f"A model without the marked data comes this far at most {frequency(log10_p)}."
+
+
+def _plain(p: float) -> str:
+    return probability(math.log10(max(p, 1e-300)))
+
+
+def share(alpha: float) -> str:
+    """Write a threshold as people do: 0.0001."""
+    return f"{alpha:.10f}".rstrip("0") if alpha >= 1e-6 else probability(math.log10(alpha))
+
+
+def raised(text: str) -> str:
+    """Write powers as a page can: 10^-4 with a raised −4, which stays whole when it is copied."""
+    return re.sub(r"\^(-?\d+)", lambda found: found[1].translate(SUPERSCRIPTS), text)
+
+
+# ---------------------------------------------------------------- what was found
+
+
+def _title(page: Page) -> str:
+    asked = "Was this model" if len(page.findings) == 1 else "Were these models"
+    return f"{asked} trained on the marked data?"
+
+
+def _header(page: Page) -> ET.Element:
+    return element(
+        "header",
+        element("h1", _title(page)),
+        paragraph(f"Verification report by radiotag {__version__}, {_date(page)}", class_="small"),
+        paragraph(
+            "The owner of a data set changed some of its images imperceptibly, by a secret key: they are marked. "
+            "A model that is trained on marked images keeps a trace of the key. This report says whether that trace "
+            "was found, how often chance alone would look the same, and on what conditions that holds.",
+        ),
+    )
+
+
+def _date(page: Page) -> str:
+    return f"{page.created:%Y-%m-%d %H:%M} {page.created.tzname() or ''}".rstrip()
+
+
+def _verdicts(page: Page) -> list[ET.Element]:
+    after = [
+        paragraph(
+            raised(
+                f"A mark counts as detected where the corrected p-value is at most {share(page.alpha)} "
+                f"({frequency(math.log10(page.alpha))})."
+            ),
+        )
     ]
-    uniform = min(found.ks_p, found.tail_p) >= 0.001
-    verdict = "as it must be" if uniform else "NOT uniform: do not trust this p-value"
-    tail = (f"p ≤ {level:g}: {count} ({level * found.n:g})" for level, count in zip(TAIL, found.tail, strict=True))
+    if len(page.findings) > 1:
+        after.append(paragraph(_holm(page)))
+    if not all(finding.detected for finding in page.findings):
+        after.append(
+            paragraph(
+                "No evidence does not mean that the marked data were not used: too few of them, or a training that "
+                "kept too little of them, leave no trace that this test can see.",
+            )
+        )
+    return [element("h2", "Verdict"), *(_verdict(finding, page) for finding in page.findings), *after]
+
+
+def _holm(page: Page) -> str:
+    return (
+        f"{len(page.findings)} suspects were tested together, which gives chance more occasions: Holm's correction "
+        f"raises each p-value so that the risk of even one wrong accusation among all of them stays at most "
+        f"{raised(share(page.alpha))}."
+    )
+
+
+def _verdict(finding: Finding, page: Page) -> ET.Element:
+    parts = [
+        element("h3", element("code", finding.path)),
+        paragraph(_verdict_word(finding), class_="verdict"),
+        paragraph(raised(sentence(finding.log10_p_corrected))),
+    ]
+    if not finding.detected:
+        parts.append(paragraph("That is not rare enough for an accusation.", class_="small"))
+    if finding.calibration and not trusted(finding.calibration):
+        parts.append(paragraph(element("strong", "The calibration below raises an alarm: do not trust this.")))
+    if finding.warnings:
+        count = len(finding.warnings)
+        said = f"{count} warning{'s' * (count > 1)} below, under “What was tested”."
+        parts.append(paragraph(said, class_="small"))
+    return element("article", *parts, class_="detected" if finding.detected else "undetected")
+
+
+def _tested(page: Page) -> list[ET.Element]:
+    how, of_method = WHITE_BOX_HOW, _white_box_facts
+    if page.black_box:
+        how, of_method = BLACK_BOX_HOW, _black_box_facts
+    tables = []
+    for finding in page.findings:
+        warnings = _list(finding.warnings) if finding.warnings else "none"
+        tables.append(facts([*_common_facts(finding, page), *of_method(finding, page), ("Warnings", warnings)]))
+    return [element("h2", "What was tested"), paragraph(how), *tables]
+
+
+def _common_facts(finding: Finding, page: Page) -> list[tuple[str, str | ET.Element]]:
+    several = len(page.findings) > 1
+    corrected = f"for {len(page.findings)} suspects" if several else "one suspect was tested: nothing to correct"
     return [
-        Text("p        fresh keys"),
-        *lines,
-        Text(f"found (and expected): {', '.join(tail)}; as many or more by luck: p = {found.tail_p:.3f}"),
-        Text(f"{found.n} fresh keys: Kolmogorov-Smirnov p = {found.ks_p:.3f} ({verdict})"),
-        Text(f"the true key has rank {found.rank} of {found.n + 1} (1: the smallest p)"),
+        ("File", element("code", finding.path)),
+        ("SHA-256", element("code", finding.sha256)),
+        ("Network", finding.architecture),
+        ("Method", finding.method),
+        ("Classes used", f"{finding.classes_used:,}"),
+        ("log10 p", f"{finding.log10_p:z.2f}"),
+        ("log10 p, corrected", f"{finding.log10_p_corrected:z.2f} ({corrected})"),
+        ("p, corrected", raised(f"{probability(finding.log10_p_corrected)} ({_verdict_word(finding)})")),
+    ]
+
+
+def _list(texts: Sequence[str]) -> ET.Element:
+    return element("ul", *(element("li", text) for text in texts))
+
+
+def _verdict_word(finding: Finding) -> str:
+    return "MARK DETECTED" if finding.detected else "no evidence"
+
+
+def _white_box_facts(finding: Finding, page: Page) -> list[tuple[str, str | ET.Element]]:
+    r2 = "none: the network was not aligned" if finding.alignment_r2 is None else f"{finding.alignment_r2:.2f}"
+    paper = "not computed" if finding.paper_log10_p is None else f"log10 p = {finding.paper_log10_p:.2f}"
+    dimension = page.key.carriers.shape[1], page.key.patterns.shape[1]
+    return [
+        ("Mean cosine, features", _cosine(finding.mean_cosine, dimension[0], finding)),
+        ("Mean cosine, patterns", _cosine(finding.pattern_cosine, dimension[1], finding)),
+        ("Alignment R²", r2),
+        ("The paper's statistic", f"{paper} (information only: it does not count towards the verdict)"),
+    ]
+
+
+def _cosine(cosine: float | None, dimension: int, finding: Finding) -> str:
+    """Show a mean cosine beside its standard deviation under the null, of independent classes."""
+    if cosine is None:
+        return "not computed"
+    if best_counts(finding):
+        return f"{cosine:+.4f} (of all outputs)"
+    return f"{cosine:+.4f} (chance alone: 0 ± {1 / math.sqrt(dimension * finding.classes_used):.4f})"
+
+
+def _black_box_facts(finding: Finding, page: Page) -> list[tuple[str, str | ET.Element]]:
+    decoys = finding.decoys or 0
+    return [
+        ("Decoy keys", f"{decoys:,}"),
+        ("Questions", f"{2 * (decoys + 1):,} for each image"),
+    ]
+
+
+def _answers(page: Page) -> list[ET.Element]:
+    if not page.black_box:
+        return []
+    parts = [element("h2", "How the answers were counted")]
+    for keys, classes in sorted({(1 + (found.decoys or 0), found.classes_used) for found in page.findings}):
+        log10_ways = classes * math.log10(keys)
+        parts.append(
+            paragraph(
+                raised(
+                    f"The suspect was shown each image {2 * keys:,} times: under each of {keys:,} keys, the true one "
+                    f"and {keys - 1:,} decoys drawn as it was, once with the key's faint pattern added and once with "
+                    f"it taken away. How much surer it is of the first than of the second is compared among the keys, "
+                    f"in each of {classes:,} classes. Without the marked data the true key is one key among {keys:,}, "
+                    f"so that all {keys:,}^{classes} ways to name a key for each class are equally likely. The "
+                    f"p-value is the share of them that speak at least as strongly as the true key does, counted "
+                    f"exactly. It cannot be below {probability(-log10_ways)} with so many keys and classes."
+                ),
+            )
+        )
+    return parts
+
+
+# ---------------------------------------------------------------- evidence per class
+
+
+def best_counts(finding: Finding) -> bool:
+    """Whether one class was marked and the best of several outputs counts: all face the same carrier."""
+    return len(finding.classes) > 1 and len({found.carrier for found in finding.classes}) == 1
+
+
+def _evidence(page: Page) -> list[ET.Element]:
+    shown = [finding for finding in page.findings if finding.classes]
+    if not shown:
+        return []
+    how = (
+        "Each bar is −log10 p: a bar of 3 means that chance alone comes so far once in 1,000 times. In a model without "
+        "the marked data half of the bars end before the line p = 0.5, and 19 of 20 before the line p = 0.05. "
+    )
+    parts = [
+        element("h2", "Evidence per class"),
+        paragraph(how + (BEST if any(map(best_counts, shown)) else COMBINED)),
+    ]
+    for finding in shown:
+        parts += [element("h3", element("code", finding.path))] if len(page.findings) > 1 else []
+        parts += _class_evidence(finding)
+    return parts
+
+
+def _class_evidence(finding: Finding) -> list[ET.Element]:
+    ordered = sorted(finding.classes, key=lambda found: found.log10_p)
+    what, count = ("outputs" if best_counts(finding) else "classes"), len(ordered)
+    ends, notes = [(f"all {count} {what}", ordered)], []
+    if count > 2 * SHOWN:
+        ends = [(f"the {SHOWN} strongest {what}", ordered[:SHOWN]), (f"the {SHOWN} weakest {what}", ordered[-SHOWN:])]
+        notes.append(f"Of {count:,} {what} the {SHOWN} strongest and the {SHOWN} weakest are shown.")
+    top = max(2.0, -1.05 * ordered[0].log10_p)
+    figures = [_class_figure(name, found, top) for name, found in ends]
+    return [*map(paragraph, notes), *figures, _class_table([found for _, found in ends], what, count)]
+
+
+def _class_figure(name: str, classes: Sequence[ClassResult], top: float) -> ET.Element:
+    bars = [Bar(label=_label(found), value=-found.log10_p, shown=f"{abs(found.log10_p):.2f}") for found in classes]
+    lines = [(-math.log10(p), f"p = {p:g}") for p in (0.05, 0.5)]
+    title = f"Evidence (−log10 p), {name}"
+    return element("figure", element("figcaption", title), chart(title, bars, lines, top))
+
+
+def _label(found: ClassResult) -> str:
+    return f"output {found.output}" if found.name is None else found.name
+
+
+def _class_table(ends: Sequence[Sequence[ClassResult]], what: str, count: int) -> ET.Element:
+    groups = []
+    for i, classes in enumerate(ends):
+        if i:
+            hidden = f"… {count - 2 * SHOWN:,} {what} between these are not shown …"
+            groups.append(element("tbody", element("tr", element("td", hidden, colspan="5", class_="gap"))))
+        groups.append(group(_class_cells(found) for found in classes))
+    return numbers(("class", "output", "carrier", "log10 p", "p"), groups, f"The same {what} in numbers")
+
+
+def _class_cells(found: ClassResult) -> Sequence[str]:
+    name = "(not named)" if found.name is None else found.name
+    p = raised(probability(found.log10_p))
+    return name, str(found.output), str(found.carrier), f"{found.log10_p:z.2f}", p
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def trusted(found: Calibration) -> bool:
+    """Whether the p-values of null keys are as they must be."""
+    return min(found.ks_p, found.tail_p) >= ALARM
+
+
+def histogram(found: Calibration, best: bool = False) -> list[str]:
+    """Return the calibration as lines of plain text, in the page's words; `best`: see `best_counts`."""
+    widest = max(1, *found.histogram)
+    bars = [
+        f"{name}  {'#' * round(50 * count / widest):<50}  {count}"
+        for name, count in zip(_bins(), found.histogram, strict=True)
+    ]
+    tail = ", ".join(f"{level}: {count} ({expected})" for level, count, expected in _tail(found))
+    return ["p        null keys", *bars, f"found (and expected): {tail}", *calibration_words(found, best)]
+
+
+def _tail(found: Calibration) -> list[tuple[str, str, str]]:
+    """Return levels of p, how many null keys were found up to each, and how many were expected."""
+    counted = zip(TAIL, found.tail, strict=True)
+    return [(f"p ≤ {level:g}", f"{count:,}", f"{level * found.n:,.10g}") for level, count in counted]
+
+
+def _bins() -> list[str]:
+    return [f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)]
+
+
+def calibration_words(found: Calibration, best: bool = False) -> list[str]:
+    """Say what a calibration shows, one sentence a line; `best`: see `best_counts`."""
+    alike = "no excess of small p-values" if best else "compatible with a uniform distribution"
+    words = {True: f"{alike}, as it must be", False: "NOT uniform: do not trust this p-value"}
+    p_values = (("Kolmogorov-Smirnov", found.ks_p), ("luck gives as many small p-values, or more, with", found.tail_p))
+    return [
+        f"{found.n:,} null keys, drawn as the true key was but never used to mark, were tried on the same suspect"
+        + (": p is corrected for the best of many outputs, and may be larger than it need be" if best else ""),
+        *(f"{name} p = {_plain(p)}: {words[p >= ALARM]} (alarm below {ALARM})" for name, p in p_values),
+        f"the true key has rank {found.rank:,} of {found.n + 1:,} (1: the smallest p; any rank is as likely as any "
+        "other without the marked data)",
+    ]
+
+
+def _calibrations(page: Page) -> list[ET.Element]:
+    if page.black_box:
+        return []
+    parts = [element("h2", "Calibration: is the p-value right?")]
+    shown = [finding for finding in page.findings if finding.calibration]
+    if not shown:
+        return [*parts, paragraph("Not done. --calibrate 1000 tries 1,000 null keys on the same suspects.")]
+    parts.append(
+        paragraph(
+            "The test is tried with keys that marked nothing. Whatever the suspect, their small p-values must come no "
+            "more often than they say: one in ten is at most 0.1, one in a hundred at most 0.01."
+        )
+    )
+    for finding in shown:
+        parts += [element("h3", element("code", finding.path))] if len(page.findings) > 1 else []
+        parts += _calibration(finding)
+    return parts
+
+
+def _calibration(finding: Finding) -> list[ET.Element]:
+    found = finding.calibration
+    if found is None:
+        return []
+    expected = found.n / 10
+    bars = [
+        Bar(label=name, value=count, shown=f"{count:,}") for name, count in zip(_bins(), found.histogram, strict=True)
+    ]
+    title = f"p-values of {found.n:,} null keys, counted in ten bins"
+    expects = f"{expected:,.10g} are expected in each, and differences of about {0.6 * found.n**0.5:,.0f} are ordinary"
+    name = f"expected: {expected:,.10g}"
+    if best_counts(finding):
+        name = f"expected: at most {expected:,.10g}"
+        expects = f"at most about {expected:,.10g} are expected in each but the last"
+    words = [raised(text) for text in calibration_words(found, best_counts(finding))]
+    drawn = chart(title, bars, [(expected, name)], 1.05 * max(expected, *found.histogram))
+    return [
+        element("figure", element("figcaption", f"{title}; {expects}"), drawn),
+        numbers(("p-value", "found", "expected"), [group(_tail(found))], "How many null keys reach small p-values"),
+        _list(words),
+    ]
+
+
+# ---------------------------------------------------------------- the key, and what it all means
+
+
+def _key(page: Page) -> list[ET.Element]:
+    declared = "the statistic below is declared for another test, of the suspect's weights, which was not made"
+    if not page.black_box:
+        declared = f"{page.key.statistic}: {STATISTICS[page.key.statistic]} (declared in the key)"
+    return [
+        element("h2", "The key"),
+        facts([
+            ("Fingerprint", element("code", f"sha256:{page.key.fingerprint}")),
+            ("Statistic", f"{BLACK_BOX} ({declared})" if page.black_box else declared),
+        ]),
+        paragraph("The public half of the key commits its owner to the key without giving it away. It reads:"),
+        verbatim(public_half(page.key)),
+        paragraph(
+            "The date of its publication is not for this report to say: the owner has to show, by a time stamp or a "
+            "witness, that this text was public before the suspect was trained."
+        ),
+    ]  # fmt: skip
+
+
+def _meaning(page: Page) -> list[ET.Element]:
+    special = [] if page.black_box else [
+        ("Mean cosine", "how far the suspect leans in the key's secret directions, from −1 to 1, on average over its "
+         "classes; small values can be strong evidence, for chance alone stays close to 0"),
+        ("Alignment R²", "how well the features of the key's marking network explain the suspect's, 1 at best; a poor "
+         "alignment may miss a mark, and does not make an accusation likelier"),
+        ("The paper's statistic", "of Sablayrolles, Douze, Schmid and Jégou, “Radioactive data: tracing through "
+         "training”, ICML 2020, for comparison: the key declares another, so the two may differ widely"),
+    ]  # fmt: skip
+    rows = [
+        ("Null hypothesis", NULL),
+        ("p-value", "the probability, if the null hypothesis is true, of evidence at least as strong as was found; it "
+         "is not the probability that the suspect is innocent"),
+        ("log10 p", "the p-value as a power of ten: −4 is one in 10,000, and one less is ten times rarer"),
+        ("Correction", _holm(page) if len(page.findings) > 1 else "Holm's, over 1 suspect: it changes nothing"),
+        ("Threshold", f"detected if the corrected p is at most {raised(share(page.alpha))}"),
+        *special,
+    ]  # fmt: skip
+    return [element("h2", "What the numbers mean"), facts(rows)]
+
+
+def _voids(page: Page) -> list[ET.Element]:
+    conditions = " ".join(BLACK_BOX_VOIDS if page.black_box else VOIDS)
+    return [
+        element("h2", "What would void this result"),
+        paragraph(f"{conditions[:1].upper()}{conditions[1:]}."),
+        paragraph("These are facts about what people did: the owner has to show them, for no computation can."),
+    ]
+
+
+def _command(words: Sequence[str]) -> ET.Element:
+    """Quote a command for a shell; a line breaks between its words."""
+    parts = [part for word in words for part in (" ", element("span", shlex.quote(word), class_="word"))]
+    return element("pre", *parts[1:])
+
+
+def _repeat(page: Page) -> list[ET.Element]:
+    modules = (("torch", torch), ("torchvision", torchvision), ("scipy", scipy), ("numpy", numpy))
+    versions = [f"radiotag {__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {module.__version__}" for name, module in modules]
+    return [
+        element("h2", "How to repeat the test"),
+        _command(page.command),
+        paragraph(
+            "This takes the same files and the secret key, which is for nobody but an expert whom both sides trust. "
+            "It writes this page again where --report names another file."
+        ),
+        facts([("Versions", ", ".join(versions)), ("Date", _date(page))]),
     ]

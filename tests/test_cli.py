@@ -1800,19 +1800,6 @@ def test_a_full_disk_is_named(world, tmp_path, monkeypatch):
     assert "No space left" in mark(world, tmp_path / "out", "--fraction", 0.5).err
 
 
-def test_a_report_that_cannot_be_written_costs_no_verdict(world, tmp_path, monkeypatch, clean_result):
-    def full(*_, **__):
-        raise RadiotagError("cannot write it: no space", "make room")
-
-    monkeypatch.setattr("radiotag.report.write_atomically", full)
-    options = ("verify", world.model, "--key", world.key, "--data", world.few, "--report", tmp_path / "r.html")
-    result = call(*options, "--json")
-    assert result.code == 1
-    assert "log10_p" in result.json["suspects"][0] and "report" not in result.json
-    assert (result.json["error"], result.json["hint"]) == ("cannot write it: no space", "make room")
-    assert "hint: make room" in result.err
-
-
 @pytest.mark.parametrize("more", [{}, {"PYTHONUNBUFFERED": "1"}])
 def test_who_has_read_enough_is_no_error(world, tmp_path, more):
     command = [sys.executable, "-m", "radiotag", "mark", world.imgs, "--key", world.key, "-o", tmp_path / "out"]
