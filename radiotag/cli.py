@@ -254,8 +254,7 @@ def radiotag(
 @app.command(epilog=examples("radiotag keygen", "radiotag keygen -o cats.safetensors --data ./imgs --network resnet18"))
 def keygen(
     network: Annotated[
-        str,
-        key_option(metavar="builtin|NAME|FILE", help="marking network: built in, torchvision's, or a checkpoint"),
+        str, key_option(metavar="builtin|NAME|FILE", help="marking network: built in, torchvision's, or a checkpoint")
     ] = "builtin",
     classes: Annotated[
         int | None,
@@ -342,14 +341,12 @@ def mark(
         str, quality_option("--format", metavar="keep|png", help="keep each image's format, or write PNG")
     ] = "keep",
     preview: Annotated[
-        Path | None,
-        quality_option(metavar="FILE.png", help="write a sheet of original | marked | difference × 10"),
+        Path | None, quality_option(metavar="FILE.png", help="write a sheet of original | marked | difference × 10")
     ] = None,
     device: DeviceOption = "auto",
     batch_size: Annotated[int, runtime_option(min=1, max=4096, metavar="N", help="images optimised together")] = 64,
     output: Annotated[
-        Path | None,
-        output_option("--output", "-o", metavar="DIR", help="the marked folder", show_default="SRC-marked"),
+        Path | None, output_option("--output", "-o", metavar="DIR", help="the marked folder", show_default="SRC-marked")
     ] = None,
     dry_run: Annotated[bool, output_option("--dry-run", metavar="", help="show the plan, write nothing")] = False,
     force: ForceOption = False,
@@ -584,8 +581,7 @@ def train_demo(
         ),
     ] = None,
     lr: Annotated[
-        float,
-        training_option(min=1e-8, max=100.0, metavar="RATE", help="peak learning rate of SGD for batches of 128"),
+        float, training_option(min=1e-8, max=100.0, metavar="RATE", help="peak learning rate of SGD for batches of 128")
     ] = 0.1,
     val: Annotated[Path | None, training_option(metavar="DIR", help="held-out images, for the accuracy")] = None,
     init: Annotated[Path | None, training_option(metavar="FILE", help="start from this checkpoint")] = None,
@@ -816,8 +812,7 @@ def verify(
             try:
                 command, created = ["radiotag", *sys.argv[1:]], datetime.now(UTC)
                 pages.write(
-                    report_,
-                    pages.Page(findings=findings, key=secret, alpha=alpha, command=command, created=created),
+                    report_, pages.Page(findings=findings, key=secret, alpha=alpha, command=command, created=created)
                 )
             except RadiotagError as error:  # the verdict of an hour is told all the same
                 report.problem(str(error), error.hint)

@@ -280,3 +280,12 @@ def test_no_link_leads_nowhere(document):
 def test_the_test_command_is_marked():
     """The continuous integration reads it there: one line in a block of its own, right after the marker."""
     assert re.search(r"^<!-- test command -->\n```sh\n[^\n]+\n```$", README, re.MULTILINE)
+
+
+def test_the_python_example_runs_as_written(few_synthetic, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.splitlines()) <= 12
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("(20, 32, 32, 3) [") and "nan" in " ".join(printed)
+    assert printed[-1].endswith(" False")
