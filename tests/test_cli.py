@@ -46,7 +46,7 @@ from safetensors import safe_open
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from radiotag import __version__, batches, cli, demo, images, keys, networks, probes, synthetic, training
+from radiotag import __version__, batches, cli, demo, images, keys, networks, probes, synthetic, terminal, training
 from radiotag import suspect as suspect_module
 from radiotag.errors import RadiotagError
 from radiotag.keys import load_key
@@ -154,7 +154,7 @@ def test_lines_are_wrapped_at_words_and_commands_can_be_copied(width):
     command = "radiotag verify 'my model.pt' b.pt --key k.safetensors --data held-out --report evidence.html"
     lines = [f"fingerprint  {print_}", f"next         {command}", "error: a rather long message of several words",
              "model           trained on          accuracy   log10 p  verdict"]  # fmt: skip
-    shown = [cli.wrapped(line, width) for line in lines]
+    shown = [terminal.wrapped(line, width) for line in lines]
     assert sum(part.split()[-1] == print_ for part in shown[0]) == 1  # whole, whatever the width
     copied = "\n".join(shown[1]).removeprefix("next")
     assert shlex.split(copied.replace("\\\n", " ")) == shlex.split(command)
@@ -163,7 +163,7 @@ def test_lines_are_wrapped_at_words_and_commands_can_be_copied(width):
     for part in (*shown[1], *shown[2]):
         words = [word for word in part.split() if word != "\\"]
         assert len(part) <= width or len(words) <= 2, part
-    assert [cli.wrapped(line, 0) for line in lines] == [[line] for line in lines]  # a pipe gets whole lines
+    assert [terminal.wrapped(line, 0) for line in lines] == [[line] for line in lines]  # a pipe gets whole lines
 
 
 def test_the_short_options_say_the_same():

@@ -60,12 +60,13 @@ def archive_branches(tree: ast.Module) -> int:
 def caches(tree: ast.Module) -> int:
     """Uses of functools' caches."""
     names = {"cache", "lru_cache"}
-    uses = 0
+    uses, places = 0, list[ast.expr]()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            uses += sum(bool(names & {n.id for n in ast.walk(d) if isinstance(n, ast.Name)}) for d in node.decorator_list)
-        elif isinstance(node, ast.Assign):
-            uses += bool(names & {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)})
+            places = node.decorator_list
+        else:
+            places = [node.value] if isinstance(node, ast.Assign) else []
+        uses += sum(bool(names & {n.id for n in ast.walk(p) if isinstance(n, ast.Name)}) for p in places)
     return uses
 
 
