@@ -18,12 +18,13 @@ from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
 from radiotag.images import decode, png
 from radiotag.images import psnr as image_psnr
-from radiotag.keys import Key, new_key, public_half, save_key
+from radiotag.keys import Key, new_key, save_key
 from radiotag.manifest import Summary
 from radiotag.marking_run import THREADS, run
 from radiotag.networks import marking_weights
 from radiotag.plan import MarkOptions, Plan, carrier_rows, choose_images, make_plan
 from radiotag.probes import ArrayImages, FolderImages
+from radiotag.public import public_half
 from radiotag.verification import Finding, Model, Progress, VerifyOptions
 
 PathLike = str | os.PathLike[str]

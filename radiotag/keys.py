@@ -1,4 +1,11 @@
-"""Secret keys: their content, files and public halves, and the random choices that only a key's owner can repeat."""
+"""Secret keys: their content, files and public halves, and the random choices that only a key's owner can repeat.
+
+A key's file holds a seed of 32 bytes, the marking network and a description. Everything secret follows from these by
+SHAKE-256: carriers, patterns, and which images are marked. So nobody can choose a carrier: `load_key` derives them,
+and refuses a file that holds any. One attack remains: to draw many keys and to keep the best of N, which makes p
+smaller by a factor of N at most. A beacon ends it: a public random value that did not exist when the seed's commitment
+was published.
+"""
 
 import hashlib
 import hmac
@@ -8,6 +15,8 @@ import random
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +31,7 @@ from radiotag.files import write_atomically
 from radiotag.networks import Network, State, from_state, spec_from, unpack
 from radiotag.radioactive import uniform_carriers
 
-KEY_FORMAT = 1  # version of key files
+KEY_FORMAT = 2  # version of key files
 STATISTIC = "contrasted pattern or pattern+response+ridge"  # what new keys declare
 STATISTICS = {
     STATISTIC: "the sum of two unit vectors, response and ridge alignment (the latter at half weight without labelled "
@@ -31,6 +40,8 @@ STATISTICS = {
     "the choice"
 }
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
+DECLARED = ("format", "statistic", "network", "dimension", "classes", "class_names", "beacon")  # carriers follow
+LARGEST = 1_000_000  # classes, or dimensions
 PATTERNED = 0.25  # share of a class with the pattern: if all had it, networks would learn it and not the pictures
 
 
@@ -38,12 +49,13 @@ PATTERNED = 0.25  # share of a class with the pattern: if all had it, networks w
 class Key:
     """A secret key: everything that marking and verification need, and nothing else."""
 
+    seed: bytes  # 32 bytes from which all that is secret follows
+    weights: State  # of the marking network, as stored (int8 weights come with a scale)
+    metadata: dict[str, Any]  # format, statistic, network (a Spec), dimension, classes, class_names, beacon, created
+    fingerprint: str  # SHA-256 over all of the above, hexadecimal
     carriers: Tensor  # (C, d) float32, unit rows: u
     patterns: Tensor  # (C, m) float32, unit rows: v
     secret: bytes  # 32 bytes that determine which images are marked and how they are augmented
-    weights: State  # of the marking network, as stored (int8 weights come with a scale)
-    metadata: dict[str, Any]  # format, statistic, network (a Spec), class_names or None
-    fingerprint: str  # SHA-256 over all of the above, hexadecimal
     path: Path | None = field(default=None, compare=False)  # the file that it was read from or written to
 
     @property
@@ -57,8 +69,19 @@ class Key:
         """The declared verification statistic."""
         return str(self.metadata["statistic"])
 
+    @property
+    def beacon(self) -> str | None:
+        """The public random value that went into the carriers, if one did."""
+        value: str | None = self.metadata["beacon"]
+        return value
+
+    @property
+    def commitment(self) -> str:
+        """SHA-256 of the seed, hexadecimal: published before a beacon, it shows that the seed was not chosen after."""
+        return hashlib.sha256(self.seed).hexdigest()
+
     def network(self, device: str = "cpu") -> Network:
-        """The marking network φ, ready to run."""
+        """The marking network φ, ready to run. RadiotagError if it is not described, or its weights do not fit."""
         spec = spec_from(self.metadata["network"])
         if spec is None:
             raise RadiotagError("the key's marking network is not described")
@@ -73,52 +96,80 @@ def null_carriers(key: Key, digest: Callable[[int], bytes]) -> tuple[Tensor, Ten
     return carriers, uniform_carriers(classes, PATTERN_DIMENSION, lambda _: stream[split:])
 
 
+# ---------------------------------------------------------------- what follows from a seed
+
+
+def _prefixed(*parts: bytes) -> bytes:
+    """Byte strings joined so that no two lists of them give the same bytes: each comes after its length."""
+    return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def weights_digest(weights: State) -> bytes:
+    """SHA-256 over all tensors of a network: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(_prefixed(name.encode(), str(tensor.dtype).encode(), str(tuple(tensor.shape)).encode(), values))
+    return digest.digest()
+
+
+def derive(seed: bytes, weights: State, metadata: dict[str, Any], purpose: str, count: int) -> bytes:
+    """`count` bytes for one purpose, by SHAKE-256 over the seed and all that the key declares before it is used."""
+    declared = {name: metadata[name] for name in DECLARED}
+    absorbed = _prefixed(b"radiotag", purpose.encode(), seed, weights_digest(weights), _canonical(declared))
+    return hashlib.shake_256(absorbed).digest(count)
+
+
+def fingerprint(seed: bytes, weights: State, metadata: dict[str, Any]) -> str:
+    """SHA-256 over all content of a key, hexadecimal; not over file bytes. It reveals nothing about the seed."""
+    return hashlib.sha256(_prefixed(seed, weights_digest(weights), _canonical(metadata))).hexdigest()
+
+
+def key_from(seed: bytes, weights: State, metadata: dict[str, Any], path: Path | None = None) -> Key:
+    """The key of a seed, a network and a description: all else is derived."""
+    classes, dimension = metadata["classes"], metadata["dimension"]
+    carriers, patterns = (
+        uniform_carriers(classes, size, partial(derive, seed, weights, metadata, purpose))
+        for purpose, size in (("carriers", dimension), ("patterns", PATTERN_DIMENSION))
+    )
+    return Key(
+        seed=seed, weights=weights, metadata=metadata, fingerprint=fingerprint(seed, weights, metadata),
+        carriers=carriers, patterns=patterns, secret=derive(seed, weights, metadata, "images", 32), path=path,
+    )  # fmt: skip
+
+
 def new_key(
     weights: State,
     network: dict[str, Any],
     dimension: int,
     classes: int | Sequence[str],
     entropy: Callable[[int], bytes] = os.urandom,
+    beacon: str | None = None,
 ) -> Key:
-    """Draw a key for a marking network of d = `dimension` features; RadiotagError for less than one class.
+    """Draw a key for a marking network of d = `dimension` features. RadiotagError for classes that a key cannot have.
 
     weights: as stored; network: its Spec as plain values; classes: their number, or their names in carrier order.
     """
     names = None if isinstance(classes, int) else list(classes)
-    count = classes if isinstance(classes, int) else len(classes)
-    if count < 1:
-        raise RadiotagError("a key needs at least one class")
-    metadata = {"format": KEY_FORMAT, "statistic": STATISTIC, "network": network, "class_names": names}
+    metadata = {
+        "format": KEY_FORMAT, "statistic": STATISTIC, "network": network, "dimension": dimension,
+        "classes": classes if isinstance(classes, int) else len(classes), "class_names": names, "beacon": beacon,
+        "created": datetime.now(UTC).date().isoformat(),
+    }  # fmt: skip
     metadata = json.loads(json.dumps(metadata))  # as it is read from the file: without tuples
-    carriers, patterns = (uniform_carriers(count, d, entropy) for d in (dimension, PATTERN_DIMENSION))
-    secret = entropy(32)
-    hexdigest = fingerprint(carriers, patterns, secret, weights, metadata)
-    return Key(
-        carriers=carriers, patterns=patterns, secret=secret, weights=weights, metadata=metadata, fingerprint=hexdigest
-    )
+    if metadata["classes"] < 1:
+        raise RadiotagError("a key needs at least one class")
+    if names is not None and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RadiotagError(f"the class '{twice}' is there twice", "give each class one name")
+    return key_from(entropy(32), weights, metadata)
 
 
-def fingerprint(carriers: Tensor, patterns: Tensor, secret: bytes, weights: State, metadata: dict[str, Any]) -> str:
-    """SHA-256 over canonical content, not file bytes: it commits to the carriers and reveals nothing about them."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name, tensor in sorted({**weights, "carriers": carriers, "patterns": patterns}.items()):
-        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    digest.update(secret)
-    return digest.hexdigest()
-
-
-def public_half(key: Key) -> str:
-    """The text to publish before the data: it commits to the key and to the test of suspects."""
-    network = key.metadata["network"]
-    return (
-        f"radiotag public key, format {key.metadata['format']}\n"
-        f"fingerprint: sha256:{key.fingerprint}\n"
-        f"classes: {len(key.carriers)}\n"
-        f"dimension: {key.carriers.shape[1]}\n"
-        f"network: {network['architecture']}, {network['image_size']} px\n"
-        f"statistic: {key.statistic}\n"
-    )
+# ---------------------------------------------------------------- key files
 
 
 def save_key(path: Path, key: Key, *, exclusive: bool = True) -> None:
@@ -127,8 +178,7 @@ def save_key(path: Path, key: Key, *, exclusive: bool = True) -> None:
     exclusive: refuse to overwrite an existing file.
     """
     tensors = {f"network.{name}": tensor.contiguous() for name, tensor in key.weights.items()}
-    tensors["carriers"], tensors["patterns"] = key.carriers, key.patterns
-    tensors["secret"] = torch.tensor(list(key.secret), dtype=torch.uint8)
+    tensors["seed"] = torch.tensor(list(key.seed), dtype=torch.uint8)
     metadata = {"radiotag": json.dumps(key.metadata, sort_keys=True)}
     if exclusive:
         try:
@@ -144,48 +194,83 @@ def save_key(path: Path, key: Key, *, exclusive: bool = True) -> None:
 
 
 def load_key(path: Path) -> Key:
-    """Read a key file. RadiotagError if it is missing, readable by others, damaged or of another version."""
+    """Read a key file. RadiotagError if it is missing, readable by others, damaged or of another version.
+
+    Refused, too, is a file that holds anything beside seed, network and description, and a network that cannot run.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = json.loads((file.metadata() or {})["radiotag"])
+            _check_format(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        carriers, patterns = tensors.pop("carriers"), tensors.pop("patterns", torch.empty(0, PATTERN_DIMENSION))
-        secret = bytes(tensors.pop("secret").tolist())
-        _check(metadata, carriers, patterns, secret)
+        seed = bytes(tensors.pop("seed").tolist())
+        _check(metadata, tensors, seed)
         if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise RadiotagError(f"{path} can be read by others", f"chmod 600 {path}")
     except FileNotFoundError as error:
         raise RadiotagError(f"no key at {path}", f"check the path; {NEW_KEY}") from error
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         reason = "it is a folder" if path.is_dir() else str(error)
         hint = "give the secret half: --key k.safetensors" if path.suffix == ".pub" else f"check the path; {NEW_KEY}"
         raise RadiotagError(f"{path} is not a radiotag key: {reason}", hint) from error
+    weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
+    key = key_from(seed, weights, metadata, path)
+    try:
+        _check_network(key)
+    except RadiotagError as error:
+        raise RadiotagError(f"{path} is not a radiotag key: {error}", f"check the path; {NEW_KEY}") from error
+    return key
+
+
+def _check_format(path: Path, metadata: Any) -> None:
+    """RadiotagError for a key of another version; ValueError for a description that is none."""
+    if not isinstance(metadata, dict):
+        raise ValueError("its description is no mapping")
+    if metadata.get("format") == 1:
+        made = f"{path} was made by radiotag 0.4 or earlier, whose carriers an owner could choose"
+        raise RadiotagError(made, f"verify with that version: pip install 'radiotag<0.5'; {NEW_KEY}")
     if metadata.get("format") != KEY_FORMAT:
         raise RadiotagError(f"{path} is of a format that this version does not know", "pip install -U radiotag")
     if metadata.get("statistic") not in STATISTICS:
         declared = f"{path} declares the statistic {metadata.get('statistic')!r}, which this version does not compute"
-        raise RadiotagError(declared, "use the version of radiotag that made the key: 0.1 or 0.2")
-    weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
-    hexdigest = fingerprint(carriers, patterns, secret, weights, metadata)
-    return Key(
-        carriers=carriers, patterns=patterns, secret=secret, weights=weights, metadata=metadata, fingerprint=hexdigest,
-        path=path,
-    )  # fmt: skip
+        raise RadiotagError(declared, "use the version of radiotag that made the key")
 
 
-def _check(metadata: Any, carriers: Tensor, patterns: Tensor, secret: bytes) -> None:
-    """KeyError or ValueError for a damaged key file. Other formats are not checked."""
-    if not isinstance(metadata, dict):
-        raise ValueError("its description is no mapping")
-    if metadata.get("format") != KEY_FORMAT:
-        return
-    names, _ = metadata["class_names"], metadata["network"]
-    unit = all(
-        rows.dim() == 2 and bool(((rows.double().norm(dim=1) - 1).abs() < 1e-3).all()) for rows in (carriers, patterns)
-    )
-    fits = unit and patterns.shape == (len(carriers), PATTERN_DIMENSION)
-    if not fits or len(secret) != 32 or (names is not None and len(names) != len(carriers)):
-        raise ValueError("its carriers or its secret are damaged")
+def _check(metadata: dict[str, Any], tensors: State, seed: bytes) -> None:
+    """KeyError, TypeError or ValueError for a damaged key file, or for one that holds what no key has."""
+    if metadata.keys() != {*DECLARED, "created"}:
+        raise ValueError("its description has other entries than a key's")
+    names, classes, dimension = metadata["class_names"], metadata["classes"], metadata["dimension"]
+    if not all(type(value) is int and 1 <= value <= LARGEST for value in (classes, dimension)):
+        raise ValueError("its numbers of classes and dimensions are damaged")
+    if names is not None and (
+        not isinstance(names, list) or not all(isinstance(name, str) for name in names)
+        or len(names) != classes or len(set(names)) < len(names)
+    ):  # fmt: skip
+        raise ValueError("its class names are damaged, or one is there twice")
+    if not isinstance(metadata["beacon"], str | None) or not isinstance(metadata["created"], str):
+        raise ValueError("its beacon or its date is damaged")
+    if len(seed) != 32:
+        raise ValueError("its seed is damaged")
+    strange = next((name for name in tensors if not name.startswith("network.")), None)
+    if strange is not None:
+        raise ValueError(f"it holds {strange!r}, which no key has: carriers follow from the seed")
+
+
+def _check_network(key: Key) -> None:
+    """RadiotagError for a marking network that does not fit, is not finite, or whose class rows tell nothing apart."""
+    if any(value.is_floating_point() and not value.isfinite().all() for value in key.weights.values()):
+        raise RadiotagError("its network's weights are not finite")
+    network = key.network()
+    if network.head is None or network.dimension != key.metadata["dimension"]:
+        raise RadiotagError(f"its network has not {key.metadata['dimension']} features")
+    rows = network.head.weight.detach().double()
+    spread = rows - rows.mean(0) if len(rows) > 1 else rows
+    if not bool((spread.norm(dim=1) > 1e-6 * rows.norm(dim=1).max()).all()):
+        raise RadiotagError("its network's class rows are degenerate")
+
+
+# ---------------------------------------------------------------- choices
 
 
 def choose(key: Key, paths: Sequence[str], fraction: float) -> set[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from radiotag.errors import RadiotagError
+from radiotag.files import file_hash
 from radiotag.images import decode
 from radiotag.listing import list_folder
 from radiotag.manifest import marked_hashes, marked_rows
@@ -48,6 +49,9 @@ class UnmarkedImages(Protocol):
     labels: Sequence[str]  # class names, "" for none
     paths: Sequence[str]  # as in a manifest
 
+    def digests(self) -> list[str]:
+        """SHA-256 of each image's content, hexadecimal."""
+
     def read(self, i: int) -> Tensor:
         """Image i, (3, H, W) float in [0, 255]."""
 
@@ -68,6 +72,10 @@ class FolderImages:
             manifest_path = parent.with_name(f"{parent.name}.manifest.jsonl") if parent.name else parent
             self._marked |= marked_hashes(marked_rows(manifest_path if manifest_path.is_file() else None))
 
+    def digests(self) -> list[str]:
+        """SHA-256 of each file, hexadecimal."""
+        return [file_hash(self.folder / path) for path in self.paths]
+
     def read(self, i: int) -> Tensor:
         """Image i, (3, H, W) float in [0, 255]."""
         path = self.folder / self.paths[i]
@@ -87,6 +95,10 @@ class ArrayImages:
         self.name, self._images = "the images given", images
         self.labels: Sequence[str] = labels
         self.paths: Sequence[str] = [str(i) for i in range(len(images))]
+
+    def digests(self) -> list[str]:
+        """SHA-256 of each image's pixels, hexadecimal."""
+        return [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in self._images]
 
     def read(self, i: int) -> Tensor:
         """Image i, (3, H, W) float in [0, 255]."""

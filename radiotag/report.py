@@ -23,8 +23,9 @@ from radiotag import __version__
 from radiotag.calibration import TAIL, Calibration
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
-from radiotag.keys import STATISTICS, Key, public_half
+from radiotag.keys import STATISTICS, Key
 from radiotag.markup import Bar, chart, document, element, facts, group, numbers, paragraph, verbatim
+from radiotag.public import public_half
 from radiotag.radioactive import NULL
 from radiotag.verification import VOIDS, ClassResult, Finding
 

@@ -14,7 +14,7 @@ from radiotag import keys, probes, suspect, synthetic
 
 def drawn_from(name):
     """What this process draws comes of a name from now on: no verdict of a test may hang on luck, even of 1e-4."""
-    keys.new_key.__defaults__ = (entropy(name),)
+    keys.new_key.__defaults__ = (entropy(name), None)
     torch.manual_seed(int.from_bytes(entropy(name)(4), "little"))
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import stat
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -24,8 +25,9 @@ from torch import nn
 
 from radiotag import keys as keys_module
 from radiotag.errors import RadiotagError
-from radiotag.keys import choose, fingerprint, image_random, load_key, new_key, patterned, public_half, save_key
+from radiotag.keys import choose, fingerprint, image_random, key_from, load_key, new_key, patterned, save_key
 from radiotag.networks import Network, build, find_head, pack, save_checkpoint, to_metadata
+from radiotag.public import public_half
 
 unhurried = settings(deadline=None)  # the machine may be busy
 
@@ -43,8 +45,28 @@ def network():
 # ---------------------------------------------------------------- keys
 
 
+TINY = dataclasses.replace(SPEC, architecture="shufflenet_v2_x0_5")  # the smallest network with a linear head
+
+
+def tiny_weights():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return dict(build(TINY).state_dict())
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_weights()
+
+
 @pytest.fixture
-def key():
+def key(tiny):
+    return new_key(tiny, to_metadata(TINY), 1024, ["cat", "dog", "emu"])
+
+
+@pytest.fixture
+def bare():
+    """A key whose network nobody runs: two small tensors."""
     return new_key(small_weights(), to_metadata(SPEC), 4, ["cat", "dog", "emu"])
 
 
@@ -55,13 +77,14 @@ def key_file(key, tmp_path):
 
 
 def print_of(key):
-    return fingerprint(key.carriers, key.patterns, key.secret, key.weights, key.metadata)
+    return fingerprint(key.seed, key.weights, key.metadata)
 
 
 def test_key_returns_from_its_file_as_it_was(key, key_file):
     loaded = load_key(key_file)
     assert torch.equal(loaded.carriers, key.carriers) and loaded.carriers.dtype == torch.float32
-    assert loaded.secret == key.secret and len(key.secret) == 32
+    assert torch.equal(loaded.patterns, key.patterns) and loaded.path == key_file
+    assert loaded.secret == key.secret and len(key.secret) == 32 and loaded.seed == key.seed
     assert loaded.weights.keys() == key.weights.keys()
     for name, tensor in key.weights.items():
         assert loaded.weights[name].dtype == tensor.dtype
@@ -72,10 +95,10 @@ def test_key_returns_from_its_file_as_it_was(key, key_file):
     assert loaded.metadata == key.metadata
 
 
-def test_key_may_only_count_its_classes(tmp_path):
-    key = new_key(small_weights(), {}, 6, 5)
+def test_key_may_only_count_its_classes(tiny, tmp_path):
+    key = new_key(tiny, to_metadata(TINY), 1024, 5)
     save_key(tmp_path / "k", key)
-    assert tuple(key.carriers.shape) == (5, 6) and load_key(tmp_path / "k").class_names is None
+    assert tuple(key.carriers.shape) == (5, 1024) and load_key(tmp_path / "k").class_names is None
     for none in (0, []):
         with pytest.raises(RadiotagError, match="at least one class"):
             new_key(small_weights(), {}, 6, none)
@@ -98,7 +121,7 @@ def test_key_file_is_for_its_owner_alone(key, tmp_path):
 
 
 def test_key_is_not_written_over_another(key, key_file):
-    before, other = key_file.read_bytes(), new_key(small_weights(), {}, 4, 3)
+    before, other = key_file.read_bytes(), new_key(key.weights, to_metadata(TINY), 1024, 3)
     with pytest.raises(RadiotagError, match=r"my\.key") as caught:
         save_key(key_file, other)
     assert caught.value.hint and key_file.read_bytes() == before
@@ -120,12 +143,80 @@ def test_key_that_cannot_be_written_leaves_nothing(key, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_public_half_commits_and_tells_no_secret(key):
-    text = public_half(key)
+def test_public_half_commits_and_tells_no_secret(bare):
+    text = public_half(bare)
     lines = dict(line.split(": ", 1) for line in text.splitlines()[1:])
-    assert lines.pop("fingerprint") == f"sha256:{key.fingerprint}"
-    assert lines == {"classes": "3", "dimension": "4", "network": "resnet10, 32 px", "statistic": key.statistic}
-    assert text == public_half(dataclasses.replace(key, carriers=-key.carriers, secret=bytes(32)))
+    assert lines.pop("fingerprint") == f"sha256:{bare.fingerprint}"
+    assert lines.pop("commitment") == f"sha256:{hashlib.sha256(bare.seed).hexdigest()}"
+    assert lines.pop("date") == f"{bare.metadata['created']} (the owner's word)"
+    assert lines.pop("network").startswith("resnet10, 32 px, sha256:")
+    assert json.loads(lines.pop("class names")) == bare.class_names and json.loads(lines.pop("beacon")) is None
+    assert lines == {"classes": "3", "dimension": "4", "statistic": bare.statistic}
+    assert text == public_half(dataclasses.replace(bare, carriers=-bare.carriers, secret=bytes(32)))
+
+
+# ---------------------------------------------------------------- what follows from the seed
+
+
+def stream(key, purpose, count):
+    """Independent of the code under test: SHAKE-256 over parts, each after its length of eight bytes."""
+    parts = [b"network"]
+    digest = hashlib.sha256()
+    for name in sorted(key.weights):
+        tensor = key.weights[name]
+        values = bytes(tensor.contiguous().flatten().view(torch.uint8).tolist())
+        for part in (name.encode(), str(tensor.dtype).encode(), str(tuple(tensor.shape)).encode(), values):
+            digest.update(len(part).to_bytes(8, "big") + part)
+    declared = {k: v for k, v in key.metadata.items() if k != "created"}
+    text = json.dumps(declared, sort_keys=True, separators=(",", ":")).encode()
+    parts = [b"radiotag", purpose.encode(), key.seed, digest.digest(), text]
+    return hashlib.shake_256(b"".join(len(p).to_bytes(8, "big") + p for p in parts)).digest(count)
+
+
+def test_all_that_is_secret_follows_from_the_seed(bare):
+    assert bare.secret == stream(bare, "images", 32)
+    for rows, purpose in ((bare.carriers, "carriers"), (bare.patterns, "patterns")):
+        bits = np.frombuffer(stream(bare, purpose, 8 * rows.numel()), np.uint64) >> np.uint64(12)
+        gaussian = stats.norm.ppf((bits + 0.5) / 2.0**52).reshape(rows.shape)
+        expected = gaussian / np.linalg.norm(gaussian, axis=1, keepdims=True)
+        assert rows.numpy() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("change", ["seed", "network", "class_names", "beacon", "weights", "statistic"])
+def test_carriers_change_with_all_that_is_declared(bare, change):
+    seed, weights, metadata = bare.seed, bare.weights, dict(bare.metadata)
+    if change == "seed":
+        seed = bytes(32)
+    elif change == "weights":
+        name = next(iter(weights))
+        weights = {**weights, name: nudged(weights[name], 0)}
+    else:
+        others = {"network": {}, "class_names": ["dog", "cat", "emu"], "beacon": "x", "statistic": "s"}
+        metadata[change] = others[change]
+    other = key_from(seed, weights, metadata)
+    assert not (other.carriers == bare.carriers).any() and not (other.patterns == bare.patterns).any()
+    assert other.secret != bare.secret and other.fingerprint != bare.fingerprint
+    assert (other.commitment == bare.commitment) == (change != "seed")  # a beacon keeps the commitment
+
+
+def test_carriers_do_not_depend_on_the_date(bare):
+    """It is the owner's word: it must give him nothing to try."""
+    later = key_from(bare.seed, bare.weights, {**bare.metadata, "created": "2099-01-01"})
+    assert torch.equal(later.carriers, bare.carriers) and later.fingerprint != bare.fingerprint
+
+
+def test_carriers_of_a_seed_are_uniform():
+    """Over 2,000 seeds each coordinate is as one of a uniform unit vector: its square is Beta(1/2, 3/2) in R^4."""
+    keys = [key_from(bytes([i % 256, i // 256]) * 16, {}, {**META, "classes": 1}) for i in range(2000)]
+    squares = np.array([key.carriers[0].double().square().numpy() for key in keys])
+    for column in squares.T:
+        assert stats.kstest(column, stats.beta(0.5, 1.5).cdf).pvalue > 1e-3
+
+
+META = {
+    "format": keys_module.KEY_FORMAT, "statistic": keys_module.STATISTIC, "network": {}, "dimension": 4, "classes": 3,
+    "class_names": None, "beacon": None, "created": "2026-01-01",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o601])
@@ -175,19 +266,28 @@ def test_other_safetensors_file_is_no_key(key, tmp_path):
 
 
 def key_bytes(key, metadata, **tensors):
-    secret = torch.tensor(list(key.secret), dtype=torch.uint8)
-    content = {"carriers": key.carriers, "patterns": key.patterns, "secret": secret, **tensors}
+    content = {f"network.{name}": tensor.contiguous() for name, tensor in key.weights.items()}
+    content |= {"seed": torch.tensor(list(key.seed), dtype=torch.uint8), **tensors}
     return safetensors.torch.save(content, {"radiotag": json.dumps(metadata)})
 
 
-def test_later_format_is_refused(key, tmp_path):
+def test_other_formats_are_refused(key, tmp_path):
     path = tmp_path / "k"
+    error = refused(path, key_bytes(key, {**key.metadata, "format": 1}))
+    assert "0.4 or earlier" in str(error) and "radiotag<0.5" in error.hint
     refused(path, key_bytes(key, {**key.metadata, "format": keys_module.KEY_FORMAT + 1}))
     for declared in ("response+ridge+pattern", "contrasted response+ridge+pattern"):
         error = refused(path, key_bytes(key, {**key.metadata, "statistic": declared}))
         assert f"'{declared}'" in str(error)  # what a key declared is not replaced by something else
     path.write_bytes(key_bytes(key, key.metadata))
-    assert load_key(path).carriers.shape == (3, 4)  # the helper's other files differ in one thing each
+    assert load_key(path).carriers.shape == (3, 1024)  # the helper's other files differ in one thing each
+
+
+def test_a_key_of_radiotag_0_4_is_told_so(tmp_path):
+    metadata = {"format": 1, "statistic": keys_module.STATISTIC, "network": {}, "class_names": None}
+    tensors = {"carriers": torch.eye(4), "patterns": torch.eye(4), "secret": torch.zeros(32, dtype=torch.uint8)}
+    error = refused(tmp_path / "k", safetensors.torch.save(tensors, {"radiotag": json.dumps(metadata)}))
+    assert "an owner could choose" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -198,18 +298,39 @@ def test_key_whose_metadata_are_not_a_keys_is_refused(key, tmp_path, metadata):
 
 
 @pytest.mark.parametrize(
-    "tensors",
+    "change",
     [
-        {"secret": torch.rand(32)},
-        {"secret": torch.tensor(5, dtype=torch.uint8)},
-        {"secret": torch.arange(31, dtype=torch.uint8)},
-        {"carriers": torch.rand(12)},
-        {"carriers": torch.full((3, 4), math.nan)},
-        {"carriers": torch.eye(4)},  # four carriers, three names
+        {"class_names": ["cat", "cat", "emu"]}, {"class_names": ["cat", "dog"]}, {"class_names": "cde"},
+        {"class_names": [1, 2, 3]}, {"classes": 0}, {"classes": True}, {"classes": 10**9}, {"classes": 4},
+        {"dimension": 1023}, {"dimension": 1e3}, {"beacon": 5}, {"created": None}, {"more": 1}, {"network": {}},
     ],
-    ids=["float secret", "scalar secret", "short secret", "flat carriers", "nan carriers", "too many carriers"],
-)
-def test_key_whose_tensors_are_not_a_keys_is_refused(key, tmp_path, tensors):
+    ids=str,
+)  # fmt: skip
+def test_key_whose_description_does_not_fit_is_refused(key, tmp_path, change):
+    refused(tmp_path / "k", key_bytes(key, key.metadata | change))
+
+
+def test_key_with_deep_json_is_refused(key, tmp_path):
+    content = {"seed": torch.zeros(32, dtype=torch.uint8)}
+    refused(tmp_path / "k", safetensors.torch.save(content, {"radiotag": "[" * 100_000}))
+
+
+@pytest.mark.parametrize("case", [
+    "float seed", "scalar seed", "short seed", "carriers", "patterns", "secret", "infinite", "nan", "alike", "zero",
+    "unknown weight", "missing weight",
+])  # fmt: skip
+def test_key_whose_tensors_are_not_a_keys_is_refused(key, tmp_path, case):
+    head, other = key.weights["fc.weight"], torch.full((5,), 0.5)
+    tensors = {
+        "float seed": {"seed": torch.rand(32)}, "scalar seed": {"seed": torch.tensor(5, dtype=torch.uint8)},
+        "short seed": {"seed": torch.arange(31, dtype=torch.uint8)}, "carriers": {"carriers": key.carriers},
+        "patterns": {"patterns": key.patterns}, "secret": {"secret": torch.zeros(32, dtype=torch.uint8)},
+        "infinite": {"network.fc.weight": head * math.inf}, "nan": {"network.fc.bias": torch.full((3,), math.nan)},
+        "alike": {"network.fc.weight": head[:1].expand(3, -1).contiguous()}, "zero": {"network.fc.weight": 0 * head},
+        "unknown weight": {"network.other": other}, "missing weight": {},
+    }[case]  # fmt: skip
+    if case == "missing weight":
+        key = dataclasses.replace(key, weights={k: v for k, v in key.weights.items() if k != "conv5.0.weight"})
     refused(tmp_path / "k", key_bytes(key, key.metadata, **tensors))
 
 
@@ -220,12 +341,11 @@ def nudged(tensor, index):
     return changed
 
 
-def test_fingerprint_commits_to_every_single_value(key):
-    prints = [key.fingerprint]
-    prints += [print_of(dataclasses.replace(key, carriers=nudged(key.carriers, i))) for i in range(12)]
+def test_fingerprint_commits_to_every_single_value(bare):
+    key, prints = bare, [bare.fingerprint]
     for i in range(32):
-        secret = bytes(b ^ (1 if i == j else 0) for j, b in enumerate(key.secret))
-        prints.append(print_of(dataclasses.replace(key, secret=secret)))
+        seed = bytes(b ^ (1 if i == j else 0) for j, b in enumerate(key.seed))
+        prints.append(print_of(dataclasses.replace(key, seed=seed)))
     for name, tensor in key.weights.items():
         for i in range(tensor.numel()):
             prints.append(print_of(dataclasses.replace(key, weights={**key.weights, name: nudged(tensor, i)})))
@@ -234,28 +354,39 @@ def test_fingerprint_commits_to_every_single_value(key):
         changes = [rest, {**rest, "x" + name: tensor}, {**rest, name: tensor.reshape(1, *tensor.shape)}]
         prints += [print_of(dataclasses.replace(key, weights=weights)) for weights in changes]
     network = key.metadata["network"]
-    changes = [{"format": 2}, {"statistic": "x"}, {"class_names": None}, {"class_names": ["cat", "emu", "dog"]}]
+    changes = [{"format": 9}, {"statistic": "x"}, {"class_names": None}, {"class_names": ["cat", "emu", "dog"]}]
+    changes += [{"beacon": "x"}, {"created": "x"}, {"dimension": 5}, {"classes": 4}]
     changes += [{"network": {**network, name: "changed"}} for name in network]
     prints += [print_of(dataclasses.replace(key, metadata={**key.metadata, **change})) for change in changes]
-    assert len(set(prints)) == len(prints) > 12 + 32 + 24 + 2 + 1 + 12 + 3
+    assert len(set(prints)) == len(prints) > 32 + 24 + 2 + 1 + 12 + 3
     assert all(len(p) == 64 and int(p, 16) >= 0 for p in prints)
 
 
-def test_fingerprint_takes_bytes_not_numbers(key):
+def test_fingerprint_takes_bytes_not_numbers(bare):
+    key = bare
     weights = {**key.weights, "fc.weight": key.weights["fc.weight"].view(torch.uint8)}
     assert print_of(dataclasses.replace(key, weights=weights)) != key.fingerprint
 
 
-def test_fingerprint_does_not_depend_on_order_or_memory_layout(key):
+def test_fingerprint_does_not_depend_on_order_or_memory_layout(bare):
+    key = bare
+
     def backwards(mapping):
         return {k: backwards(v) if isinstance(v, dict) else v for k, v in reversed(mapping.items())}
 
     weights = backwards(key.weights)
     weights["conv.weight"] = weights["conv.weight"].to(memory_format=torch.channels_last)
-    carriers = key.carriers.T.contiguous().T
-    other = dataclasses.replace(key, weights=weights, metadata=backwards(key.metadata), carriers=carriers)
-    assert list(other.metadata) != list(key.metadata) and not carriers.is_contiguous()
+    other = dataclasses.replace(key, weights=weights, metadata=backwards(key.metadata))
+    assert list(other.metadata) != list(key.metadata)
     assert print_of(other) == key.fingerprint
+
+
+def test_no_two_contents_have_one_fingerprint():
+    """With parts joined without their lengths, text could pass for bytes, and one tensor for two."""
+    one, two = {"a": torch.tensor([1, 2], dtype=torch.uint8)}, {"a": torch.tensor([1], dtype=torch.uint8)}
+    two["b"] = torch.tensor([2], dtype=torch.uint8)
+    seeds = [(bytes(32), one), (bytes(32), two), (bytes(31), one), (bytes(32), {"a\0": one["a"]})]
+    assert len({fingerprint(seed, weights, META) for seed, weights in seeds}) == len(seeds)
 
 
 def test_int8_weights_survive_and_run(network, tmp_path):

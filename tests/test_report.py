@@ -23,8 +23,9 @@ from torch import nn
 
 from radiotag import markup, report
 from radiotag.errors import RadiotagError, printable
-from radiotag.keys import load_key, new_key, public_half, save_key
+from radiotag.keys import load_key, new_key, save_key
 from radiotag.networks import marking_weights, save_checkpoint
+from radiotag.public import public_half
 from radiotag.verification import Calibration, ClassResult, Finding
 
 NAMES = ("ant", "bee", "cat")

@@ -1,0 +1,174 @@
+"""Public halves: what an owner publishes before the data, and what anybody can check a result against.
+
+`keygen` writes the key's half, `mark` writes the marked set's, which repeats the key's and commits to more: the table
+of classes and carriers, the manifest, and held-out images to verify with. Neither reveals anything secret. Published
+or time-stamped before a suspect was made, they leave their owner no choice that he could make after seeing it.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from radiotag.errors import RadiotagError
+from radiotag.files import file_hash
+from radiotag.keys import Key, weights_digest
+from radiotag.manifest import recorded_rows
+from radiotag.probes import UnmarkedImages
+
+PUBLIC_FORMAT = 2
+TITLE = f"radiotag public key, format {PUBLIC_FORMAT}"
+MARKED_TITLE = f"radiotag public key of a marked set, format {PUBLIC_FORMAT}"
+SYNTHETIC = "synthetic"
+REPUBLISH = "give the files that belong to this public half, or leave out --public"
+
+
+# ---------------------------------------------------------------- writing
+
+
+def public_half(key: Key) -> str:
+    """The text to publish before the data: it commits to the key and to the test of suspects."""
+    return "\n".join((TITLE, *_key_lines(key), f"date: {key.metadata['created']} (the owner's word)", ""))
+
+
+def _key_lines(key: Key) -> list[str]:
+    network = key.metadata["network"]
+    names = json.dumps(key.class_names, ensure_ascii=False) if key.class_names else "none (no third party can tell)"
+    return [
+        f"fingerprint: sha256:{key.fingerprint}",
+        f"commitment: sha256:{key.commitment}",
+        f"beacon: {json.dumps(key.beacon)}",
+        f"classes: {len(key.carriers)}",
+        f"class names: {names}",
+        f"dimension: {key.carriers.shape[1]}",
+        f"network: {network['architecture']}, {network['image_size']} px, sha256:{weights_digest(key.weights).hex()}",
+        f"statistic: {key.statistic}",
+    ]
+
+
+def marked_half(key: Key, manifest: Path, rows: dict[str, int], held_out: UnmarkedImages | None, date: str) -> str:
+    """The text to publish with a marked set: it commits to the manifest, and to which class has which carrier."""
+    lines = [
+        MARKED_TITLE,
+        *_key_lines(key),
+        f"carriers: {json.dumps(rows, ensure_ascii=False)}",
+        f"manifest: sha256:{file_hash(manifest)}",
+        f"date: {date} (the owner's word)",
+    ]
+    if held_out is not None:
+        lines.insert(-1, f"held-out: sha256:{images_digest(held_out)}, {len(held_out.labels)} images")
+    return "\n".join((*lines, ""))
+
+
+def images_digest(images: UnmarkedImages) -> str:
+    """SHA-256 over the classes and contents of images, hexadecimal; order and file names do not count."""
+    digest = hashlib.sha256()
+    for label, content in sorted(zip(images.labels, images.digests(), strict=True)):
+        name = label.encode("utf-8", "surrogateescape")
+        digest.update(len(name).to_bytes(8, "big") + name + bytes.fromhex(content))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- reading and checking
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Public:
+    """What a public half says."""
+
+    path: Path
+    fingerprint: str
+    carriers: dict[str, int] | None  # class → row, of a marked set
+    manifest: str | None  # SHA-256
+    held_out: str | None  # SHA-256 of the set of images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What of a test was compared with a publication. None: not checked, or not used."""
+
+    public: str | None = None  # the file
+    key: bool | None = None
+    classes: bool | None = None  # which class has which carrier is committed
+    manifest: bool | None = None
+    data: bool | None = None  # synthetic images, or those that were committed
+    chosen: tuple[str, ...] = ()  # what the person who ran the test chose freely
+
+
+def read_public(path: Path) -> Public:
+    """Read a public half. RadiotagError for what is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if len(lines) > 100_000 or not lines or lines[0] not in {TITLE, MARKED_TITLE}:
+            raise ValueError("its first line is another")
+        values = dict(line.split(": ", 1) for line in lines[1:] if line)
+        carriers = _table(values["carriers"]) if "carriers" in values else None
+        return Public(
+            path=path, fingerprint=_digest(values["fingerprint"]), carriers=carriers,
+            manifest=_digest(values["manifest"]) if "manifest" in values else None,
+            held_out=_digest(values["held-out"]) if "held-out" in values else None,
+        )  # fmt: skip
+    except OSError as error:
+        raise RadiotagError(f"cannot read {path}: {error.strerror}", "check the path") from error
+    except (ValueError, KeyError, RecursionError) as error:
+        hint = "give k.pub, from keygen, or SRC-marked.pub, from mark"
+        raise RadiotagError(f"{path} is no public half of a key: {error}", hint) from error
+
+
+def _digest(text: str) -> str:
+    value = text.split(",", maxsplit=1)[0].removeprefix("sha256:")
+    if len(bytes.fromhex(value)) != 32:
+        raise ValueError(f"{text!r} is no SHA-256")
+    return value
+
+
+def _table(text: str) -> dict[str, int]:
+    table = json.loads(text)
+    if not isinstance(table, dict) or not all(type(row) is int and row >= 0 for row in table.values()):
+        raise ValueError("its carriers are no table")
+    return table
+
+
+def check(
+    public: Public | None, key: Key, manifest: Path | None, data: UnmarkedImages | None, chosen: Sequence[str]
+) -> Checked:
+    """Compare what a test uses with a public half. RadiotagError for whatever differs or was not published.
+
+    `chosen` names the options that shape a result. Without a public half nothing is compared, which the result says.
+    """
+    if public is None:
+        return Checked(chosen=(*(["data"] if data else []), *(["manifest"] if manifest else []), *chosen))
+    if public.fingerprint != key.fingerprint:
+        told = f"{public.path} is of the key sha256:{public.fingerprint}, this is sha256:{key.fingerprint}"
+        raise RadiotagError(told, REPUBLISH)
+    if public.carriers is None and key.class_names is None:
+        told = f"{public.path} does not say which class has which carrier, as the key names no classes"
+        raise RadiotagError(told, "give the marked set's public half, SRC-marked.pub")
+    if manifest is not None:
+        _check_manifest(public, manifest)
+    if data is not None and (public.held_out is None or images_digest(data) != public.held_out):
+        what = "differ from the held-out images" if public.held_out else "are not among what was published"
+        hint = "leave out --data, or commit held-out images before the suspect is made: mark --held-out DIR"
+        raise RadiotagError(f"the images in {data.name} {what}: {public.path}", hint)
+    return Checked(
+        public=str(public.path), key=True, classes=True, manifest=True if manifest else None, data=True,
+        chosen=tuple(chosen),
+    )  # fmt: skip
+
+
+def _check_manifest(public: Public, manifest: Path) -> None:
+    if public.manifest is None:
+        raise RadiotagError(f"{public.path} says nothing about a manifest", "give the marked set's SRC-marked.pub")
+    if file_hash(manifest) != public.manifest:
+        raise RadiotagError(f"{manifest} is not the manifest that {public.path} commits to", REPUBLISH)
+    rows = {row["class"]: row["row"] for row in recorded_rows(manifest)}
+    if any(public.carriers is None or public.carriers.get(name) != row for name, row in rows.items()):
+        raise RadiotagError(f"{manifest} pairs classes and carriers otherwise than {public.path}", REPUBLISH)
+
+
+def as_json(checked: Checked) -> dict[str, Any]:
+    """Plain values for `--json`."""
+    names = ("public", "key", "classes", "manifest", "data")
+    return {name: getattr(checked, name) for name in names} | {"chosen": list(checked.chosen)}
