@@ -18,13 +18,13 @@ from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
 from radiotag.images import decode, png
 from radiotag.images import psnr as image_psnr
-from radiotag.keys import Key, new_key, save_key
+from radiotag.keys import Key, new_key, save_key, with_beacon
 from radiotag.manifest import Summary
 from radiotag.marking_run import THREADS, run
 from radiotag.networks import marking_weights
 from radiotag.plan import MarkOptions, Plan, carrier_rows, choose_images, make_plan
-from radiotag.probes import ArrayImages, FolderImages
-from radiotag.public import public_half
+from radiotag.probes import ArrayImages, FolderImages, UnmarkedImages
+from radiotag.public import Conditions, check, images_digest, public_half, read_public
 from radiotag.verification import Finding, Model, Progress, VerifyOptions
 
 PathLike = str | os.PathLike[str]
@@ -42,26 +42,43 @@ def keygen(
     *,
     network: str = "builtin",
     classes: int | Sequence[str] = 1000,
+    beacon: str | None = None,
+    committed: Key | None = None,
     force: bool = False,
 ) -> Key:
     """Make a secret key; with `output`, write it (0600) and its public half beside it (OUTPUT.pub).
 
     network: "builtin", the name of a torchvision classifier, or a checkpoint's path. classes: how many carriers, or the
-    classes' names. RadiotagError for what exists already (unless `force`), and for a network that is not there.
+    classes' names. beacon: a public random value that did not exist when the commitment of an earlier key, `committed`,
+    was published: the new key is that key with the beacon added.
+    RadiotagError for what exists already (unless `force`), and for a network that is not there.
 
     >>> import radiotag
     >>> key = radiotag.keygen(classes=["cat", "dog"])
     >>> key.carriers.shape, key.class_names
     (torch.Size([2, 512]), ['cat', 'dog'])
     """
-    if output is None:
-        return new_key(*marking_weights(network), classes)
-    path = Path(output)
-    public = _check_names(path, force)
-    key = new_key(*marking_weights(network), classes)
+    path = None if output is None else Path(output)
+    public = None if path is None else _check_names(path, force)
+    if committed is not None:
+        key = with_beacon(committed, beacon)
+    else:
+        key = new_key(*marking_weights(network), classes, beacon=beacon)
+    if path is None or public is None:
+        return key
     save_key(path, key, exclusive=not force)
     write_atomically(public, public_half(key).encode(), mode=0o644)
     return replace(key, path=path)
+
+
+def show(path: PathLike) -> tuple[str, Path | None]:
+    """Everything public about a key, and where its lost public half was written again, if it was lost."""
+    key, public = load_key(path), Path(path).with_suffix(".pub")
+    text = public_half(key)
+    if public.exists() or public == Path(path):
+        return text, None
+    write_atomically(public, text.encode(), mode=0o644)
+    return text, public
 
 
 def _check_names(path: Path, force: bool) -> Path:
@@ -241,13 +258,8 @@ def verify(
         Path(one) if isinstance(one, str | os.PathLike) else one for one in (suspect if many else [suspect])
     ]
     secret = key if isinstance(key, Key) else load_key(key)
-    images: FolderImages | ArrayImages | None = None
-    if isinstance(data, str | os.PathLike):
-        images = FolderImages(Path(data), options.manifest)
-    elif data is not None:
-        pixels = as_images(data)
-        names, secret = class_labels(labels, secret, len(pixels))
-        images = ArrayImages(pixels, names)
+    images, secret = unmarked_images(data, labels, secret, options)
+    conditions(secret, images, options)
     if not options.black_box:
         findings = verification.verify(models, secret, options, images, progress)
     elif images is None:
@@ -256,6 +268,35 @@ def verify(
         queries = verification.prepare_queries(secret, images, options)
         findings = verification.verify_black_box(models, queries, secret, options, progress)
     return findings if many else findings[0]
+
+
+def unmarked_images(
+    data: Any, labels: Labels | None, key: Key, options: VerifyOptions
+) -> tuple[UnmarkedImages | None, Key]:
+    """The images that suspects are shown, and the key under which their labels mean carriers."""
+    if data is None:
+        return None, key
+    if isinstance(data, str | os.PathLike):
+        return FolderImages(Path(data), options.manifest), key
+    pixels = as_images(data)
+    names, named = class_labels(labels, key, len(pixels))
+    return ArrayImages(pixels, names), named
+
+
+def conditions(key: Key, images: UnmarkedImages | None, options: VerifyOptions) -> Conditions:
+    """Compare a test with the publication in `options.public`. RadiotagError where anything differs."""
+    free = ("architecture", "image_size", "mean", "std", "decoys")
+    chosen = tuple(name for name in free if getattr(options, name) is not None)
+    public = read_public(options.public) if options.public else None
+    shaping = (*free, "black_box", "alpha", "calibrate")
+    return Conditions(
+        checked=check(public, key, options.manifest, images, chosen),
+        data=images.name if images else "synthetic",
+        digest=images_digest(images) if images else None,
+        images=len(images.labels) if images else None,
+        options={name: getattr(options, name) for name in shaping}
+        | {"manifest": str(options.manifest) if options.manifest else None},
+    )
 
 
 # ---------------------------------------------------------------- arrays

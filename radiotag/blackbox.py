@@ -12,6 +12,7 @@ network, if it knows the classes, and subtracted.
 """
 
 import hashlib
+import hmac
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from radiotag.networks import Network, resized
 from radiotag.radioactive import Floats, Marking, l2_radius, uniform_carriers
 from radiotag.suspect import Batching, log_probabilities
 
-QUERIES_FORMAT = 1  # version of the file of queries
+QUERIES_FORMAT = 2  # version of the file of queries
 DECOYS, MOST_DECOYS = 23, 99_999
 IMAGES = 480  # shown under each key, at most, and at most EACH per class
 EACH = 48
@@ -60,12 +61,42 @@ class Queries:
     images: tuple[Tensor, ...]  # [N] (3, H, W) uint8, unmarked
     rows: tuple[int, ...]  # (N,) carrier row of each image
     labels: tuple[str, ...]  # (N,) class of each image
-    names: tuple[tuple[str, ...], ...]  # [2(K + 1)][N] random; row 2k adds the pattern of key k, 2k + 1 subtracts it
+    names: tuple[tuple[str, ...], ...]  # [2(K + 1)][N] by HMAC; row 2k adds the pattern of key k, 2k + 1 subtracts it
 
     @property
     def decoys(self) -> int:
         """K, the number of decoy keys."""
         return len(self.names) // 2 - 1
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all names in order, hexadecimal: it commits to which question is which, and reveals nothing."""
+        return hashlib.sha256("".join(name for row in self.names for name in row).encode()).hexdigest()
+
+
+def question_names(
+    key: Key, images: Sequence[Tensor], rows: Sequence[int], labels: Sequence[str], decoys: int
+) -> tuple[tuple[str, ...], ...]:
+    """[2(K + 1)][N] names: HMAC of the key's secret over the row of questions, the image, its class and its carrier.
+
+    Nobody can tell a name's key without the secret, and nobody can relabel a question after its answer is in: another
+    image, class, carrier or key number gives another name.
+    """
+    described = [
+        _prefixed(str(i).encode(), str(row).encode(), label.encode("utf-8", "surrogateescape"),
+                  str(tuple(image.shape)).encode(), image.contiguous().numpy().tobytes())
+        for i, (image, row, label) in enumerate(zip(images, rows, labels, strict=True))
+    ]  # fmt: skip
+    contents = [hashlib.sha256(part).digest() for part in described]
+    secret = hmac.digest(key.secret, f"questions\0{decoys}".encode(), "sha256")
+    return tuple(
+        tuple(hmac.digest(secret, f"{number}\0".encode() + content, "sha256").hex()[:32] for content in contents)
+        for number in range(2 * (decoys + 1))
+    )
+
+
+def _prefixed(*parts: bytes) -> bytes:
+    return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
 
 
 def decoy_patterns(key: Key, number: int) -> Tensor:
@@ -111,9 +142,9 @@ def decoys_needed(classes: int, alpha: float) -> int:
     return max(DECOYS, min(MOST_DECOYS, math.ceil(math.pow(1.05 / alpha, 1 / classes) - 1e-9) - 1))
 
 
-def make(pixels: Sequence[Tensor], rows: Sequence[int], labels: Sequence[str], decoys: int) -> Queries:
-    """Queries from images (3, H, W) uint8 (`shrunk`), their carrier rows and classes, with new random names."""
-    names = tuple(tuple(secrets.token_hex(16) for _ in pixels) for _ in range(2 * (decoys + 1)))
+def make(key: Key, pixels: Sequence[Tensor], rows: Sequence[int], labels: Sequence[str], decoys: int) -> Queries:
+    """Queries from images (3, H, W) uint8 (`shrunk`), their carrier rows and classes."""
+    names = question_names(key, pixels, rows, labels, decoys)
     return Queries(images=tuple(pixels), rows=tuple(rows), labels=tuple(labels), names=names)
 
 
@@ -132,9 +163,7 @@ def shrunk(image: Tensor) -> Tensor:
 
 def cache_path(key_path: Path, key: Key, queries: Queries) -> Path:
     """The file for queries, beside the key's file; its name depends on the key, the images and the number of decoys."""
-    digest = hashlib.sha256(
-        f"{QUERIES_FORMAT}\0{key.fingerprint}\0{queries.decoys}\0{list(queries.rows)}".encode()
-    )
+    digest = hashlib.sha256(f"{QUERIES_FORMAT}\0{key.fingerprint}\0{queries.decoys}\0{list(queries.rows)}".encode())
     for image in queries.images:
         digest.update(f"\0{tuple(image.shape)}\0".encode() + image.contiguous().numpy().tobytes())
     return key_path.with_name(f"{key_path.stem}.queries-{digest.hexdigest()[:16]}.safetensors")
@@ -145,7 +174,7 @@ def save_queries(path: Path, queries: Queries, key: Key) -> None:
     tensors = {f"{i}": image for i, image in enumerate(queries.images)}
     metadata = {
         "format": QUERIES_FORMAT, "fingerprint": key.fingerprint, "rows": queries.rows, "labels": queries.labels,
-        "names": queries.names,
+        "decoys": queries.decoys,
     }  # fmt: skip
     write_atomically(path, safetensors.torch.save(tensors, {"radiotag": json.dumps(metadata)}), mode=0o600)
 
@@ -156,14 +185,16 @@ def load_queries(path: Path, key: Key) -> Queries:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = json.loads((file.metadata() or {})["radiotag"])
             rows, labels = tuple(metadata["rows"]), tuple(metadata["labels"])
-            names = tuple(map(tuple, metadata["names"]))
             images = tuple(file.get_tensor(f"{i}") for i in range(len(rows)))
         belongs = metadata["format"] == QUERIES_FORMAT and metadata["fingerprint"] == key.fingerprint
+        decoys = metadata.get("decoys", 1)
+        if type(decoys) is not int or not 1 <= decoys <= MOST_DECOYS or len(rows) > IMAGES + len(key.carriers):
+            raise ValueError("its numbers of decoys or images are damaged")
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise RadiotagError(f"{path} is damaged: {error}", "remove it, it will be made again") from error
     if not belongs:
         raise OfAnotherKey(f"{path} belongs to another key or version", "remove it, it will be made again")
-    return Queries(images=images, rows=rows, labels=labels, names=names)
+    return make(key, images, rows, labels, decoys)
 
 
 def check_export(folder: Path) -> None:
@@ -172,10 +203,8 @@ def check_export(folder: Path) -> None:
         raise RadiotagError(f"{folder} exists", "choose another folder for --export, or remove it")
 
 
-def export(
-    queries: Queries, key: Key, folder: Path, progress: Callable[[int, int], None] = lambda *_: None
-) -> int:
-    """Write every query as a PNG under its random name; returns the number of files. RadiotagError if that fails.
+def export(queries: Queries, key: Key, folder: Path, progress: Callable[[int, int], None] = lambda *_: None) -> int:
+    """Write every query as a PNG under its name; returns the number of files. RadiotagError if that fails.
 
     Nothing tells the true key from a decoy: not the names, their order, the time stamps or the layout of the files.
     """

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,16 @@ if TYPE_CHECKING:
     from radiotag.keys import Key
     from radiotag.manifest import Summary
     from radiotag.plan import MarkOptions, Plan
+    from radiotag.probes import UnmarkedImages
+    from radiotag.public import Conditions
     from radiotag.verification import Finding, VerifyOptions
     from radiotag.verification import Progress as ShowProgress
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # folders of folders of classes
+UNNAMED = (
+    "note         the key names no classes: it is your private tool until `mark` writes the set's public half; "
+    "with --data ./imgs it names them"
+)
 MENDED = f"mend or remove them, and {AGAIN['mark']}"
 
 app = typer.Typer(
@@ -117,6 +123,16 @@ def keygen(
     data: Annotated[
         Path | None, key_option(metavar="DIR", help="take class names from this folder's sub-folders instead")
     ] = None,
+    beacon: Annotated[
+        str | None,
+        key_option(metavar="TEXT", help="a public random value that came after --committed was published"),
+    ] = None,
+    committed: Annotated[
+        Path | None, key_option(metavar="KEY", help="with --beacon: the earlier key, whose seed was committed")
+    ] = None,
+    show: Annotated[
+        Path | None, output_option(metavar="KEY", help="print all that is public about a key; restore a lost .pub")
+    ] = None,
     output: Annotated[Path, output_option("--output", "-o", metavar="FILE", help="the key file")] = Path(
         "k.safetensors"
     ),
@@ -132,13 +148,22 @@ def keygen(
     with reporting("keygen", json_, quiet) as report:
         if data and classes:
             raise typer.BadParameter("--classes and --data both say how many carriers: give one of them")
+        if committed and (data or classes or network != "builtin"):
+            raise typer.BadParameter("--committed has network and classes: leave out --network, --classes and --data")
         from radiotag import api
         from radiotag.stores import list_dataset
 
+        if show:
+            _show(report, show)
+            return
         names = [name for name in list_dataset(data).names if name] if data else None
         if data and not names:
             raise RadiotagError(f"{data} has no class sub-folders", "leave out --data, or give a folder of folders")
-        key = api.keygen(output, network=network, classes=names or classes or 1000, force=force)
+        report.note("making a key …")
+        earlier = api.load_key(committed) if committed else None
+        key = api.keygen(
+            output, network=network, classes=names or classes or 1000, beacon=beacon, committed=earlier, force=force
+        )
         public, dimension = output.with_suffix(".pub"), key.carriers.shape[1]
         described = key.metadata["network"]
         shown = f"{described['architecture']}, {described['image_size']} px"
@@ -146,13 +171,23 @@ def keygen(
             f"key          {output} (keep it secret)",
             f"public half  {public} (publish it before the data)",
             f"fingerprint  sha256:{key.fingerprint}",
+            *([] if key.class_names else [UNNAMED]),
             f"carriers     {len(key.carriers)} classes × {dimension} dimensions, network {network} ({shown})",
             f"next         radiotag mark ./imgs --key {shlex.quote(str(output))}",
         )
         report.give(
             key=str(output), public=str(public), classes=len(key.carriers), dimension=dimension, network=network,
-            statistic=key.statistic, fingerprint=key.fingerprint,
+            statistic=key.statistic, fingerprint=key.fingerprint, commitment=key.commitment, beacon=key.beacon,
         )  # fmt: skip
+
+
+def _show(report: Report, path: Path) -> None:
+    from radiotag import api
+
+    text, written = api.show(path)
+    report.say(*text.splitlines(), *([f"written      {written}"] if written else []))
+    key = api.load_key(path)
+    report.give(key=str(path), fingerprint=key.fingerprint, commitment=key.commitment, beacon=key.beacon, public=text)
 
 
 # ---------------------------------------------------------------- mark
@@ -174,6 +209,9 @@ def mark(
     ] = 1.0,
     steps: Annotated[int, marking_option(min=1, max=10_000, metavar="N", help="gradient steps an image")] = 20,
     seed: Annotated[int, marking_option(min=0, metavar="N", help="seed of the random crops")] = 0,
+    held_out: Annotated[
+        Path | None, marking_option(metavar="DIR", help="unmarked images to commit to now, and to verify with later")
+    ] = None,
     strict: Annotated[
         bool, marking_option("--strict", metavar="", help="stop at the first image that cannot be marked")
     ] = False,
@@ -221,7 +259,7 @@ def mark(
 
         options = MarkOptions(
             fraction=fraction, epsilon=epsilon, min_psnr=min_psnr, steps=steps, format=format_, seed=seed,
-            device=choose_device(device), batch_size=batch_size, force=force, strict=strict,
+            device=choose_device(device), batch_size=batch_size, force=force, strict=strict, held_out=held_out,
         )  # fmt: skip
         plan = _mark_plan(report, source, output, key, options)
         _check_preview(plan, preview, force)
@@ -371,6 +409,7 @@ def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
         + (f" ({summary.skipped} done earlier)" if summary.skipped else ""),
         f"output       {plan.output}",
         f"manifest     {plan.manifest} (keep it secret)",
+        f"public half  {plan.public} (publish or time-stamp it before the data)",
         f"key          sha256:{plan.key.fingerprint}",
         *(_quality_lines(summary) if summary.marked else ()),
         *_unmarked_lines(plan),
@@ -587,6 +626,14 @@ def verify(
             show_default="synthetic images",
         ),
     ] = None,
+    public: Annotated[
+        Path | None,
+        evidence_option(metavar="FILE.pub", help="key, manifest, classes and data must be those published here"),
+    ] = None,
+    control: Annotated[
+        list[Path] | None,
+        evidence_option(metavar="CLEAN", help="a model known to be clean, tested beside; can be repeated"),
+    ] = None,
     marked: Annotated[
         Path | None, evidence_option(metavar="MANIFEST", help="use this manifest's classes, and refuse its images")
     ] = None,
@@ -633,8 +680,8 @@ def verify(
             raise typer.BadParameter(f"--alpha is above 0 and at most 0.5, not {alpha:g}")
         asked = {"--data": data, "--marked": marked, "--arch": arch, "--decoys": decoys}
         _check_verify(models, black_box, export, predictions, calibrate, asked)
-        from radiotag import api, verification
         from radiotag import report as pages
+        from radiotag import verification
         from radiotag.blackbox import check_export
         from radiotag.keys import load_key
 
@@ -647,34 +694,77 @@ def verify(
         secret = load_key(key)
         options = verification.VerifyOptions(
             architecture=arch, image_size=image_size, mean=_triple(mean, "--mean"), std=_triple(std, "--std"),
-            manifest=marked, alpha=alpha, calibrate=calibrate, black_box=black_box, decoys=decoys,
+            manifest=marked, public=public, alpha=alpha, calibrate=calibrate, black_box=black_box, decoys=decoys,
             device=choose_device(device), batch_size=batch_size,
         )  # fmt: skip
-        queries = _queries(report, secret, data, options) if black_box and data and not predictions else None
-        if export and queries:
-            _export(report, queries, secret, export)
+        if export and data:
+            _export(report, secret, data, options, export)
             return
         with examining(report) as progress:
-            if predictions:
-                findings = verification.verify_predictions(predictions, secret, options, progress)
-            elif queries:
-                findings = verification.verify_black_box(models or [], queries, secret, options, progress)
-            else:
-                findings = api.verify(models or [], secret, data, options=options, progress=progress)
-        problem = None
-        if report_:
-            try:
-                command, created = ["radiotag", *sys.argv[1:]], datetime.now(UTC)
-                pages.write(
-                    report_, pages.Page(findings=findings, key=secret, alpha=alpha, command=command, created=created)
-                )
-            except RadiotagError as error:  # the verdict of an hour is told all the same
-                report.problem(str(error), error.hint)
-                problem = error
-        _tell(report, findings, secret, options, report_, problem)
+            asked_for = Asked(models=models or [], controls=control or [], data=data, predictions=predictions)
+            tested = _test(report, asked_for, secret, options, progress)
+        problem = _write_page(report, report_, tested, secret, options) if report_ else None
+        _tell(report, tested, secret, options, report_, problem)
         if problem:
             raise typer.Exit(ERROR)
-        raise typer.Exit(DETECTED if all(finding.detected for finding in findings) else NO_EVIDENCE)
+        raise typer.Exit(DETECTED if all(finding.detected for finding in tested.findings) else NO_EVIDENCE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tested:
+    """What came of a verification, and under what conditions."""
+
+    findings: "list[Finding]"
+    controls: "list[Finding]"  # models known to be clean, under the same key
+    conditions: "Conditions"
+
+
+def _test(
+    report: Report, asked: "Asked", secret: "Key", options: "VerifyOptions", progress: "ShowProgress"
+) -> Tested:
+    from radiotag import api, verification
+
+    images, _ = api.unmarked_images(asked.data, None, secret, options)
+    conditions = api.conditions(secret, images, options)
+    if asked.predictions:
+        findings = verification.verify_predictions(asked.predictions, secret, options, progress)
+        return Tested(findings=findings, controls=[], conditions=replace(conditions, data="the exported questions"))
+    if options.black_box and images:
+        queries = _queries(report, secret, images, options)
+        test = partial(verification.verify_black_box, queries=queries, key=secret, options=options, progress=progress)
+    else:
+        test = partial(verification.verify, key=secret, options=options, data=images, progress=progress)
+    controls = test(asked.controls) if asked.controls else []
+    return Tested(findings=test(asked.models), controls=controls, conditions=conditions)
+
+
+def _write_page(
+    report: Report, path: Path, tested: Tested, secret: "Key", options: "VerifyOptions"
+) -> RadiotagError | None:
+    """Write the page; where that fails, the verdict of an hour is told all the same."""
+    from radiotag import report as pages
+
+    command, created = ["radiotag", *sys.argv[1:]], datetime.now(UTC)
+    page = pages.Page(
+        findings=tested.findings, controls=tested.controls, conditions=tested.conditions, key=secret,
+        alpha=options.alpha, command=command, created=created,
+    )  # fmt: skip
+    try:
+        pages.write(path, page)
+    except RadiotagError as error:
+        report.problem(str(error), error.hint)
+        return error
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a verification is to look at."""
+
+    models: list[Path]
+    controls: list[Path]
+    data: Path | None
+    predictions: Path | None
 
 
 def _check_verify(
@@ -702,11 +792,10 @@ def _check_verify(
         raise typer.BadParameter("--calibrate is for the white-box test: black-box counts its null out exactly")
 
 
-def _queries(report: Report, secret: "Key", data: Path, options: "VerifyOptions") -> "Queries":
+def _queries(report: Report, secret: "Key", images: "UnmarkedImages", options: "VerifyOptions") -> "Queries":
     from radiotag import verification
-    from radiotag.probes import FolderImages
 
-    queries = verification.prepare_queries(secret, FolderImages(data, options.manifest), options)
+    queries = verification.prepare_queries(secret, images, options)
     report.note(
         f"black-box: {len(set(queries.rows))} classes, {len(queries.rows)} images with and without the patterns of the "
         f"true key and of {queries.decoys} decoys: {len(queries.rows) * len(queries.names)} questions a suspect"
@@ -714,19 +803,25 @@ def _queries(report: Report, secret: "Key", data: Path, options: "VerifyOptions"
     return queries
 
 
-def _export(report: Report, queries: "Queries", secret: "Key", folder: Path) -> None:
-    from radiotag import blackbox
+def _export(report: Report, secret: "Key", data: Path, options: "VerifyOptions", folder: Path) -> None:
+    from radiotag import api, blackbox
+    from radiotag.probes import FolderImages
 
+    images = FolderImages(data, options.manifest)
+    api.conditions(secret, images, options)
+    queries = _queries(report, secret, images, options)
     with progress_bar(report, "images") as bar:
         task = bar.add_task("exporting", total=None, detail="")
         count = blackbox.export(queries, secret, folder, lambda done, of: bar.update(task, completed=done, total=of))
     report.say(
         f"exported     {count} images to {folder} (which is which is kept beside the key)",
         "ask          the suspect for a label or its probabilities on each; write file,label or file,CLASS,CLASS,...",
+        f"questions    sha256:{queries.digest} (publish it before the answers are in)",
         f"key          sha256:{secret.fingerprint}",
+        "note         this key is spent against whoever sees the questions: they show its patterns",
         f"next         radiotag verify --key {shlex.quote(str(secret.path))} --predictions answers.csv",
     )
-    report.give(fingerprint=secret.fingerprint, export=str(folder), images=count)
+    report.give(fingerprint=secret.fingerprint, export=str(folder), images=count, questions=queries.digest)
 
 
 @contextmanager
@@ -746,13 +841,15 @@ def examining(report: Report) -> Iterator["ShowProgress"]:
 
 
 def _tell(
-    report: Report, findings: "list[Finding]", secret: "Key", options: "VerifyOptions", page: Path | None,
+    report: Report, tested: Tested, secret: "Key", options: "VerifyOptions", page: Path | None,
     problem: RadiotagError | None,
 ) -> None:  # fmt: skip
     from radiotag import report as pages
     from radiotag import verification
+    from radiotag.public import told
     from radiotag.radioactive import NULL
 
+    findings = tested.findings
     for finding in findings:
         report.say(*_finding_lines(finding, options.alpha, len(findings)))
         if finding.calibration:
@@ -760,26 +857,49 @@ def _tell(
     white = all(finding.method == "white-box" for finding in findings)
     holds_if, unless = verification.VOIDS if white else pages.BLACK_BOX_VOIDS
     report.say(
+        *_control_lines(tested.controls),
         f"null         {NULL}",
         f"statistic    {f'{secret.statistic}, declared in the key' if white else pages.BLACK_BOX}",
         f"key          sha256:{secret.fingerprint}",
+        *(f"{what:<12} {state}" for what, state in told(tested.conditions)),
         f"note         {holds_if} {unless}",
         *_advice(findings),
         f"report       {'not written' if problem else page}"
         if page
         else f"next         {shlex.join(['radiotag', *sys.argv[1:]])} --report evidence.html",
     )
-    suspects = [verification.as_json(finding) for finding in findings]
+    report.give(**_verify_json(tested, secret, options, page, problem))
+
+
+def _control_lines(controls: "list[Finding]") -> list[str]:
+    lines = [
+        f"control      {control.path}, known to be clean: log10 p = {control.log10_p:.2f} under the same key"
+        for control in controls
+    ]
+    if any(control.detected for control in controls):
+        lines.append("warning      a model known to be clean is detected: do not trust this key, or that it is clean")
+    return lines
+
+
+def _verify_json(
+    tested: Tested, secret: "Key", options: "VerifyOptions", page: Path | None, problem: RadiotagError | None
+) -> dict[str, Any]:
+    from radiotag import public, verification
+
+    suspects = [verification.as_json(finding) for finding in tested.findings]
     calibrations = [suspect["calibration"] for suspect in suspects if "calibration" in suspect]
-    report.give(
-        fingerprint=secret.fingerprint, alpha=options.alpha,
-        statistic=secret.statistic if white else "black-box",
-        detected=all(finding.detected for finding in findings),
-        suspects=suspects,
+    white = all(finding.method == "white-box" for finding in tested.findings)
+    return {
+        "fingerprint": secret.fingerprint, "alpha": options.alpha,
+        "statistic": secret.statistic if white else "black-box",
+        "detected": all(finding.detected for finding in tested.findings),
+        "suspects": suspects,
+        "controls": [verification.as_json(control) for control in tested.controls],
+        **public.as_json(tested.conditions),
         **({"calibration": calibrations[0]} if len(calibrations) == 1 else {}),
         **({"report": str(page)} if page and not problem else {}),
         **({"error": str(problem), "hint": problem.hint} if problem else {}),
-    )  # fmt: skip
+    }  # fmt: skip
 
 
 def _advice(findings: "list[Finding]") -> list[str]:

@@ -16,7 +16,7 @@ from radiotag.probes import FolderImages
 
 CLASSES = synthetic.CLASS_NAMES
 MADE = {
-    *("images", "held-out", "images-marked", "images-marked.manifest.jsonl", "preview.png"),
+    *("images", "held-out", "images-marked", "images-marked.manifest.jsonl", "images-marked.pub", "preview.png"),
     *("k.safetensors", "k.pub", "clean.pt", "radioactive.pt"),
 }
 

@@ -169,6 +169,15 @@ def new_key(
     return key_from(entropy(32), weights, metadata)
 
 
+def with_beacon(key: Key, beacon: str | None) -> Key:
+    """The key of the same seed, network and classes with a beacon. RadiotagError without one, or if it has one."""
+    if not beacon:
+        raise RadiotagError("a committed seed is used once, with a beacon", "add --beacon TEXT")
+    if key.beacon is not None:
+        raise RadiotagError("that key has a beacon already", "give the key that was published without one")
+    return key_from(key.seed, key.weights, {**key.metadata, "beacon": beacon})
+
+
 # ---------------------------------------------------------------- key files
 
 

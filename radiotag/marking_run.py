@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,9 @@ from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, 
 from radiotag.listing import Item
 from radiotag.manifest import Row, Summary
 from radiotag.plan import Plan, check_begun, check_rows, stale_files, with_earlier
+from radiotag.probes import FolderImages
 from radiotag.processes import Team, team
+from radiotag.public import marked_half
 from radiotag.stores import copy_other_file
 
 BEST_PSNR = 100.0  # dB recorded of an image that came out unchanged: JSON has no infinity
@@ -98,8 +101,17 @@ def _finished(state: _Run, processes: Team, journal: IO[bytes]) -> Summary:
         summary = manifest.put_in_order(plan.manifest, plan.header, order, skipped)
         with plan.manifest.open("rb") as file:
             plan.store.finish(manifest.row_at(file, place) for place in summary.places)
+        _publish(plan)
     processes.gather(None)
     return summary
+
+
+def _publish(plan: Plan) -> None:
+    """Write the marked set's public half."""
+    held_out = FolderImages(plan.options.held_out, plan.manifest) if plan.options.held_out else None
+    today = datetime.now(UTC).date().isoformat()
+    text = marked_half(plan.key, plan.manifest, plan.rows, held_out, today)
+    write_atomically(plan.public, text.encode("utf-8", "surrogateescape"), mode=0o644)
 
 
 # ---------------------------------------------------------------- the journal

@@ -40,6 +40,7 @@ class MarkOptions:
     device: str = "cpu"
     batch_size: int = 64  # images optimised together
     force: bool = False  # over whatever the output holds
+    held_out: Path | None = None  # unmarked images that the public half commits to, for verification
     strict: bool = False  # stop at the first image that cannot be marked
 
     @property
@@ -58,6 +59,11 @@ class Plan:
     manifest: Path
     rows: dict[str, int]  # class → carrier row
     chosen: frozenset[str]  # relative paths to mark
+
+    @property
+    def public(self) -> Path:
+        """The marked set's public half, beside the manifest."""
+        return self.manifest.with_name(self.manifest.name.removesuffix(".manifest.jsonl") + ".pub")
 
     @property
     def source(self) -> Path:

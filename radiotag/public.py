@@ -8,7 +8,7 @@ or time-stamped before a suspect was made, they leave their owner no choice that
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from radiotag.probes import UnmarkedImages
 PUBLIC_FORMAT = 2
 TITLE = f"radiotag public key, format {PUBLIC_FORMAT}"
 MARKED_TITLE = f"radiotag public key of a marked set, format {PUBLIC_FORMAT}"
-SYNTHETIC = "synthetic"
 REPUBLISH = "give the files that belong to this public half, or leave out --public"
 
 
@@ -168,7 +167,35 @@ def _check_manifest(public: Public, manifest: Path) -> None:
         raise RadiotagError(f"{manifest} pairs classes and carriers otherwise than {public.path}", REPUBLISH)
 
 
-def as_json(checked: Checked) -> dict[str, Any]:
-    """Plain values for `--json`."""
-    names = ("public", "key", "classes", "manifest", "data")
-    return {name: getattr(checked, name) for name in names} | {"chosen": list(checked.chosen)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """Under what conditions suspects were tested: all that shaped a result beside key and suspects."""
+
+    checked: Checked
+    data: str  # synthetic images, or where the real ones come from
+    digest: str | None  # SHA-256 of the real images, None for synthetic ones
+    images: int | None  # how many real images there are
+    options: dict[str, Any]  # as plain values
+
+
+def as_json(conditions: Conditions) -> dict[str, Any]:
+    """Plain values for `--json`: what was checked, the data, and the options."""
+    checked = asdict(conditions.checked)
+    data = {"kind": conditions.data, "digest": conditions.digest, "images": conditions.images}
+    return {"checked": checked | {"chosen": list(checked["chosen"])}, "data": data, "options": conditions.options}
+
+
+def told(conditions: Conditions) -> list[tuple[str, str]]:
+    """(what, state) of each condition in plain words, for people."""
+    checked = conditions.checked
+    where = f"as published in {checked.public}" if checked.public else "not compared with a publication"
+    if conditions.digest is None:
+        data = "synthetic images, the same for every suspect"
+    else:
+        choice = "as committed there" if checked.data else "the choice of whoever ran the test"
+        data = f"{conditions.images} images of {conditions.data}, sha256:{conditions.digest}: {choice}"
+    lines = [("checked", f"key, classes and carriers {where}"), ("data", data)]
+    if checked.manifest is None and "manifest" in checked.chosen:
+        lines.append(("manifest", "the choice of whoever ran the test: it was not compared with a publication"))
+    options = [name for name in checked.chosen if name not in {"data", "manifest"}]
+    return [*lines, *([("chosen", f"by whoever ran the test: {', '.join(options)}")] if options else [])]

@@ -25,7 +25,7 @@ from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
 from radiotag.keys import STATISTICS, Key
 from radiotag.markup import Bar, chart, document, element, facts, group, numbers, paragraph, verbatim
-from radiotag.public import public_half
+from radiotag.public import Conditions, public_half, told
 from radiotag.radioactive import NULL
 from radiotag.verification import VOIDS, ClassResult, Finding
 
@@ -61,6 +61,8 @@ class Page:
     """What a report tells of."""
 
     findings: Sequence[Finding]  # of one run, all white-box or all black-box
+    controls: Sequence[Finding] = ()  # models known to be clean, tested under the same key
+    conditions: Conditions
     key: Key
     alpha: float
     command: Sequence[str]  # what repeats the test: the program and its arguments
@@ -87,7 +89,7 @@ def write(path: Path, page: Page) -> None:
 
 def html(page: Page) -> str:
     """Return the whole page as text."""
-    sections = (_verdicts, _tested, _answers, _evidence, _calibrations, _key, _meaning, _voids, _repeat)
+    sections = (_verdicts, _tested, _answers, _evidence, _calibrations, _key, _meaning, _checks, _voids, _repeat)
     main = element("main", *(part for section in sections for part in section(page)))
     return document(f"{_title(page)} Verification report by radiotag", _header(page), main)
 
@@ -489,6 +491,50 @@ def _meaning(page: Page) -> list[ET.Element]:
         *special,
     ]  # fmt: skip
     return [element("h2", "What the numbers mean"), facts(rows)]
+
+
+def _checks(page: Page) -> list[ET.Element]:
+    """The steps by which anybody checks a claim, each with what the program found."""
+    rows = [
+        ("Published before the suspect existed", "for the owner to show: a time stamp on the public half"),
+        ("Key", _state(page.conditions.checked.key, "is the one published", page)),
+        ("Carriers", "checked: they follow from the key's seed, so nobody could choose them"),
+        ("Drawn once", _drawn(page)),
+        ("Classes and carriers", _state(page.conditions.checked.classes, "are paired as published", page)),
+        ("Manifest", _manifest_state(page)),
+        *((name.capitalize(), text) for name, text in told(page.conditions) if name in {"data", "chosen"}),
+        ("Questions", _questions(page)),
+        ("Controls", _controls(page)),
+        ("Other looks", "for the owner to tell: p has to be multiplied by the number of tests made with this key"),
+        ("Lineage", "a model fine-tuned or distilled from a guilty one is detected, too; models alike depend on luck"),
+    ]
+    return [element("h2", "How to check this claim"), facts([row for row in rows if row[1]])]
+
+
+def _state(checked: bool | None, what: str, page: Page) -> str:
+    return f"checked: {what} in {page.conditions.checked.public}" if checked else "NOT CHECKED against a publication"
+
+
+def _drawn(page: Page) -> str:
+    if page.key.beacon is not None:
+        return f"the beacon {page.key.beacon!r} went into the carriers: check that the seed's commitment is older"
+    return "not shown: the best of N keys has a p up to N times smaller than it says; a beacon would end that"
+
+
+def _manifest_state(page: Page) -> str:
+    if page.conditions.options.get("manifest") is None:
+        return "none was used"
+    return _state(page.conditions.checked.manifest, "is the one published", page)
+
+
+def _questions(page: Page) -> str:
+    digests = {finding.questions for finding in page.findings if finding.questions}
+    return "".join(f"sha256:{digest}: compare with what was published at the export" for digest in sorted(digests))
+
+
+def _controls(page: Page) -> str:
+    shown = ", ".join(f"{control.path}: log10 p = {control.log10_p:.2f}" for control in page.controls)
+    return shown or "no model known to be clean was tested beside (--control)"
 
 
 def _voids(page: Page) -> list[ET.Element]:

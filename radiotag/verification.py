@@ -56,6 +56,7 @@ class VerifyOptions:
     mean: tuple[float, ...] | None = None  # the suspects' normalisation for pixels in [0, 1]
     std: tuple[float, ...] | None = None
     manifest: Path | None = None  # of the marked data: only the classes marked there are compared
+    public: Path | None = None  # key, manifest, classes and data must be those published here
     alpha: float = 1e-4  # a mark is detected if the corrected p-value is at most this
     calibrate: int = 0  # number of null keys to test the same suspects with
     black_box: bool = False  # use only the suspects' answers to real images
@@ -93,6 +94,7 @@ class Finding:
     warnings: tuple[str, ...]
     calibration: Calibration | None = None
     decoys: int | None = None  # number of decoy keys; black-box only
+    questions: str | None = None  # SHA-256 over the questions' names; black-box only
     classes: tuple[ClassResult, ...] = ()  # white-box only
 
 
@@ -323,7 +325,7 @@ def choose_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> bl
     limit = min(blackbox.IMAGES, blackbox.QUESTIONS // (2 * decoys + 2))
     order = [order[i] for i in blackbox.choose_images([data.labels[i] for i in order], limit)]
     labels = [data.labels[i] for i in order]
-    return blackbox.make([pictures[i] for i in order], [rows[name] for name in labels], labels, decoys)
+    return blackbox.make(key, [pictures[i] for i in order], [rows[name] for name in labels], labels, decoys)
 
 
 def prepare_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> blackbox.Queries:
@@ -429,7 +431,7 @@ def _black_box_finding(
     return Finding(
         path=name, sha256="", architecture="unknown", log10_p=log10_p, log10_p_corrected=log10_p, detected=False,
         paper_log10_p=None, mean_cosine=None, pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1],
-        method="black-box", warnings=tuple(warnings), decoys=queries.decoys,
+        method="black-box", warnings=tuple(warnings), decoys=queries.decoys, questions=queries.digest,
     )  # fmt: skip
 
 
@@ -437,7 +439,7 @@ def as_json(finding: Finding) -> dict[str, Any]:
     """The finding as plain values, for `--json`."""
     plain = asdict(finding)
     if finding.method == "white-box":
-        del plain["decoys"]
+        del plain["decoys"], plain["questions"]
     else:
         del plain["classes"]
     if finding.calibration is None:

@@ -329,7 +329,7 @@ def test_queries_are_the_image_with_and_without_its_pattern(place):
     key = load_key(place / "k.safetensors")
     images = [torch.full((3, 20, 24), 128, dtype=torch.uint8), torch.full((3, 600, 300), 90, dtype=torch.uint8)]
     images = [blackbox.shrunk(image.float()) for image in images]
-    queries = blackbox.make(images, [2, 0], ["cat", "ant"], decoys=1)
+    queries = blackbox.make(key, images, [2, 0], ["cat", "ant"], decoys=1)
     assert [len(queries.names), len({name for row in queries.names for name in row})] == [4, 8]
     assert queries.images[1].shape == (3, 256, 128)
     for number in range(4):
