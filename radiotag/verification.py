@@ -139,7 +139,7 @@ def suspect_digest(model: Model) -> str:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items() if isinstance(model, nn.Module) else ():
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest() if isinstance(model, nn.Module) else ""
 
 
