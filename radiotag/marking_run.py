@@ -73,7 +73,7 @@ def _record(state: _Run, journal: IO[bytes], row: Row) -> None:
     _append(journal, row)
     state.progress(state.summary)
     if state.plan.options.strict and row["status"] == "failed":
-        raise RadiotagError(row["error"], "mend or remove the file, or leave out --strict")
+        raise RadiotagError(row["error"], "repair or remove the file, or leave out --strict")
 
 
 def _append(journal: IO[bytes], row: Row) -> None:

@@ -219,8 +219,8 @@ def from_state(state: Mapping[str, Tensor], spec: Spec, *, builder: Callable[...
     types = {k: v.dtype for k, v in full.items()}
     for name in [k for k in types if not k.endswith("num_batches_tracked")]:
         del full[name]
-    known = state if builder else _without_auxiliary(state)
-    full.update({k: v.detach().to(types.get(k, v.dtype), copy=True) for k, v in known.items()})
+    weights = state if builder else _without_auxiliary(state)
+    full.update({k: v.detach().to(types.get(k, v.dtype), copy=True) for k, v in weights.items()})
     try:
         module.load_state_dict(full, strict=True, assign=True)
     except RuntimeError as error:
@@ -271,7 +271,7 @@ def _call_builder(builder: Callable[..., Any], spec: Spec) -> nn.Module:
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise RadiotagError(
-            f"{spec.architecture} failed: {reason}", "mend the function, or name another one"
+            f"{spec.architecture} failed: {reason}", "fix the function, or name another one"
         ) from error
     if not isinstance(module, nn.Module):
         raise RadiotagError(f"{spec.architecture} returned {type(module).__name__}, not a torch.nn.Module")
@@ -609,7 +609,7 @@ def load_network(
             spec = described
         spec = replace(spec, image_size=image_size or spec.image_size, mean=mean or spec.mean, std=std or spec.std)
         if largest and spec.image_size > max(largest, image_size or 0):
-            hint = f"allow it, if that is so: --image-size {spec.image_size}"
+            hint = f"if that is right, allow it: --image-size {spec.image_size}"
             raise RadiotagError(f"it asks for images of {spec.image_size} pixels", hint)
         network = from_state(state, spec, builder=builder)
     except RadiotagError as error:

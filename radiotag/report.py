@@ -325,14 +325,14 @@ def _evidence(page: Page) -> list[ET.Element]:
 
 def _class_evidence(finding: Finding) -> list[ET.Element]:
     ordered = sorted(finding.classes, key=lambda result: result.log10_p)
-    what, count = ("outputs" if best_counts(finding) else "classes"), len(ordered)
-    ends, notes = [(f"all {count} {what}", ordered)], []
+    noun, count = ("outputs" if best_counts(finding) else "classes"), len(ordered)
+    ends, notes = [(f"all {count} {noun}", ordered)], []
     if count > 2 * SHOWN:
-        ends = [(f"the {SHOWN} strongest {what}", ordered[:SHOWN]), (f"the {SHOWN} weakest {what}", ordered[-SHOWN:])]
-        notes.append(f"Of {count:,} {what} the {SHOWN} strongest and the {SHOWN} weakest are shown.")
+        ends = [(f"the {SHOWN} strongest {noun}", ordered[:SHOWN]), (f"the {SHOWN} weakest {noun}", ordered[-SHOWN:])]
+        notes.append(f"Of {count:,} {noun} the {SHOWN} strongest and the {SHOWN} weakest are shown.")
     top = max(2.0, -1.05 * ordered[0].log10_p)
     figures = [_class_figure(name, results, top) for name, results in ends]
-    return [*map(paragraph, notes), *figures, _class_table([results for _, results in ends], what, count)]
+    return [*map(paragraph, notes), *figures, _class_table([results for _, results in ends], noun, count)]
 
 
 def _class_figure(name: str, classes: Sequence[ClassResult], top: float) -> ET.Element:
@@ -346,14 +346,14 @@ def _label(result: ClassResult) -> str:
     return f"output {result.output}" if result.name is None else result.name
 
 
-def _class_table(ends: Sequence[Sequence[ClassResult]], what: str, count: int) -> ET.Element:
+def _class_table(ends: Sequence[Sequence[ClassResult]], noun: str, count: int) -> ET.Element:
     groups = []
     for i, classes in enumerate(ends):
         if i:
-            hidden = f"… {count - 2 * SHOWN:,} {what} between these are not shown …"
+            hidden = f"… {count - 2 * SHOWN:,} {noun} between these are not shown …"
             groups.append(element("tbody", element("tr", element("td", hidden, colspan="5", class_="gap"))))
         groups.append(group(_class_cells(result) for result in classes))
-    return numbers(("class", "output", "carrier", "log10 p", "p"), groups, f"The same {what} in numbers")
+    return numbers(("class", "output", "carrier", "log10 p", "p"), groups, f"The same {noun} in numbers")
 
 
 def _class_cells(result: ClassResult) -> Sequence[str]:

@@ -86,7 +86,7 @@ def list_shards(source: Path) -> tuple[Archive, Listing]:
     other_files = [PurePosixPath(name) for name in other_names if not PART.fullmatch(name)]
     loose = next((p for p in other_files if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")), None)
     if loose:
-        raise RadiotagError(f"{source}: images both in shards and beside them ({loose})", "put them apart")
+        raise RadiotagError(f"{source}: images both in shards and beside them ({loose})", "separate them")
     index = _Index()
     for shard in shards:
         try:
@@ -192,7 +192,7 @@ def _check_member(shard: Path, info: tarfile.TarInfo, repeated: bool) -> None:
     if repeated:
         raise RadiotagError(f"{shard}: the member {info.name!r} is there twice", "keep one of them")
     if info.sparse is not None or "size" in info.pax_headers:
-        raise RadiotagError(f"{shard}: the member {info.name!r} is stored sparsely or beyond 8 GiB", "pack it anew")
+        raise RadiotagError(f"{shard}: the member {info.name!r} is stored sparsely or beyond 8 GiB", "pack it again")
 
 
 def assemble(

@@ -227,8 +227,8 @@ def verify(
             result = evidence(examined.vectors, examined.pairing.rows, key.carriers, key.patterns)
         finding = _white_box_finding(model, examined, result, options)
         if options.calibrate:
-            given = examined.vectors, examined.pairing.rows, key, result.log_p, options.calibrate, batching.tell
-            finding = replace(finding, calibration=calibrate(*given))
+            arguments = examined.vectors, examined.pairing.rows, key, result.log_p, options.calibrate, batching.tell
+            finding = replace(finding, calibration=calibrate(*arguments))
         findings.append(finding)
     return corrected(findings, options.alpha)
 
