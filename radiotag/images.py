@@ -82,7 +82,7 @@ def decode(data: bytes, name: str) -> Picture:
     message contains `name`.
     """
     try:
-        return _picture(_load(data, name), data, name)
+        return _picture(_open(data, name), data, name)
     except RadiotagError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's limit is twice as high
@@ -96,7 +96,7 @@ def _bomb(name: str) -> RadiotagError:
     return RadiotagError(f"{name}: too many pixels, it may be a decompression bomb", hint)
 
 
-def _load(data: bytes, name: str) -> Image.Image:
+def _open(data: bytes, name: str) -> Image.Image:
     if not data:
         raise RadiotagError(f"{name}: the file is empty", "replace or remove the file")
     try:
@@ -357,13 +357,13 @@ def _write(picture: Picture, rgb: NDArray[Any], format: str) -> bytes:
         options = options | {"exif": _with_orientation(options["exif"], picture.orientation)}
     if target == "JPEG":  # its metadata are copied as segments
         coding = {key: value for key, value in options.items() if key not in METADATA}
-        return _with_metadata(_saved(image, target, coding), picture.chunks)
-    data = _saved(image, target, options)
+        return _with_metadata(_save(image, target, coding), picture.chunks)
+    data = _save(image, target, options)
     chunks = picture.chunks if picture.format == "PNG" else b""
     return data[:33] + chunks + data[33:]  # after the signature and IHDR
 
 
-def _saved(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:
+def _save(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     try:
         image.save(file, format, **options)

@@ -151,7 +151,7 @@ def load_key(path: Path) -> Key:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         carriers, patterns = tensors.pop("carriers"), tensors.pop("patterns", torch.empty(0, PATTERN_DIMENSION))
         secret = bytes(tensors.pop("secret").tolist())
-        _check(metadata, carriers, patterns, secret)
+        _check_content(metadata, carriers, patterns, secret)
         if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise RadiotagError(f"{path} can be read by others", f"chmod 600 {path}")
     except FileNotFoundError as error:
@@ -173,7 +173,7 @@ def load_key(path: Path) -> Key:
     )  # fmt: skip
 
 
-def _check(metadata: Any, carriers: Tensor, patterns: Tensor, secret: bytes) -> None:
+def _check_content(metadata: Any, carriers: Tensor, patterns: Tensor, secret: bytes) -> None:
     """KeyError or ValueError for a damaged key file. Other formats are not checked."""
     if not isinstance(metadata, dict):
         raise ValueError("its description is no mapping")

@@ -57,8 +57,8 @@ def _walk(source: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
     other_files: list[PurePosixPath] = []
     while pending:
         folder = pending.pop()
-        with os.scandir(source / folder) as scan:
-            entries = list(scan)
+        with os.scandir(source / folder) as listed:
+            entries = list(listed)
         for entry in entries:
             path = folder / entry.name
             if entry.is_symlink():

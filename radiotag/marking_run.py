@@ -229,7 +229,7 @@ def _process(state: _Run, todo: Sequence[Item], other_files: Sequence[PurePosixP
     """Process the remaining items, first copies, then marks; yield a row for each."""
     plan = state.plan
     copies = [item for item in todo if not plan.marks(item)]
-    yield from prefetch(state.pool, partial(_copy, plan), copies, FILES_AHEAD)
+    yield from prefetch(state.pool, partial(_copy_image, plan), copies, FILES_AHEAD)
     for path in other_files:
         copy_other_file(plan.source / path, plan.output / path)
     yield from _mark_all(state, [item for item in todo if plan.marks(item)])
@@ -245,7 +245,7 @@ def _failed(plan: Plan, item: Item, error: RadiotagError) -> Row:
     return _row(plan, item, "failed", error=str(error), hint=error.hint)
 
 
-def _copy(plan: Plan, item: Item) -> Row:
+def _copy_image(plan: Plan, item: Item) -> Row:
     try:
         digest = plan.store.copy(item.path)
     except RadiotagError as error:

@@ -128,7 +128,7 @@ def _content(file: Path | io.BytesIO, path: Path, nested: bool = False) -> Any:
             if configs:
                 return _exported(archive, names, configs[0], path)
         program = any("/code/" in name or name.endswith(("constants.pkl", "archive_format")) for name in all_names)
-        return _saved(archive, names, path, program and not nested)
+        return _saved_by_torch(archive, names, path, program and not nested)
 
 
 def _bytes(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
@@ -175,7 +175,7 @@ def _value(value: Any, *_: object) -> Any:
 HINTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
 
 
-def _saved(archive: zipfile.ZipFile, names: Sequence[str], path: Path, program: bool) -> Any:
+def _saved_by_torch(archive: zipfile.ZipFile, names: Sequence[str], path: Path, program: bool) -> Any:
     pickle_name = next(name for name in names if name.endswith("/data.pkl"))
     check_pickles(io.BytesIO(_bytes(archive, pickle_name, path)))
     root, buffer = pickle_name.removesuffix("data.pkl"), io.BytesIO()

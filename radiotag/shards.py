@@ -212,11 +212,11 @@ def assemble(
             for path, member in members:  # in the order of the source
                 data = marked(path)
                 if data is not None:
-                    _copy(old, new, member.header)
-                    new.write(_resized(old.read(BLOCK), len(data)))
+                    _copy_until(old, new, member.header)
+                    new.write(_with_size(old.read(BLOCK), len(data)))
                     new.write(data + bytes(-len(data) % BLOCK))
                     old.seek(member.end)
-            _copy(old, new, source.stat().st_size)
+            _copy_until(old, new, source.stat().st_size)
 
     if target.is_file() and _is_already(target, fill):
         return
@@ -238,12 +238,12 @@ def assemble(
 def _is_already(target: Path, fill: Callable[[Any], object]) -> bool:
     """Whether a file already holds exactly what `fill` would write."""
     with target.open("rb") as file:
-        comparison = _Comparison(file)
+        comparison = _ComparingFile(file)
         fill(comparison)
         return comparison.equal and not file.read(1)
 
 
-class _Comparison:
+class _ComparingFile:
     """Acts as a file for writing, but compares the bytes with an existing file."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -253,7 +253,7 @@ class _Comparison:
         self.equal = self.equal and self.file.read(len(data)) == data
 
 
-def _copy(old: IO[bytes], new: IO[bytes], end: int) -> None:
+def _copy_until(old: IO[bytes], new: IO[bytes], end: int) -> None:
     """Copy the old file up to byte `end`."""
     while (missing := end - old.tell()) > 0:
         chunk = old.read(min(missing, CHUNK))
@@ -262,7 +262,7 @@ def _copy(old: IO[bytes], new: IO[bytes], end: int) -> None:
         new.write(chunk)
 
 
-def _resized(header: bytes, size: int) -> bytes:
+def _with_size(header: bytes, size: int) -> bytes:
     """A member's header block with another size and a matching checksum."""
     block = header[:124] + b"%011o\0" % size + header[136:148] + b" " * 8 + header[156:]
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]

@@ -202,7 +202,7 @@ class Shards:
         targets = {row["path"]: row["output"] for row in marked}
 
         def marked_bytes(path: str) -> bytes | None:
-            return self._marked(path, targets[path]) if path in targets else None
+            return self._marked_file(path, targets[path]) if path in targets else None
 
         for shard, members in self.archive.by_shard().items():
             source, target = self.archive.root / shard, self._output_shard(shard)
@@ -250,7 +250,7 @@ class Shards:
     def _output_shard(self, shard: str) -> Path:
         return self.output / shard if self.source.is_dir() else self.output
 
-    def _marked(self, path: str, target: str) -> bytes:
+    def _marked_file(self, path: str, target: str) -> bytes:
         staged = self._staged(target)
         data = staged.read_bytes() if self.finished is None or staged.is_file() else self.read_output(path)
         if not data:

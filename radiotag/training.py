@@ -209,7 +209,7 @@ def train(network: Network, data: Dataset, recipe: Recipe, course: Course | None
     RadiotagError if images, teacher or an earlier checkpoint do not fit, and if the training diverges.
     """
     course = course or Course()
-    _check(network, data, recipe, course)
+    _check_fit(network, data, recipe, course)
     network.to(course.device)
     if course.teacher:
         course.teacher.to(course.device)
@@ -234,7 +234,7 @@ def train(network: Network, data: Dataset, recipe: Recipe, course: Course | None
     return accuracy(network, course.validation, course.device) if course.validation else None
 
 
-def _check(network: Network, data: Dataset, recipe: Recipe, course: Course) -> None:
+def _check_fit(network: Network, data: Dataset, recipe: Recipe, course: Course) -> None:
     teacher = course.teacher
     if len(data.images) < 2 or recipe.batch_size < 2:
         raise RadiotagError("training takes two images a batch, at least", "add images, or raise --batch-size")
