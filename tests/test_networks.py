@@ -203,12 +203,12 @@ def test_the_skeleton_has_the_shapes_of_the_real_network_and_draws_no_random_num
 
 
 @pytest.mark.parametrize("name", ["efficientnet_v2_s", "inception_v3"])
-def test_recognition_takes_less_than_three_seconds(name, monkeypatch):
-    state = meta_state(name)
-    monkeypatch.setattr(networks, "_stock_shapes", networks._stock_shapes.__wrapped__)  # without its cache
-    start = time.process_time()
+def test_recognition_builds_few_networks(name, monkeypatch):
+    """Each takes a tenth of a second: the candidates come by their number of parameters, a family at a time."""
+    state, built, real = meta_state(name), [], networks._skeleton
+    monkeypatch.setattr(networks, "_skeleton", lambda spec: built.append(spec.architecture) or real(spec))
     assert recognise(state)[0] == name
-    assert time.process_time() - start < 3
+    assert name in built and len(built) < 15, built
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "vit_b_32"])
