@@ -102,7 +102,7 @@ class Finding:
 def load_suspect(model: Model, options: VerifyOptions) -> Network:
     """A suspect's file, hostile input, read as weights alone; or a copy of a module that the caller holds."""
     if isinstance(model, nn.Module):
-        own = copy.deepcopy(model)  # the caller's stays in training, if it was
+        own = copy.deepcopy(model).float()  # as a file's weights; the caller's stays in training, if it was
         return wrap_module(own, image_size=options.image_size, mean=options.mean, std=options.std).to(options.device)
     if not isinstance(model, Path):
         hint = "give data and labels, and options=VerifyOptions(black_box=True)"
@@ -136,7 +136,7 @@ def suspect_digest(model: Model) -> str:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items() if isinstance(model, nn.Module) else ():
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest() if isinstance(model, nn.Module) else ""
 
 
