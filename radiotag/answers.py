@@ -2,8 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,50 @@ def ask_function(classify: Callable[[Any], Any], queries: Queries, key: Key, bat
     or logits, or of (B,) labels, class names or numbers. RadiotagError for other shapes, FloatingPointError for values
     that are not finite.
     """
-    images = [image for number in range(len(queries.names)) for image in shown(queries, key, number)]
-    answers: list[NDArray[Any]] = []
-    for _, same_size in groupby(images, lambda image: image.shape):
-        pixels = torch.stack(list(same_size)).permute(0, 2, 3, 1)  # (n, H, W, 3)
-        for batch in torch.split(pixels, batching.size):
-            answer = np.asarray(classify(batch.contiguous().numpy()))
-            if answer.ndim not in (1, 2) or len(answer) != len(batch):
-                message = f"the suspect answers {len(batch)} images with an array of shape {answer.shape}"
-                raise RadiotagError(message, "return (images, classes) numbers, or one label per image")
-            answers.append(answer)
-            batching.tell("questions", sum(map(len, answers)), len(images))
-    all_answers = np.concatenate(answers)
-    if all_answers.ndim == 1:
-        _, labels = np.unique(all_answers, return_inverse=True)
+    images = (image for number in range(len(queries.names)) for image in shown(queries, key, number))
+    all_answers: list[NDArray[Any]] = []
+    done, count = 0, len(queries.names) * len(queries.rows)
+    for batch in _batches(images, batching.size):
+        all_answers.append(_answer(classify(batch), len(batch)))
+        if all_answers[-1].shape[1:] != all_answers[0].shape[1:]:
+            shapes = f"{all_answers[0].shape[1:]} and then {all_answers[-1].shape[1:]}"
+            raise RadiotagError(f"the suspect's answers differ in shape: {shapes}", "return one kind of answer")
+        done += len(batch)
+        batching.tell("questions", done, count)
+    whole = np.concatenate(all_answers)
+    if whole.ndim == 1:
+        _, labels = np.unique(whole.astype(str), return_inverse=True)
         values = F.one_hot(torch.from_numpy(labels)).double()
     else:
-        values = torch.from_numpy(all_answers.astype(np.float64))
+        values = torch.from_numpy(whole.astype(np.float64))
     if not bool(values.isfinite().all()):
         raise FloatingPointError("its outputs are not finite for some images")
     return to_probabilities(values, "the suspect").view(len(queries.names), len(queries.rows), -1)
+
+
+def _batches(images: Iterable[Tensor], size: int) -> Iterator[NDArray[np.uint8]]:
+    """(3, H, W) images in their order → (B, H, W, 3), at most `size` of one shape; all of them might fill memory."""
+    for _, same_shape in groupby(images, lambda image: image.shape):
+        while batch := list(islice(same_shape, size)):
+            yield torch.stack(batch).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _answer(answer: Any, images: int) -> NDArray[Any]:
+    """What a suspect returned for some images: (B, C') numbers or (B,) labels. RadiotagError for anything else."""
+    hint = "return (images, classes) numbers, or one label an image"
+    try:
+        plain = answer.detach().float().cpu() if isinstance(answer, Tensor) and answer.is_floating_point() else answer
+        array = np.asarray(plain.cpu() if isinstance(plain, Tensor) else plain)
+    except ValueError as error:
+        raise RadiotagError(f"the suspect answers with no array: {error}", hint) from error
+    if array.ndim not in (1, 2) or len(array) != images:
+        raise RadiotagError(f"the suspect answers {images} images with an array of shape {array.shape}", hint)
+    if array.ndim == 2 and (array.dtype.kind not in "biuf" or array.shape[1] == 0):
+        raise RadiotagError(f"the suspect answers with rows of {array.dtype}, {array.shape[1]} an image", hint)
+    if array.ndim == 1 and array.dtype.kind not in "biuUSO":
+        told = f"the suspect answers with one number an image, of {array.dtype}"
+        raise RadiotagError(told, "return (images, 1) for a single class, and labels as whole numbers or names")
+    return array
 
 
 def read_answers(path: Path, queries: Queries) -> tuple[Tensor, list[str]]:

@@ -1,9 +1,12 @@
 """The Python face of radiotag: what the commands do, on folders and on what a researcher holds in memory."""
 
+import math
+import operator
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -13,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from radiotag import keys, verification
-from radiotag.batches import Marker, mark_requests, request_for
+from radiotag.batches import PIXELS_TOGETHER, Marker, Request, mark_requests, request_for
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
 from radiotag.images import decode, png
@@ -51,7 +54,8 @@ def keygen(
     network: "builtin", the name of a torchvision classifier, or a checkpoint's path. classes: how many carriers, or the
     classes' names. beacon: a public random value that did not exist when the commitment of an earlier key, `committed`,
     was published: the new key is that key with the beacon added.
-    RadiotagError for what exists already (unless `force`), and for a network that is not there.
+    RadiotagError for what exists already (unless `force`), for a network that is not there, and for names that are not
+    those of different classes.
 
     >>> import radiotag
     >>> key = radiotag.keygen(classes=["cat", "dog"])
@@ -60,10 +64,11 @@ def keygen(
     """
     path = None if output is None else Path(output)
     public = None if path is None else _check_names(path, force)
+    wanted = _number_or_names(classes)
     if committed is not None:
         key = with_beacon(committed, beacon)
     else:
-        key = new_key(*marking_weights(network), classes, beacon=beacon)
+        key = new_key(*marking_weights(network), wanted, beacon=beacon)
     if path is None or public is None:
         return key
     save_key(path, key, exclusive=not force)
@@ -79,6 +84,19 @@ def show(path: PathLike) -> tuple[str, Path | None]:
         return text, None
     write_atomically(public, text.encode(), mode=0o644)
     return text, public
+
+
+def _number_or_names(classes: int | Sequence[str]) -> int | list[str]:
+    """What `keygen` is given as classes, NumPy's kinds of numbers and names among it, in plain kinds."""
+    if isinstance(classes, Integral):
+        return int(classes)
+    names = [classes] if isinstance(classes, str) else [*classes]  # type: ignore[misc]
+    if isinstance(classes, str) or not all(isinstance(name, str) and name for name in names):
+        raise RadiotagError(f"classes are a number or a list of names, not {classes!r}", "give a list of strings")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RadiotagError(f"two classes are called '{twice}'", "name each class once")
+    return [str(name) for name in names]
 
 
 def _check_names(path: Path, force: bool) -> Path:
@@ -128,6 +146,7 @@ def mark(
 ) -> MarkedImages: ...  # fmt: skip
 
 
+@torch.inference_mode(False)  # gradients are needed, wherever this is called
 def mark(
     source: Any,
     key: Key | PathLike,
@@ -141,7 +160,8 @@ def mark(
 
     source: a path, or uint8 images (N, H, W, 3) or (N, 3, H, W), an array or a tensor, with `labels`, class names or
     numbers; without labels they are one class. output: SRC-marked by default. An image in memory gets the mark that a
-    PNG file CLASS/NNNNNNN.png of its class and number would get.
+    PNG file CLASS/NNNNNNN.png of its class and number would get. Labels that are numbers are the key's carriers, even
+    if some are absent; a folder's classes take the carriers in sorted order, unless the key names them.
     RadiotagError for what cannot be marked; nothing is ever changed in place.
 
     >>> import numpy as np, radiotag
@@ -152,8 +172,11 @@ def mark(
     ((4, 32, 32, 3), 2, True)
     """
     options = options or MarkOptions()
+    _check_options(options)
     secret = key if isinstance(key, Key) else load_key(key)
     if not isinstance(source, str | os.PathLike):
+        if output is not None:
+            raise RadiotagError("images in memory are returned, not written", "leave output out, or give a folder")
         return _mark_arrays(source, secret, labels, options, progress)
     if labels is not None:
         raise RadiotagError("labels are for images in memory", "sort the images of a folder into class sub-folders")
@@ -184,30 +207,41 @@ def marked_name(source: Path) -> Path:
 def _mark_arrays(
     source: Any, key: Key, labels: Labels | None, options: MarkOptions, progress: Callable[[Summary], None]
 ) -> MarkedImages:
-    pixels = as_images(source)  # (N, 3, H, W)
+    given = as_array(source)
+    pixels = as_images(given)  # (N, 3, H, W)
     names, key = class_labels(labels, key, len(pixels))
+    if labels is None and key.class_names and len(key.class_names) > 1:
+        hint = "give labels, or use a key of one class: keygen(classes=1)"
+        raise RadiotagError("the key names its classes, and the images have no labels", hint)
     rows = carrier_rows(key, sorted(set(names)))
     paths = [f"{name}/{i:07d}.png".lstrip("/") for i, name in enumerate(names)]
     chosen = choose_images(key, paths, names, options.fraction)
     places = [i for i, path in enumerate(paths) if path in chosen]
     marked, psnr = pixels.clone(), np.full(len(pixels), np.nan)
+    together = max(1, min(options.batch_size, PIXELS_TOGETHER // pixels[0, 0].numel()))
     with ThreadPoolExecutor(THREADS) as pool:
         marker = Marker(network=key.network(options.device), marking=options.marking, pool=pool, format="png")
-        for start in range(0, len(places), options.batch_size):
-            batch = places[start : start + options.batch_size]
+        for start in range(0, len(places), together):
+            batch = places[start : start + together]
             pictures = [decode(png(pixels[i].permute(1, 2, 0).numpy()), paths[i]) for i in batch]
             requests = [
                 request_for(key, picture, paths[i], rows[names[i]], options.seed)
                 for i, picture in zip(batch, pictures, strict=True)
             ]
-            results = [result for part in mark_requests(marker, requests) for result in part]
-            for i, picture, result in zip(batch, pictures, results, strict=True):
-                if isinstance(result, RadiotagError):
-                    raise result
-                marked[i] = torch.from_numpy(result.pixels).permute(2, 0, 1).round().to(torch.uint8)
-                psnr[i] = image_psnr(picture.rgb, result.pixels)
+            for i, request, seen in zip(batch, requests, _marked_pixels(marker, requests), strict=True):
+                marked[i] = torch.from_numpy(seen).permute(2, 0, 1).round().to(torch.uint8)
+                psnr[i] = image_psnr(request.picture.rgb, seen)
             progress(Summary(images=len(places), done=start + len(batch)))
-    return MarkedImages(images=like(source, marked), chosen=np.isin(np.arange(len(pixels)), places), psnr=psnr)
+    return MarkedImages(images=like(given, marked), chosen=np.isin(np.arange(len(pixels)), places), psnr=psnr)
+
+
+def _marked_pixels(marker: Marker, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
+    """The pixels (H, W, 3) of marked images. RadiotagError for the first that cannot be marked."""
+    results = [result for part in mark_requests(marker, requests) for result in part]
+    for result in results:
+        if isinstance(result, RadiotagError):
+            raise result
+    return [result.pixels for result in results if not isinstance(result, RadiotagError)]
 
 
 # ---------------------------------------------------------------- verify
@@ -227,6 +261,7 @@ def verify(
 ) -> list[Finding]: ...  # fmt: skip
 
 
+@torch.inference_mode(False)  # gradients are needed, wherever this is called
 def verify(
     suspect: Any,
     key: Key | PathLike,
@@ -252,12 +287,12 @@ def verify(
     >>> radiotag.verify(model, key, options=options).detected
     False
     """
-    options = options or VerifyOptions()
+    options = _plain_options(options or VerifyOptions())
     many = isinstance(suspect, list | tuple)
-    models: list[Model] = [
-        Path(one) if isinstance(one, str | os.PathLike) else one for one in (suspect if many else [suspect])
-    ]
+    models = [_plain_suspect(one) for one in (suspect if many else [suspect])]
     secret = key if isinstance(key, Key) else load_key(key)
+    if not models:
+        raise RadiotagError("there is no suspect", "give a model, or a list of them")
     images, secret = unmarked_images(data, labels, secret, options)
     conditions(secret, images, options)
     if not options.black_box:
@@ -270,17 +305,33 @@ def verify(
     return findings if many else findings[0]
 
 
+def _plain_suspect(suspect: Any) -> Model:
+    """A suspect in the form that is tested; a compiled module runs none of the hooks that its features are read with.
+
+    RadiotagError for what is no suspect.
+    """
+    if isinstance(suspect, str | os.PathLike):
+        return Path(suspect)
+    if isinstance(suspect, torch.jit.ScriptModule):
+        raise RadiotagError("TorchScript is tested from its file", "write it with torch.jit.save, and give the path")
+    if not callable(suspect):
+        kind = type(suspect).__name__
+        raise RadiotagError(f"a suspect is a path, a module or a function, not {kind}", "load weights into a module")
+    model: Model = getattr(suspect, "_orig_mod", suspect)
+    return model
+
+
 def unmarked_images(
     data: Any, labels: Labels | None, key: Key, options: VerifyOptions
 ) -> tuple[UnmarkedImages | None, Key]:
     """The images that suspects are shown, and the key under which their labels mean carriers."""
-    if data is None:
-        return None, key
-    if isinstance(data, str | os.PathLike):
-        return FolderImages(Path(data), options.manifest), key
+    if data is None or isinstance(data, str | os.PathLike):
+        if labels is not None:
+            raise RadiotagError("labels are for images in memory", "give the images, too, or leave labels out")
+        return None if data is None else FolderImages(Path(data), options.manifest), key
     pixels = as_images(data)
-    names, named = class_labels(labels, key, len(pixels))
-    return ArrayImages(pixels, names), named
+    names, key = class_labels(labels, key, len(pixels))
+    return ArrayImages(pixels, names), key
 
 
 def conditions(key: Key, images: UnmarkedImages | None, options: VerifyOptions) -> Conditions:
@@ -299,22 +350,77 @@ def conditions(key: Key, images: UnmarkedImages | None, options: VerifyOptions) 
     )
 
 
+# ---------------------------------------------------------------- options
+
+RANGES: dict[str, tuple[float, float]] = {  # as the commands allow
+    "fraction": (0, 1), "epsilon": (0.1, 255), "min_psnr": (10, 80), "steps": (1, 10_000), "seed": (0, math.inf),
+    "image_size": (1, 2048), "alpha": (5e-324, 0.5), "calibrate": (0, 1_000_000), "decoys": (1, 99_999),
+    "batch_size": (1, 4096),
+}  # fmt: skip
+
+
+def _check_options(options: MarkOptions | VerifyOptions) -> None:
+    """RadiotagError for values that the commands would not take."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(options, name, None)
+        if value is not None and not least <= value <= most:
+            raise RadiotagError(f"{name} is {value:g}, and should be from {least:g} to {most:g}", "correct options")
+    if isinstance(options, MarkOptions) and options.format not in {"keep", "png"}:
+        raise RadiotagError(f"format is '{options.format}', and should be keep or png", "correct options")
+
+
+def _plain_options(options: VerifyOptions) -> VerifyOptions:
+    """The options in plain kinds. RadiotagError for values, and for combinations, that mean nothing."""
+    _check_options(options)
+    if options.calibrate and options.black_box:
+        raise RadiotagError("calibrate is for the white-box test", "leave it out: black-box counts its null exactly")
+    if options.decoys and not options.black_box:
+        raise RadiotagError("decoys are of the black-box test", "set black_box=True, or leave decoys out")
+    manifest = None if options.manifest is None else Path(options.manifest)
+    public = None if options.public is None else Path(options.public)
+    mean, std = _triple(options, "mean"), _triple(options, "std")
+    return replace(options, manifest=manifest, public=public, mean=mean, std=std)
+
+
+def _triple(options: VerifyOptions, name: str) -> tuple[float, ...] | None:
+    given = getattr(options, name)
+    if given is None:
+        return None
+    values = tuple(np.ravel(given).tolist())
+    if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+        raise RadiotagError(f"{name} is three numbers, of pixels in [0, 1], not {given}", "(0.5, 0.5, 0.5) for one")
+    return values
+
+
 # ---------------------------------------------------------------- arrays
+
+
+def as_array(images: Any) -> Tensor | NDArray[Any]:
+    """What a caller holds, a list of images for one, as a tensor or an array."""
+    if isinstance(images, Tensor):
+        return images
+    try:
+        return np.asarray(images)
+    except ValueError as error:
+        raise RadiotagError(f"the images are no array: {error}", "give images of one size") from error
 
 
 def as_images(images: Any) -> Tensor:
     """uint8 (N, H, W, 3) or (N, 3, H, W), an array or a tensor → a uint8 tensor (N, 3, H, W)."""
-    given = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
-    if given.dtype != torch.uint8 or given.dim() != 4 or 3 not in (given.shape[1], given.shape[3]):
-        shape = f"{given.dtype} {tuple(given.shape)}".removeprefix("torch.")
-        raise RadiotagError(f"images are uint8, (N, H, W, 3) or (N, 3, H, W), not {shape}", "convert them first")
-    return given.cpu() if given.shape[1] == 3 else given.cpu().permute(0, 3, 1, 2).contiguous()
+    held = as_array(images)
+    kind, shape = str(held.dtype).removeprefix("torch."), tuple(held.shape)
+    if kind != "uint8" or len(shape) != 4 or 3 not in (shape[1], shape[3]):
+        raise RadiotagError(f"images are uint8, (N, H, W, 3) or (N, 3, H, W), not {kind} {shape}", "convert them first")
+    if 0 in shape:
+        raise RadiotagError(f"there are no images in {shape}", "give at least one")
+    given = held.cpu() if isinstance(held, Tensor) else torch.from_numpy(np.require(held, requirements=["C", "W"]))
+    return given if shape[1] == 3 else given.permute(0, 3, 1, 2).contiguous()
 
 
-def like(given: Any, images: Tensor) -> Any:
-    """(N, 3, H, W) → the layout and the kind of the images that were given."""
+def like(given: Tensor | NDArray[Any], images: Tensor) -> Any:
+    """(N, 3, H, W) → the layout, the kind and the device of the images that were given."""
     laid = images if given.shape[1] == 3 else images.permute(0, 2, 3, 1).contiguous()
-    return laid if isinstance(given, Tensor) else laid.numpy()
+    return laid.to(given.device) if isinstance(given, Tensor) else laid.numpy()
 
 
 def class_labels(labels: Any, key: Key, count: int) -> tuple[list[str], Key]:
@@ -325,12 +431,16 @@ def class_labels(labels: Any, key: Key, count: int) -> tuple[list[str], Key]:
     """
     if labels is None:
         return [""] * count, key
-    plain = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
-    if len(plain) != count:
+    try:
+        plain = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+        named = all(isinstance(label, str) for label in plain)
+        rows = [] if named else [operator.index(label) for label in plain]
+    except TypeError as error:
+        raise RadiotagError(f"labels are class names, or whole numbers: {error}", "give one an image") from error
+    if isinstance(labels, str) or len(plain) != count:
         raise RadiotagError(f"there are {count} images and {len(plain)} labels", "give one label an image")
-    if all(isinstance(label, str) for label in plain):
-        return plain, key
-    rows = [int(label) for label in plain]
+    if named:
+        return [str(label) for label in plain], key
     names = key.class_names or [str(row) for row in range(len(key.carriers))]
     if not 0 <= min(rows) <= max(rows) < len(names):
         numbers = f"labels run from {min(rows)} to {max(rows)}, the key has {len(names)} classes"

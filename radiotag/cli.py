@@ -411,21 +411,21 @@ def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
         f"manifest     {plan.manifest} (keep it secret)",
         f"public half  {plan.public} (publish or time-stamp it before the data)",
         f"key          sha256:{plan.key.fingerprint}",
-        *(_quality_lines(summary) if summary.marked else ()),
+        *(_quality_lines(plan, summary) if summary.marked else ()),
         *_unmarked_lines(plan),
         *_mark_warnings(plan, summary),
-        _after_marking(plan, summary, key),
+        *_after_marking(plan, summary, key),
     ]
 
 
-def _quality_lines(summary: "Summary") -> list[str]:
+def _quality_lines(plan: "Plan", summary: "Summary") -> list[str]:
     numbers = summary.statistics()
     return [
         f"quality      PSNR median {numbers['psnr_median']:.1f} dB, lowest twentieth {numbers['psnr_p5']:.1f} dB, "
         f"lowest {numbers['psnr_min']:.1f} dB; SSIM median {numbers['ssim_median']:.3f}, "
         f"lowest {numbers['ssim_min']:.3f}",
-        f"strength     largest change {numbers['linf_max']:.0f} of 255, "
-        f"feature gain {numbers['feature_gain_mean']:.3f} as read back",
+        f"strength     largest change {numbers['linf_max']:.0f} of 255{_beyond_epsilon(plan, numbers)}; features moved "
+        f"{numbers['feature_gain_mean']:.3f} along the carriers (mean, as a reader of the files sees it)",
     ]
 
 
@@ -440,14 +440,14 @@ def _mark_warnings(plan: "Plan", summary: "Summary") -> Iterator[str]:
         yield f"warning      files in {plan.output} that are not the source's: {len(strange)}, such as {strange[0]}"
 
 
-def _after_marking(plan: "Plan", summary: "Summary", key: Path) -> str:
+def _after_marking(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
     if failed := len(summary.failed):
-        return f"next         {failed} of the images {plan.store.failed_where} {plan.output}: {MENDED}"
+        return [f"next         {failed} of the images {plan.store.failed_where} {plan.output}: {MENDED}"]
     if not summary.marked:
-        return "next         nothing is marked: raise --fraction"
+        return ["next         nothing is marked: raise --fraction"]
     flat = f" --marked {shlex.quote(str(plan.manifest))}" if plan.rows.keys() == {""} else ""
     later = f"radiotag verify model.pt --key {shlex.quote(str(key))}{flat}"
-    return f"next         release {plan.output}; later: {later}"
+    return [f"next         release {plan.output}", f"later        {later}"]
 
 
 # ---------------------------------------------------------------- train-demo

@@ -213,7 +213,7 @@ def load_key(path: Path) -> Key:
             _check_format(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         seed = bytes(tensors.pop("seed").tolist())
-        _check(metadata, tensors, seed)
+        _check_content(metadata, tensors, seed)
         if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise RadiotagError(f"{path} can be read by others", f"chmod 600 {path}")
     except FileNotFoundError as error:
@@ -245,7 +245,7 @@ def _check_format(path: Path, metadata: Any) -> None:
         raise RadiotagError(declared, "use the version of radiotag that made the key")
 
 
-def _check(metadata: dict[str, Any], tensors: State, seed: bytes) -> None:
+def _check_content(metadata: dict[str, Any], tensors: State, seed: bytes) -> None:
     """KeyError, TypeError or ValueError for a damaged key file, or for one that holds what no key has."""
     if metadata.keys() != {*DECLARED, "created"}:
         raise ValueError("its description has other entries than a key's")

@@ -189,7 +189,9 @@ def _outputs(key: Key, suspect: Suspect, labels: Sequence[str], rows: dict[str, 
 
 def _named_outputs(key: Key, spec: Spec, names: Sequence[str]) -> list[int] | None:
     """The outputs of some classes, by the names in the suspect's file or the key, or in sorted order; else None."""
-    for order in (spec.class_names, key.class_names, names):
+    numbers = [str(number) for number in range(spec.classes)]  # which do not sort as their names do
+    counted = key.class_names is not None and key.class_names[: spec.classes] == numbers
+    for order in (spec.class_names, key.class_names, numbers if counted else names):
         if order and len(order) == spec.classes and set(names) <= set(order):
             return [list(order).index(name) for name in names]
     return None

@@ -48,13 +48,13 @@ class Batching:
     size: int = 64
     tell: Callable[[str, int, int], None] = lambda *_: None  # (activity, images done, images in total)
 
-    def split(self, images: Tensor, what: str) -> Iterator[Tensor]:
+    def split(self, images: Tensor, activity: str) -> Iterator[Tensor]:
         """Yield the images batch by batch; `tell` is called for a batch when the next one is requested."""
         done = 0
         for batch in torch.split(images, self.size):
             yield batch
             done += len(batch)
-            self.tell(what, done, len(images))
+            self.tell(activity, done, len(images))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,8 +107,8 @@ def load_suspect(model: Model, options: VerifyOptions) -> Network:
     RadiotagError for what cannot be read, and for a function.
     """
     if isinstance(model, nn.Module):
-        module = copy.deepcopy(model)  # so that the caller's module stays in training mode
-        return wrap_module(module, image_size=options.image_size, mean=options.mean, std=options.std).to(options.device)
+        own = copy.deepcopy(model).float()  # as a file's weights; the caller's stays in training, if it was
+        return wrap_module(own, image_size=options.image_size, mean=options.mean, std=options.std).to(options.device)
     if not isinstance(model, Path):
         hint = "give data and labels, and options=VerifyOptions(black_box=True)"
         raise RadiotagError(f"{suspect_name(model)} is a function: its weights cannot be tested", hint)
@@ -141,7 +141,7 @@ def suspect_digest(model: Model) -> str:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items() if isinstance(model, nn.Module) else ():
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest() if isinstance(model, nn.Module) else ""
 
 
@@ -229,8 +229,8 @@ def verify(
             result = evidence(examined.vectors, examined.pairing.rows, key.carriers, key.patterns)
         finding = _white_box_finding(model, examined, result, options)
         if options.calibrate:
-            given = examined.vectors, examined.pairing.rows, key, result.log_p, options.calibrate, batching.tell
-            finding = replace(finding, calibration=calibrate(*given))
+            arguments = examined.vectors, examined.pairing.rows, key, result.log_p, options.calibrate, batching.tell
+            finding = replace(finding, calibration=calibrate(*arguments))
         findings.append(finding)
     return corrected(findings, options.alpha)
 

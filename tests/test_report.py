@@ -25,7 +25,7 @@ from radiotag import markup, report
 from radiotag.errors import RadiotagError, printable
 from radiotag.keys import load_key, new_key, save_key
 from radiotag.networks import marking_weights, save_checkpoint
-from radiotag.public import public_half
+from radiotag.public import Checked, Conditions, public_half
 from radiotag.verification import Calibration, ClassResult, Finding
 
 NAMES = ("ant", "bee", "cat")
@@ -78,8 +78,15 @@ def results(log10_p, names=None, carrier=None):
     )
 
 
-def text_of(key, *findings, alpha=1e-4, command=COMMAND):
-    return report.html(report.Page(findings=findings, key=key, alpha=alpha, command=command, created=CREATED))
+NOTHING = Conditions(checked=Checked(), data="synthetic", digest=None, images=None, options={"manifest": None})
+
+
+def text_of(key, *findings, alpha=1e-4, command=COMMAND, conditions=NOTHING, controls=()):
+    page = report.Page(
+        findings=findings, key=key, alpha=alpha, command=command, created=CREATED, conditions=conditions,
+        controls=controls,
+    )  # fmt: skip
+    return report.html(page)
 
 
 class Tree(HTMLParser):
@@ -248,7 +255,8 @@ def test_a_report_is_a_whole_page_that_no_name_can_break(key, tmp_path):
         finding(path="c.pt", detected=False),
     )  # fmt: skip
     path = tmp_path / "page.html"
-    report.write(path, report.Page(findings=shown, key=key, alpha=1e-4, command=("x", "<&\x1b"), created=CREATED))
+    report.write(path, report.Page(findings=shown, key=key, alpha=1e-4, command=("x", "<&\x1b"), created=CREATED,
+                                   conditions=NOTHING))
     page = path.read_text(encoding="utf-8")
     root = tree(page)
     said = words(root)
