@@ -219,17 +219,16 @@ def pattern_effects(
     A class that some key has no answer for is left out, which looks at all keys alike.
     """
     rows = torch.tensor(queries.rows)
-    if usual is not None and bool(((answers == 0) | (answers == 1) | answers.isnan()).all()):  # labels against labels
+    if usual is not None and bool(((answers == answers.round()) | answers.isnan()).all()):  # labels against labels
         usual = F.one_hot(usual.argmax(2), usual.shape[2]).double()
     columns = []
     for output, row in pairs:
-        chosen = torch.nonzero(rows == row)[:, 0]
-        column = _difference(answers[:, chosen, output])
-        if len(chosen) == 0 or column.isnan().any():
+        column = _difference(answers[:, rows == row, output])
+        if column.isnan().any():
             continue
-        name = queries.labels[int(chosen[0])]
+        name = queries.labels[queries.rows.index(row)]
         if usual is not None and name in marker_names and bool(column.min() < column.max()):  # else it says nothing
-            column = column - _difference(usual[:, chosen, marker_names.index(name)])
+            column = column - _difference(usual[:, rows == row, marker_names.index(name)])
         columns.append(column)
     if not columns:
         raise RadiotagError("no class was answered for under every key", "answer all of the exported images")
