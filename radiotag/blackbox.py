@@ -252,19 +252,18 @@ def pattern_effects(
     key is left out, a rule that treats all keys alike. RadiotagError if no class is left.
     """
     rows = torch.tensor(queries.rows)
-    if baseline is not None and bool(((answers == 0) | (answers == 1) | answers.isnan()).all()):
+    if baseline is not None and bool(((answers == answers.round()) | answers.isnan()).all()):
         # The suspect answers with labels only, so the marking network must, too.
         baseline = F.one_hot(baseline.argmax(2), baseline.shape[2]).double()
     columns = []
     for output, row in pairs:
-        places = torch.nonzero(rows == row)[:, 0]
-        column = _difference(answers[:, places, output])
-        if len(places) == 0 or column.isnan().any():
+        column = _difference(answers[:, rows == row, output])
+        if column.isnan().any():
             continue
-        name = queries.labels[int(places[0])]
+        name = queries.labels[queries.rows.index(row)]
         if baseline is not None and name in marker_names and bool(column.min() < column.max()):
             # A constant column says nothing about the keys, and must stay constant.
-            column = column - _difference(baseline[:, places, marker_names.index(name)])
+            column = column - _difference(baseline[:, rows == row, marker_names.index(name)])
         columns.append(column)
     if not columns:
         raise RadiotagError("no class was answered for under every key", "answer all of the exported images")

@@ -252,7 +252,7 @@ def cosine_log_sf(cosine: Floats | float, dimension: int) -> Floats:
     t = np.atleast_1d(np.asarray(cosine, dtype=np.float64))
     if dimension < 2 or np.isnan(t).any():
         raise ValueError("cosine_log_sf needs a dimension of at least 2 and cosines that are numbers")
-    x = np.clip((1 - np.abs(t)) * (1 + np.abs(t)), 2.0**-52, 1.0)  # 1 − t², no cancellation
+    x = np.maximum((1 - np.abs(t)) * (1 + np.abs(t)), 2.0**-52)  # 1 − t², no cancellation
     a = (dimension - 1) / 2
     tail = special.betainc(a, 0.5, x) / 2
     upper, far = np.log(np.maximum(tail, 1e-300)), tail <= 1e-290
@@ -263,11 +263,10 @@ def cosine_log_sf(cosine: Floats | float, dimension: int) -> Floats:
 
 def _log_tail(a: float, x: float) -> float:
     """log of ½·I_x(a, ½) = ½ x^a (1−x)^½ / (a B(a, ½)) · Σ_n x^n Π_{k<n} (a + ½ + k)/(a + 1 + k)."""
-    total, term, n = 1.0, 1.0, 0
-    while term > 1e-17 * total and n < 100_000:
-        term *= x * (a + 0.5 + n) / (a + 1 + n)
-        total, n = total + term, n + 1
-    front = a * math.log(x) + 0.5 * math.log1p(-x) if x < 1 else 0.0
+    total, term, n = 0.0, 1.0, 0
+    while total + term > total:  # ends where a term is lost in rounding: each is less than x of the one before
+        total, term, n = total + term, term * x * (a + 0.5 + n) / (a + 1 + n), n + 1
+    front = a * math.log(x) + 0.5 * math.log1p(-x)
     return float(front - math.log(2 * a) - special.betaln(a, 0.5) + math.log(total))
 
 
@@ -292,7 +291,7 @@ def pattern_or_both(pattern: Floats, features: Floats) -> Floats:
     P(p ≤ t or pq ≤ k) = t + ∫_t^1 k/p dp = t + k·(−log t), which is at most 2t.
     """
     both = pattern + features
-    smaller = np.minimum(np.minimum(pattern, both + np.log1p(-both)), 0.0)  # log t; Fisher's of two, in closed form
+    smaller = np.minimum(pattern, both + np.log1p(-both))  # log t; Fisher's of two, in closed form
     # Solve y − log y = 1 − log t for y = 1 − log k, in logarithms because t may underflow. There are two solutions, the
     # real branches of Lambert's W function. Which one scipy returns on which side of the branch cut depends on t.
     log_k = 1 + np.minimum(*(special.wrightomega(smaller - 1 + side * 1j * np.pi).real for side in (1, -1)))
@@ -314,7 +313,7 @@ def bonferroni(log_p: Floats) -> float:
 
 def holm(log_p: Sequence[float]) -> list[float]:
     """Holm's step-down correction of natural-log p-values, for several suspects tested with one key."""
-    corrected, running = [0.0] * len(log_p), -math.inf
+    corrected, running = list(log_p), -math.inf
     for rank, i in enumerate(sorted(range(len(log_p)), key=lambda i: log_p[i])):
         running = max(running, log_p[i] + math.log(len(log_p) - rank))
         corrected[i] = min(0.0, running)
@@ -331,7 +330,7 @@ def resampled_log_p(values: Floats) -> float:
     """
     spread = values.std(0)
     kept = values[:, spread > 1e-12 * np.abs(values).max(0)]  # a class with equal values for all keys says nothing
-    if kept.shape[1] == 0:
+    if not kept.size:
         return 0.0
     grid = max(8, min(1000, 20_000 // kept.shape[1]))  # bounds the length of the convolution
     scores = np.rint((kept - kept.mean(0)) / kept.std(0) * grid).astype(np.int64)  # (K + 1, C)
@@ -364,7 +363,7 @@ def _tilt(scores: NDArray[np.int64], observed: int) -> float:
         weights = np.exp(tilt * (scores - scores.max(0)))  # (K + 1, C)
         return float((scores * weights).sum(0) @ (1 / weights.sum(0))) - observed
 
-    largest = 30.0 / max(1, int(np.ptp(scores, axis=0).max()))
+    largest = 30.0 / float(np.ptp(scores, axis=0).max())
     if excess(0.0) >= 0:
         return 0.0
     return largest if excess(largest) <= 0 else float(optimize.brentq(excess, 0.0, largest))
@@ -442,5 +441,5 @@ class _Comparison(NamedTuple):
 def _compare(vectors: Tensor, carriers: Tensor) -> _Comparison:
     """Compare vectors (C, d) with carriers (C, d), row by row."""
     alive = (vectors.norm(dim=1) > 0).numpy()
-    cosine: Floats = F.cosine_similarity(vectors, carriers.double(), dim=1, eps=1e-300).clamp(-1, 1).numpy()
+    cosine: Floats = F.cosine_similarity(vectors, carriers.double(), dim=1, eps=1e-300).numpy()
     return _Comparison(cosine=cosine, log_p=cosine_log_sf(cosine, carriers.shape[1]), alive=alive)
