@@ -79,8 +79,8 @@ def question_names(
 ) -> tuple[tuple[str, ...], ...]:
     """[2(K + 1)][N] names: HMAC of the key's secret over the row of questions, the image, its class and its carrier.
 
-    Nobody can tell a name's key without the secret, and nobody can relabel a question after its answer is in: another
-    image, class, carrier or key number gives another name.
+    Nobody can tell a name's key without the secret, and nobody can relabel a question after its answer is in: if any
+    image, class, carrier or number changes, or a question is left out, all names change.
     """
     described = [
         _prefixed(str(i).encode(), str(row).encode(), label.encode("utf-8", "surrogateescape"),
@@ -88,7 +88,8 @@ def question_names(
         for i, (image, row, label) in enumerate(zip(images, rows, labels, strict=True))
     ]  # fmt: skip
     contents = [hashlib.sha256(part).digest() for part in described]
-    secret = hmac.digest(key.secret, f"questions\0{decoys}".encode(), "sha256")
+    whole = hashlib.sha256(b"".join(contents)).digest()  # so that no question can be left out, either
+    secret = hmac.digest(key.secret, f"questions\0{decoys}\0".encode() + whole, "sha256")
     return tuple(
         tuple(hmac.digest(secret, f"{number}\0".encode() + content, "sha256").hex()[:32] for content in contents)
         for number in range(2 * (decoys + 1))
