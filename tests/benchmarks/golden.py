@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import tables
 import torch
 from PIL import Image
 
@@ -157,6 +158,18 @@ def difference(a: float | None, b: float | None) -> float:
     if a is None or b is None:
         return 0.0 if a is b else float("inf")
     return abs(a - b)
+
+
+def golden(results: tables.Results) -> list[str]:
+    """Each command, and whether both versions did the same."""
+    rows = [
+        (f"`{row['command']}`", "equal" if row["equal"] else "DIFFERENT", f"{row.get('difference', 0):.0e}")
+        for row in results["golden"]["rows"]
+    ]
+    return tables.lines(("command", "files or p-values", "largest difference of a number"), rows)
+
+
+TABLES, DOCUMENT = {"golden": golden}, tables.BENCHMARKS
 
 
 def main() -> None:

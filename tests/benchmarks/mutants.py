@@ -383,7 +383,7 @@ STRICT = {
     ),
     "match_outputs": ("for row, column in zip(classes, columns, strict=False):",),
 }
-OMEGA = "log_k = 1 + np.minimum(*(special.wrightomega(least - 1 {} np.pi).real for side in (1, -1)))"
+OMEGA = "log_k = 1 + np.minimum(*(special.wrightomega(smaller - 1 {} np.pi).real for side in (1, -1)))"
 EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {
     "what stands there is written over, as every tail below the bound is": {
         "cosine_log_sf": (LOGS.format("1e-299", "<= 1e-290"), LOGS.format("1e-301", "<= 1e-290")),
@@ -407,7 +407,8 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sums that cannot be reached follow the largest, with a probability of 0": {
         "resampled_log_p": (
-            "wide = np.zeros(len(density) + len(single) + 1)", "wide = np.zeros(len(density) + len(single) - 0)",
+            "convolved = np.zeros(len(density) + len(counts) + 1)",
+            "convolved = np.zeros(len(density) + len(counts) - 0)",
         ),
     },
     "a factor of all weights of a class, which their sum cancels": {
@@ -418,7 +419,8 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "at a root the search for it gives the same": {
         "_tilt": (
-            "if excess(0.0) > 0:", "return far if excess(far) < 0 else float(optimize.brentq(excess, 0.0, far))",
+            "if excess(0.0) > 0:",
+            "return largest if excess(largest) < 0 else float(optimize.brentq(excess, 0.0, largest))",
         ),
     },
     "there are no fewer than one": {"output_unknown": ("return len(rows) > 1 and len(set(rows)) <= 1",)},
@@ -427,7 +429,7 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "the first of one is the last": {
         "evidence": (
-            "whole = float(pattern_or_both(combined[1], combined[0]) if len(combined) > 1 else combined[-1])",
+            "combined = float(pattern_or_both(per_part[1], per_part[0]) if len(per_part) > 1 else per_part[-1])",
         ),
     },
     "a norm is 0 or above 1e-162, as squares below 1e-324 are 0": {
