@@ -59,7 +59,7 @@ HEAVY = ("torch", "torchvision", "scipy", "numpy", "PIL", "safetensors")
 ESCAPE = "\x1b"
 COMMON = {"schema", "command", "version", "seconds"}
 MARK_KEYS = COMMON | {
-    *("fingerprint", "output", "manifest", "images", "marked", "copied", "skipped", "failed"),
+    *("fingerprint", "output", "manifest", "images", "marked", "copied", "skipped", "failed", "public", "classes"),
     *("psnr_median", "psnr_p5", "psnr_min", "ssim_median", "ssim_min", "linf_max", "feature_gain_mean"),
     *("formats_unmarked", "further_pictures_dropped", "unchanged"),
 }
@@ -263,7 +263,8 @@ def test_keygen_writes_a_secret_and_a_public_half(tmp_path):
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert stat.S_IMODE(public.stat().st_mode) == 0o644
     answer = result.json
-    assert set(answer) == COMMON | {*("key", "public", "classes", "dimension", "network", "statistic", "fingerprint")}
+    named = ("key", "public", "classes", "dimension", "network", "statistic", "fingerprint", "commitment", "beacon")
+    assert set(answer) == COMMON | {*named}
     assert (answer["key"], answer["public"], answer["classes"]) == (str(key), str(public), 7)
     assert answer["network"] == "builtin"
     assert answer["statistic"] == keys.STATISTIC
@@ -1516,7 +1517,8 @@ def test_a_clean_model_gives_no_evidence_and_all_the_keys(world, clean_result):
     result = clean_result
     assert result.code == 3
     answer = result.json
-    assert set(answer) == COMMON | {"fingerprint", "alpha", "statistic", "detected", "suspects"}
+    conditions = {"checked", "data", "options", "controls"}
+    assert set(answer) == COMMON | {"fingerprint", "alpha", "statistic", "detected", "suspects"} | conditions
     assert answer["fingerprint"] == fingerprint_of(world.key)
     assert (answer["alpha"], answer["detected"]) == (1e-4, False)
     (suspect,) = answer["suspects"]

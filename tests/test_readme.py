@@ -258,7 +258,8 @@ def sentences(text):
 
 
 def test_the_readme_is_read_in_five_minutes():
-    assert len(README.split()) <= 1650
+    prose = re.sub(r"```.*?```|^\|[^\n]*$|<!--.*?-->", " ", README, flags=re.DOTALL | re.MULTILINE)  # tables are looked up
+    assert len(prose.split()) <= 1600
     figures = re.findall(r"(?<![A-Za-z\d.,])\d[\d.,]*", sentences(README))
     assert len(figures) <= 10, figures
 
