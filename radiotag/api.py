@@ -42,7 +42,7 @@ def load_key(path: PathLike) -> Key:
 def keygen(
     output: PathLike | None = None,
     *,
-    network: str = "builtin",
+    network: PathLike = "builtin",
     classes: int | Sequence[str] = 1000,
     force: bool = False,
 ) -> Key:
@@ -59,10 +59,10 @@ def keygen(
     """
     wanted = _number_or_names(classes)
     if output is None:
-        return new_key(*marking_weights(network), wanted)
+        return new_key(*marking_weights(os.fspath(network)), wanted)
     path = Path(output)
     public = _check_names(path, force)
-    key = new_key(*marking_weights(network), wanted)
+    key = new_key(*marking_weights(os.fspath(network)), wanted)
     save_key(path, key, exclusive=not force)
     write_atomically(public, public_half(key).encode(), mode=0o644)
     return replace(key, path=path)
