@@ -2,13 +2,13 @@
 
 How to read the package, from the science to the command line:
 
-- `radioactive`: carriers and patterns, the marking loss and its steps, exact p-values; next to the paper
-- `suspect`: what is computed of a suspect, behind a wall that no carrier passes
-- `keys`: key files, their public half, the choices that only a key's owner can repeat
-- `pairing`: which output is which class is which carrier
-- `verification`: suspects asked, tested and given a verdict, with `probes`, `calibration`, `blackbox` and `answers`
-- `stores`: where images come from and go to, a folder or tar shards, with `images` for the files themselves
-- `plan`, `marking_run`: a data set marked, interrupted and gone on with
+- `radioactive`: carriers and patterns, the marking loss and its steps, exact p-values; read it with the paper
+- `suspect`: the vectors computed from a suspect, behind a wall: it cannot use carriers
+- `keys`: key files, their public half, the random choices that only a key's owner can repeat
+- `pairing`: pairs a suspect's outputs with classes and carriers
+- `verification`: tests suspects and gives verdicts, with `probes`, `calibration`, `blackbox` and `answers`
+- `stores`: where images are read from and written to, a folder or tar shards; `images` handles single files
+- `plan`, `marking_run`: mark a data set, and continue after an interruption
 - `api`, `cli`: the same for Python and for the command line
 
 `keygen`, `mark`, `verify` and `load_key` can be called as `radiotag.keygen` and so on; PyTorch is imported at their

@@ -1,6 +1,6 @@
-"""Marking decoded images together: in batches that fit in memory, each image encoded so that its file keeps the mark.
+"""Marking decoded images in batches that fit in memory, and encoding each so that its file keeps the mark.
 
-Nothing here knows of folders, plans or manifests: pictures come in, files and their pixels come out.
+This module does not use folders, plans or manifests: its input is pictures, its output is files and their pixels.
 """
 
 import itertools
@@ -24,32 +24,32 @@ from radiotag.radioactive import ImageToMark, Marking, mark_images, padded
 
 LOSSLESS = {"PNG", "BMP", "TIFF"}
 GREY = {"1", "L", "LA", "I;16"}
-PIXELS_TOGETHER = 2**24  # optimised at once, at most: some 2 GiB; many photographs are slower together than apart
-NEAR_TARGET = 0.95  # of the squared error that a lossy file may have: so much is enough
-LARGEST_SCALE = 1.5  # times as large as made that a mark is encoded
-TRIALS = 8  # encodings of an image, to find the scale
+PIXELS_TOGETHER = 2**24  # most pixels per batch, about 2 GiB; many photographs together are slower than one by one
+NEAR_TARGET = 0.95  # of the target squared error: a lossy file with this much is accepted
+LARGEST_SCALE = 1.5  # largest factor by which a mark is enlarged before encoding
+TRIALS = 8  # encodings per image to find the scale
 Pixels = NDArray[np.float32]  # (H, W, 3) in [0, 255]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marker:
-    """How images are marked."""
+    """Everything that is the same for all images to mark."""
 
     network: Network
     marking: Marking
     pool: ThreadPoolExecutor  # encodes and decodes beside the optimisation
     format: str = "keep"  # or "png"
-    on_step: Callable[[float], None] = lambda _: None  # told before each step: how many images' worth of them is done
+    on_step: Callable[[float], None] = lambda _: None  # called before each step with the images' worth of steps done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """An image and what is put into it."""
+    """An image and the data of its mark."""
 
     picture: Picture
     carrier: Tensor  # (d,)
-    pattern: Tensor  # (m,); zeros for none
-    draw: random.Random  # of its augmentations; a copy is drawn from, as a half of a batch begins anew
+    pattern: Tensor  # (m,); zeros for no pattern
+    draw: random.Random  # generator of its augmentations; only copies are used, because a split batch starts again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,7 +62,7 @@ class Marked:
 
 
 def request_for(key: Key, picture: Picture, path: str, row: int, seed: int) -> Request:
-    """What an image gets: its class's carrier, the pattern if the key chose it to carry that, its own random crops."""
+    """The request for an image: the carrier of its class, the pattern if the key chooses so, and its random crops."""
     pattern = key.patterns[row]
     return Request(
         picture=picture,
@@ -73,19 +73,19 @@ def request_for(key: Key, picture: Picture, path: str, row: int, seed: int) -> R
 
 
 def fits(batch: Sequence[Picture], picture: Picture, batch_size: int) -> bool:
-    """Whether a picture can be marked together with a batch of others."""
-    pixels = sum(each.rgb.size // 3 for each in (*batch, picture))
+    """Whether a picture can be added to a batch; any picture fits in an empty one."""
+    pixels = sum(other.rgb.size // 3 for other in (*batch, picture))
     return not batch or (len(batch) < batch_size and pixels <= PIXELS_TOGETHER)
 
 
 def mark_requests(marker: Marker, requests: Sequence[Request]) -> Iterator[list[Marked | RadiotagError]]:
-    """Mark images together, by halves where memory does not suffice or one fails; all results, in order, in parts."""
+    """Mark images together, or by halves if memory is insufficient or one fails. Yields results in order, in parts."""
     try:
         files = mark_pictures(marker, requests)
     except Exception as error:
         if not isinstance(error, RadiotagError) and (len(requests) == 1 or not out_of_memory(error)):
             raise
-        # The error itself would keep the failed batch's tensors.
+        # Keep only the message: the error itself would hold the failed batch's tensors.
         files, failure = [], RadiotagError(str(error), getattr(error, "hint", ""))
     if files:
         gains = feature_gains(marker.network, requests, [pixels for _, pixels in files])
@@ -99,7 +99,7 @@ def mark_requests(marker: Marker, requests: Sequence[Request]) -> Iterator[list[
 
 
 def mark_pictures(marker: Marker, requests: Sequence[Request]) -> list[tuple[bytes, Pixels]]:
-    """Mark decoded images: each one's file, and its pixels (H, W, 3) as read from that."""
+    """Mark decoded images; returns each one's file and its pixels (H, W, 3) as decoded from the file."""
     marking, format, steps = marker.marking, marker.format, itertools.count()
     pictures = [request.picture for request in requests]
     lossless = all(_lossless(picture, format) for picture in pictures)
@@ -112,16 +112,16 @@ def mark_pictures(marker: Marker, requests: Sequence[Request]) -> list[tuple[byt
         return list(images) if lossless else list(marker.pool.map(seen, pictures, images))
 
     def finish(picture: Picture, image: Tensor) -> tuple[bytes, Pixels]:
-        return _encoded(picture, _array(image), marking, format)
+        return _encode_mark(picture, _array(image), marking, format)
 
-    given = [
+    images = [
         ImageToMark(
             image=_tensor(request.picture.rgb), carrier=request.carrier, pattern=request.pattern,
             draw=copy(request.draw), grey=request.picture.mode in GREY,
         )
         for request in requests
     ]  # fmt: skip
-    marked = mark_images(marker.network, given, marking, read_back)
+    marked = mark_images(marker.network, images, marking, read_back)
     return list(marker.pool.map(finish, pictures, marked))
 
 
@@ -129,50 +129,50 @@ def _lossless(picture: Picture, format: str) -> bool:
     return (format == "png" or picture.format in LOSSLESS) and picture.mode in {"RGB", "RGBA"}
 
 
-def _encoded(picture: Picture, marked: Pixels, marking: Marking, format: str) -> tuple[bytes, Pixels]:
-    """Encode; where that leaves less of the mark, enlarge it; where more than the PSNR allows, shrink it.
+def _encode_mark(picture: Picture, marked: Pixels, marking: Marking, format: str) -> tuple[bytes, Pixels]:
+    """Encode a marked image; enlarge the mark if encoding weakens it, shrink it if the PSNR would become too low.
 
-    An encoder that rounds small changes away (JPEG of low quality) gets the mark so large that the file is changed as
-    much as the mark was before, within ±ε; at most half as large again, as fine changes become coarse ones, which show.
-    Where encoding alone takes more than half of the squared error that the PSNR allows, the other half is the mark's
-    all the same: the format has no better file.
+    Some encoders round small changes away (JPEG of low quality). Then the mark is enlarged, within ±ε, until it
+    changes the file as much as it changed the image before encoding. The factor is at most LARGEST_SCALE, because such
+    encoders turn fine changes into coarse ones, which are visible. If encoding alone uses more than half of the squared
+    error that the PSNR allows, the mark still gets the other half: this format has no better file.
     """
     height, width, _ = picture.rgb.shape
-    wanted, lossless, change = marking.psnr(height, width), _lossless(picture, format), marked - picture.rgb
-    alone = 0.0 if lossless else _error(picture.rgb, roundtrip(picture, picture.rgb, format))
-    allowed = max(10 ** (-wanted / 10), alone + 10 ** (-wanted / 10) / 2)
-    target = min(allowed, alone + _error(picture.rgb, marked))
-    enough = 0.0 if lossless else NEAR_TARGET * target
-    scale, low, high, made, file = 1.0, 0.0, math.inf, math.inf, (b"", marked)
+    min_psnr, lossless, change = marking.psnr(height, width), _lossless(picture, format), marked - picture.rgb
+    codec_error = 0.0 if lossless else _error(picture.rgb, roundtrip(picture, picture.rgb, format))
+    allowed = max(10 ** (-min_psnr / 10), codec_error + 10 ** (-min_psnr / 10) / 2)
+    target = min(allowed, codec_error + _error(picture.rgb, marked))
+    sufficient = 0.0 if lossless else NEAR_TARGET * target
+    scale, low, high, best_error, best = 1.0, 0.0, math.inf, math.inf, (b"", marked)
     for _ in range(TRIALS):
         data = encode(picture, picture.rgb + np.clip(scale * change, -marking.epsilon, marking.epsilon), format)
         seen = decode(data, picture.name).rgb
         error = _error(picture.rgb, seen)
-        if made > allowed or made < error <= allowed:
-            made, file = error, (data, seen)
-        if enough <= error <= allowed or (scale == LARGEST_SCALE and error <= allowed):
+        if best_error > allowed or best_error < error <= allowed:
+            best_error, best = error, (data, seen)
+        if sufficient <= error <= allowed or (scale == LARGEST_SCALE and error <= allowed):
             break
         low, high = (low, scale) if error > allowed else (scale, high)
-        goal = (allowed if error > allowed else target) - alone
-        scale *= 10 ** (-0.01 / 20) * math.sqrt(goal / max(error - alone, goal / 4))
+        goal = (allowed if error > allowed else target) - codec_error
+        scale *= 10 ** (-0.01 / 20) * math.sqrt(goal / max(error - codec_error, goal / 4))
         scale = min(scale, LARGEST_SCALE) if low < scale < high else (low + high) / 2
-    return file
+    return best
 
 
 def _error(a: Pixels, b: Pixels) -> float:
-    """Mean squared difference, of pixels in [0, 1]."""
+    """Mean squared difference for pixels scaled to [0, 1]."""
     return 10 ** (-psnr(a, b) / 10)
 
 
 @torch.no_grad()
 def feature_gains(network: Network, requests: Sequence[Request], after: Sequence[Pixels]) -> list[float]:
-    """⟨φ(x̃) − φ(x), u⟩ of whole images, without augmentation."""
+    """⟨φ(x̃) − φ(x), u⟩ of each whole image, without augmentation."""
     device, size = network.device, network.spec.image_size
     carriers = torch.stack([request.carrier for request in requests]).to(device)  # (B, d)
 
-    def phi(arrays: Sequence[Pixels]) -> Tensor:
-        whole = torch.cat([resized(_tensor(a)[None], size) for a in arrays])
-        return network.features(padded(whole).to(device) / 255)[: len(whole)]  # (B, d)
+    def phi(images: Sequence[Pixels]) -> Tensor:
+        pixels = torch.cat([resized(_tensor(image)[None], size) for image in images])
+        return network.features(padded(pixels).to(device) / 255)[: len(pixels)]  # (B, d)
 
     gains: list[float] = ((phi(after) - phi([request.picture.rgb for request in requests])) * carriers).sum(1).tolist()
     return gains

@@ -1,14 +1,14 @@
-"""The exact black-box test: images under the true key's patterns and under decoys', and a suspect's answers to them.
+"""The exact black-box test: a suspect's answers to images with the patterns of the true key and of decoy keys.
 
-Each image is shown twice under each key, with its class's pattern added and taken away. A suspect that learnt from the
-marked data is surer of the first than of the second under the true key, and under no other; what any pattern costs any
-network cancels. Under the null the true carriers are one more draw like the decoys', so the true key's place among them
-is uniform, whatever the suspect: see `radioactive.resampled_log_p`. Only answers are needed, be they logits,
-probabilities or top-1 labels, so that a suspect behind an interface can be asked with exported files.
+Each image is shown twice under each key: with its class's pattern added, and with the pattern subtracted. A suspect
+that learnt from the marked data is surer of the first than of the second under the true key, and under no other key.
+What any pattern costs any network cancels. Under the null hypothesis the true carriers are one more draw like the
+decoys', so the rank of the true key among them is uniform, whatever the suspect (`radioactive.resampled_log_p`). Only
+answers are needed: logits, probabilities or top-1 labels. So a suspect behind an API can be tested by exported files.
 
-The patterns alone are asked for: what else a mark does to an image moves any network, under any key, and would only
-blur the difference. What a pattern does by nature to any classifier of these classes is measured on the marking
-network, where it knows them, and taken off.
+The queries contain patterns only. The rest of a mark moves any network under any key, which would only add noise.
+A pattern may also have a natural effect on any classifier of these classes. This effect is measured on the marking
+network, if it knows the classes, and subtracted.
 """
 
 import hashlib
@@ -36,39 +36,42 @@ from radiotag.networks import Network, resized
 from radiotag.radioactive import Floats, Marking, l2_radius, uniform_carriers
 from radiotag.suspect import Batching, log_probabilities
 
-QUERIES_FORMAT = 1  # of the file of queries
+QUERIES_FORMAT = 1  # version of the file of queries
 DECOYS, MOST_DECOYS = 23, 99_999
-IMAGES = 480  # in all, at most EACH a class: what is asked under each key
+IMAGES = 480  # shown under each key, at most, and at most EACH per class
 EACH = 48
-QUESTIONS = 180_000  # in all, about: one class takes so many decoys that few of its images can be shown under each
+QUESTIONS = 180_000  # in total, about: a single class needs so many decoys that few images can be shown under each
 LARGEST = 256  # pixels on the longer side of a query
-QUERY = Marking(min_psnr=28.0)  # dB: queries need not be imperceptible, only alike under all keys
-SURE = 1e-4  # probabilities are kept this far from 0 and 1: one sure mistake does not outweigh a class
+QUERY = Marking(min_psnr=28.0)  # dB: queries need not be imperceptible, only equally strong under all keys
+SURE = 1e-4  # probabilities are kept this far from 0 and 1, so that one confident mistake does not outweigh a class
 
 
 class OfAnotherKey(RadiotagError):
-    """Queries of another key, or of another version of radiotag."""
+    """A file of queries belongs to another key, or to another version of radiotag."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queries:
-    """N images to be shown, with and without, under K + 1 keys; key 0 is the true one: this is as secret as the key."""
+    """N images to be shown, with patterns added and subtracted, under K + 1 keys. Key 0 is the true one.
+
+    This is as secret as the key, because it tells the true key's names from the decoys'.
+    """
 
     images: tuple[Tensor, ...]  # [N] (3, H, W) uint8, unmarked
     rows: tuple[int, ...]  # (N,) carrier row of each image
-    labels: tuple[str, ...]  # (N,) its class
-    names: tuple[tuple[str, ...], ...]  # [2(K + 1)][N] random; row 2k with the pattern of key k, 2k + 1 without
+    labels: tuple[str, ...]  # (N,) class of each image
+    names: tuple[tuple[str, ...], ...]  # [2(K + 1)][N] random; row 2k adds the pattern of key k, 2k + 1 subtracts it
 
     @property
     def decoys(self) -> int:
-        """K, the number of keys beside the true one."""
+        """K, the number of decoy keys."""
         return len(self.names) // 2 - 1
 
 
 def decoy_patterns(key: Key, number: int) -> Tensor:
-    """(C, m) patterns of a decoy key, drawn as the true ones were; number 0 is the true key itself.
+    """(C, m) patterns of a decoy key, drawn like the true ones; number 0 is the true key itself.
 
-    Decoys follow from the key's secret by a hash (SHAKE-256), so that nobody can draw others until they suit.
+    Decoys follow from the key's secret by a hash (SHAKE-256), so that nobody can draw others until the result suits.
     """
     if number == 0:
         return key.patterns
@@ -77,49 +80,49 @@ def decoy_patterns(key: Key, number: int) -> Tensor:
 
 
 def shown(queries: Queries, key: Key, number: int) -> list[Tensor]:
-    """The N images (3, H, W) uint8 of one row of names: a key's pattern added, or taken away."""
+    """The N images (3, H, W) uint8 of one row of names (`number`): a key's pattern added or subtracted."""
     patterns, sign = decoy_patterns(key, number // 2), 1 - 2 * (number % 2)
-    shifts: dict[tuple[int, ...], Tensor] = {}  # one of each class and size: most images share theirs
-    found = []
+    shift_of: dict[tuple[int, ...], Tensor] = {}  # by class and image size, which most images share
+    images = []
     for image, row in zip(queries.images, queries.rows, strict=True):
-        place = (row, *image.shape[1:])
-        if place not in shifts:
+        class_and_size = (row, *image.shape[1:])
+        if class_and_size not in shift_of:
             shift = pattern_images(patterns[row][None], *image.shape[1:])[0]
-            shifts[place] = sign * l2_radius(image, QUERY) / max(float(shift.norm()), 1e-9) * shift
-        found.append((image + shifts[place]).round().clamp(0, 255).to(torch.uint8))
-    return found
+            shift_of[class_and_size] = sign * l2_radius(image, QUERY) / max(float(shift.norm()), 1e-9) * shift
+        images.append((image + shift_of[class_and_size]).round().clamp(0, 255).to(torch.uint8))
+    return images
 
 
 def choose_images(labels: Sequence[str], images: int = IMAGES) -> list[int]:
-    """Positions of the images to ask with: the first of each class, as many of each, EACH at most."""
+    """Positions of the images to show: the first images of each class, equally many of each, at most EACH."""
     classes = sorted(set(labels))
-    each = max(1, min(EACH, images // len(classes)))
-    taken = dict.fromkeys(classes, 0)
+    per_class = max(1, min(EACH, images // len(classes)))
+    counts = dict.fromkeys(classes, 0)
     positions = []
     for i, label in enumerate(labels):
-        if taken[label] < each:
-            taken[label] += 1
+        if counts[label] < per_class:
+            counts[label] += 1
             positions.append(i)
     return positions
 
 
 def decoys_needed(classes: int, alpha: float) -> int:
-    """Decoys with which p can just fall below alpha: the least K ≥ DECOYS with (K + 1)^classes ≥ 1.05 / alpha."""
+    """The number of decoys for which p can reach alpha: the smallest K ≥ DECOYS with (K + 1)^classes ≥ 1.05 / alpha."""
     return max(DECOYS, min(MOST_DECOYS, math.ceil(math.pow(1.05 / alpha, 1 / classes) - 1e-9) - 1))
 
 
 def make(pixels: Sequence[Tensor], rows: Sequence[int], labels: Sequence[str], decoys: int) -> Queries:
-    """Queries of images (3, H, W) uint8 (`shrunk`), their carrier rows and classes, with fresh random names."""
+    """Queries from images (3, H, W) uint8 (`shrunk`), their carrier rows and classes, with new random names."""
     names = tuple(tuple(secrets.token_hex(16) for _ in pixels) for _ in range(2 * (decoys + 1)))
     return Queries(images=tuple(pixels), rows=tuple(rows), labels=tuple(labels), names=names)
 
 
 def shrunk(image: Tensor) -> Tensor:
-    """(3, H, W) float in [0, 255] → uint8, of at most LARGEST pixels on the longer side."""
+    """(3, H, W) float in [0, 255] → uint8 with at most LARGEST pixels on the longer side."""
     height, width = image.shape[1:]
-    share, image = LARGEST / max(height, width), image.round()
-    if share < 1:
-        size = (max(1, round(height * share)), max(1, round(width * share)))
+    scale, image = LARGEST / max(height, width), image.round()
+    if scale < 1:
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
         image = F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
     return image.round().clamp(0, 255).to(torch.uint8)
 
@@ -128,7 +131,7 @@ def shrunk(image: Tensor) -> Tensor:
 
 
 def cache_path(key_path: Path, key: Key, queries: Queries) -> Path:
-    """Where the queries of a key, images and number of decoys are kept: beside the key."""
+    """The file for queries, beside the key's file; its name depends on the key, the images and the number of decoys."""
     digest = hashlib.sha256(
         f"{QUERIES_FORMAT}\0{key.fingerprint}\0{queries.decoys}\0{list(queries.rows)}".encode()
     )
@@ -138,33 +141,33 @@ def cache_path(key_path: Path, key: Key, queries: Queries) -> Path:
 
 
 def save_queries(path: Path, queries: Queries, key: Key) -> None:
-    """Write the queries, readable by their owner only."""
+    """Write the queries atomically, readable by their owner only (0600)."""
     tensors = {f"{i}": image for i, image in enumerate(queries.images)}
-    described = {
+    metadata = {
         "format": QUERIES_FORMAT, "fingerprint": key.fingerprint, "rows": queries.rows, "labels": queries.labels,
         "names": queries.names,
     }  # fmt: skip
-    write_atomically(path, safetensors.torch.save(tensors, {"radiotag": json.dumps(described)}), mode=0o600)
+    write_atomically(path, safetensors.torch.save(tensors, {"radiotag": json.dumps(metadata)}), mode=0o600)
 
 
 def load_queries(path: Path, key: Key) -> Queries:
-    """Read the queries back. RadiotagError if they are damaged or another key's."""
+    """Read a file of queries. RadiotagError if it is damaged, OfAnotherKey if it belongs to another key."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            described = json.loads((file.metadata() or {})["radiotag"])
-            rows, labels = tuple(described["rows"]), tuple(described["labels"])
-            names = tuple(map(tuple, described["names"]))
+            metadata = json.loads((file.metadata() or {})["radiotag"])
+            rows, labels = tuple(metadata["rows"]), tuple(metadata["labels"])
+            names = tuple(map(tuple, metadata["names"]))
             images = tuple(file.get_tensor(f"{i}") for i in range(len(rows)))
-        known = described["format"] == QUERIES_FORMAT and described["fingerprint"] == key.fingerprint
+        belongs = metadata["format"] == QUERIES_FORMAT and metadata["fingerprint"] == key.fingerprint
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise RadiotagError(f"{path} is damaged: {error}", "remove it, it will be made again") from error
-    if not known:
+    if not belongs:
         raise OfAnotherKey(f"{path} belongs to another key or version", "remove it, it will be made again")
     return Queries(images=images, rows=rows, labels=labels, names=names)
 
 
 def check_export(folder: Path) -> None:
-    """RadiotagError for a folder that is not new or empty: other questions in it would be answered, too."""
+    """RadiotagError for a folder that has files: the suspect would be asked about them, too."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RadiotagError(f"{folder} exists", "choose another folder for --export, or remove it")
 
@@ -172,14 +175,14 @@ def check_export(folder: Path) -> None:
 def export(
     queries: Queries, key: Key, folder: Path, progress: Callable[[int, int], None] = lambda *_: None
 ) -> int:
-    """Write every query as a PNG under its random name; returns how many.
+    """Write every query as a PNG under its random name; returns the number of files. RadiotagError if that fails.
 
-    Nothing in a name, its order, a time stamp or the file's layout tells the true key from a decoy.
+    Nothing tells the true key from a decoy: not the names, their order, the time stamps or the layout of the files.
     """
     check_export(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows, count = list(enumerate(queries.names)), sum(map(len, queries.names))
-    secrets.SystemRandom().shuffle(rows)  # a folder may list its files as they came
+    secrets.SystemRandom().shuffle(rows)  # a folder may list its files in the order of writing
     for done, (number, names) in enumerate(rows, 1):
         for name, image in zip(names, shown(queries, key, number), strict=True):
             path = folder / f"{name}.png"
@@ -194,12 +197,12 @@ def export(
 
 @torch.no_grad()
 def ask(suspect: Network, queries: Queries, key: Key, batching: Batching) -> Tensor:
-    """The suspect's probabilities on all queries: (2(K + 1), N, C') float64 on the CPU; images at its own size."""
+    """The suspect's probabilities for all queries, (2(K + 1), N, C') float64 on the CPU, at its own input size."""
     device, size, count = suspect.device, suspect.spec.image_size, len(queries.names) * len(queries.rows)
     images = (image for number in range(len(queries.names)) for image in shown(queries, key, number))
     answers: list[Tensor] = []
-    while part := list(islice(images, batching.size)):
-        pixels = torch.cat([resized(image[None].float() / 255, size) for image in part])
+    while batch := list(islice(images, batching.size)):
+        pixels = torch.cat([resized(image[None].float() / 255, size) for image in batch])
         answers.append(log_probabilities(suspect(pixels.to(device)).cpu().double()).exp())
         batching.tell("questions", min(count, len(answers) * batching.size), count)
     return torch.cat(answers).view(len(queries.names), len(queries.rows), -1)
@@ -209,27 +212,29 @@ def pattern_effects(
     queries: Queries,
     answers: Tensor,
     pairs: Sequence[tuple[int, int]],
-    usual: Tensor | None = None,
+    baseline: Tensor | None = None,
     marker_names: Sequence[str] = (),
 ) -> Floats:
-    """What `resampled_log_p` tests: (K + 1, C), for (output, row) pairs: how much surer with a pattern than without.
+    """The values (K + 1, C) for `resampled_log_p`: how much surer the suspect is with a pattern added than subtracted.
 
-    The difference of the right class's mean logits. answers (2(K + 1), N, C') are probabilities, NaN where there is no
-    answer. `usual` (2(K + 1), N, C'') are the marking network's: its difference is taken off for classes that it names.
-    A class that some key has no answer for is left out, which looks at all keys alike.
+    There is one column per (output, carrier row) pair, with the difference of the mean logits of the right class.
+    answers: probabilities (2(K + 1), N, C'), NaN for missing answers. baseline: the marking network's
+    (2(K + 1), N, C''); its difference is subtracted for the classes that it names. A class without answers under some
+    key is left out, a rule that treats all keys alike. RadiotagError if no class is left.
     """
     rows = torch.tensor(queries.rows)
-    if usual is not None and bool(((answers == 0) | (answers == 1) | answers.isnan()).all()):  # labels against labels
-        usual = F.one_hot(usual.argmax(2), usual.shape[2]).double()
+    if baseline is not None and bool(((answers == answers.round()) | answers.isnan()).all()):
+        # The suspect answers with labels only, so the marking network must, too.
+        baseline = F.one_hot(baseline.argmax(2), baseline.shape[2]).double()
     columns = []
     for output, row in pairs:
-        chosen = torch.nonzero(rows == row)[:, 0]
-        column = _difference(answers[:, chosen, output])
-        if len(chosen) == 0 or column.isnan().any():
+        column = _difference(answers[:, rows == row, output])
+        if column.isnan().any():
             continue
-        name = queries.labels[int(chosen[0])]
-        if usual is not None and name in marker_names and bool(column.min() < column.max()):  # else it says nothing
-            column = column - _difference(usual[:, chosen, marker_names.index(name)])
+        name = queries.labels[queries.rows.index(row)]
+        if baseline is not None and name in marker_names and bool(column.min() < column.max()):
+            # A constant column says nothing about the keys, and must stay constant.
+            column = column - _difference(baseline[:, rows == row, marker_names.index(name)])
         columns.append(column)
     if not columns:
         raise RadiotagError("no class was answered for under every key", "answer all of the exported images")
@@ -237,7 +242,7 @@ def pattern_effects(
     return values
 
 
-def _difference(right: Tensor) -> Tensor:
-    """(2(K + 1), n) probabilities → (K + 1,): mean logit with each key's pattern less that without."""
-    mean = right.clamp(SURE, 1 - SURE).logit().nanmean(1)
+def _difference(probabilities: Tensor) -> Tensor:
+    """(2(K + 1), n) probabilities → (K + 1,): mean logit with each key's pattern added minus subtracted."""
+    mean = probabilities.clamp(SURE, 1 - SURE).logit().nanmean(1)
     return mean[0::2] - mean[1::2]

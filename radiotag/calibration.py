@@ -1,4 +1,4 @@
-"""The check of a null: the same suspect under null keys, which nobody marked with. Their p-values must be uniform."""
+"""Calibration: the same suspect is tested with null keys, which never marked anything. Their p must be uniform."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -11,19 +11,19 @@ from radiotag.keys import Key, null_carriers
 from radiotag.radioactive import evidence, output_unknown
 from radiotag.suspect import ClassVectors
 
-TAIL = (0.1, 0.01, 0.001, 0.0001)  # p-values of null keys are counted up to each
+TAIL = (0.1, 0.01, 0.001, 0.0001)  # levels up to which the p-values of null keys are counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """The same suspect under null keys: their p-values must be uniform, whatever the suspect."""
+    """The p-values of null keys on one suspect, summarised: they must be uniform, whatever the suspect."""
 
-    n: int
-    ks_p: float  # Kolmogorov–Smirnov, against the uniform law; of Bonferroni's p, against any below it
-    rank: int  # of the true key among the n + 1, from 1: the smallest p-value
+    n: int  # number of null keys
+    ks_p: float  # Kolmogorov–Smirnov test of uniformity; one-sided (too many small p) if p is Bonferroni's
+    rank: int  # of the true key among all n + 1 keys; 1 is the smallest p-value
     histogram: tuple[int, ...]  # counts of p in ten equal bins
-    tail: tuple[int, ...]  # how many p are at most each of TAIL
-    tail_p: float  # of so many or more there, the least of the binomial p-values, corrected (Bonferroni)
+    tail: tuple[int, ...]  # how many p are at most each level of TAIL
+    tail_p: float  # binomial p-value of such a tail: the smallest over the levels, corrected (Bonferroni)
 
 
 def calibrate(
@@ -34,14 +34,14 @@ def calibrate(
     count: int,
     tell: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Calibration:
-    """The suspect's p-values under `count` null keys, beside the true key's, `log_p`.
+    """Test a suspect's vectors with `count` null keys, and rank the true key's `log_p` among them.
 
-    Null keys follow from the secret key by a hash (SHAKE-256), so that nobody draws others until they suit.
-    Kolmogorov and Smirnov's test hardly sees the few smallest, by which suspects are accused: these are counted. Where
-    the best of many outputs counts, corrected for the choice, p is larger than it need be, and small ones must not be
-    too many.
+    Null keys follow from the secret key by a hash (SHAKE-256), so that nobody can draw others until the result suits.
+    The Kolmogorov–Smirnov test is weak for the few smallest p-values, which decide about accusations; so these are
+    counted, too. If the best of many outputs counts (Bonferroni), p is conservative; then the test only checks that
+    small p-values are not too many.
     """
-    vectors = replace(vectors, paper=None)  # nobody asks for the paper's statistic under null keys
+    vectors = replace(vectors, paper=None)  # the paper's statistic is not needed for null keys
     nulls, seed = [], key.secret + b"calibrate"
     for number in range(count):
         carriers, patterns = null_carriers(key, hashlib.shake_256(seed + number.to_bytes(8, "big")).digest)

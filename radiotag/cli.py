@@ -1,29 +1,27 @@
 """The command line: it parses, calls and prints. Nothing heavy is imported before a command runs."""
 
 import io
-import json
 import math
-import os
 import shlex
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from radiotag import __version__
-from radiotag.errors import RadiotagError, out_of_memory, printable
+from radiotag.errors import RadiotagError
 from radiotag.processes import launched
+from radiotag.terminal import AGAIN, DETECTED, ERROR, NO_EVIDENCE, Report, is_aside, progress_bar, reporting
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
 
     from radiotag.blackbox import Queries
     from radiotag.keys import Key
@@ -32,125 +30,47 @@ if TYPE_CHECKING:
     from radiotag.verification import Finding, VerifyOptions
     from radiotag.verification import Progress as ShowProgress
 
-DETECTED, ERROR, NO_EVIDENCE, INTERRUPTED = 0, 1, 3, 130  # exit codes; 2 is a usage error
-SCHEMA = 1
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # folders of folders of classes
-AGAIN = {
-    "mark": "run the same command again: what is done is kept",
-    "train-demo": "with DATA, go on from the last whole epoch with --resume",
-}
 MENDED = f"mend or remove them, and {AGAIN['mark']}"
 
 app = typer.Typer(
     name="radiotag",
     help="Mark an image data set imperceptibly; prove later, with an exact p-value, that a model was trained on it.",
     no_args_is_help=True,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Main job: radiotag keygen; radiotag mark ./imgs --key k.safetensors; radiotag verify model.pt --key "
-    "k.safetensors. Exit codes: 0 done (verify: detected), 1 error, 2 usage, 3 no evidence, 130 interrupted.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="In three lines:\n\nradiotag keygen\n\nradiotag mark ./imgs --key k.safetensors\n\n"
+    "radiotag verify model.pt --key k.safetensors\n\n"
+    "Exit codes: 0 done (verify: detected), 1 error, 2 usage, 3 no evidence, 130 interrupted.",
 )
 
+
+def examples(*commands: str) -> str:
+    """The end of a command's help, a paragraph each."""
+    return "\n\n".join(("Examples:", *commands))
+
+
+# Options in the help's panels.
+key_option = partial(typer.Option, rich_help_panel="Key")
+marking_option = partial(typer.Option, rich_help_panel="Marking")
+quality_option = partial(typer.Option, rich_help_panel="Quality")
+training_option = partial(typer.Option, rich_help_panel="Training")
+suspect_option = partial(typer.Option, rich_help_panel="Suspect")
+evidence_option = partial(typer.Option, rich_help_panel="Evidence")
+black_box_option = partial(typer.Option, rich_help_panel="Black-box")
+runtime_option = partial(typer.Option, rich_help_panel="Runtime")
+output_option = partial(typer.Option, rich_help_panel="Output")
+
 KeyOption = Annotated[
-    Path, typer.Option("--key", "-k", metavar="FILE", readable=False, help="the secret key file, from keygen")
+    Path, key_option("--key", "-k", metavar="FILE", readable=False, help="the secret key file, from keygen")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, also on failure")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors (and --json)")]
-DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="where to compute")]
-ForceOption = Annotated[bool, typer.Option("--force", help="overwrite what exists")]
-SizeOption = Annotated[
-    int | None,
-    typer.Option(min=1, max=2048, help="network input in pixels  [default: the checkpoint's, or the images' own]"),
+JsonOption = Annotated[
+    bool, output_option("--json", metavar="", help="print one JSON object on stdout, also on failure")
 ]
-
-
-@dataclass
-class Report:
-    """What a command says: lines for people, one object for programs."""
-
-    command: str
-    as_json: bool
-    quiet: bool
-    mute: bool = False  # in the launcher's other processes until the plan is made: the first tells of the same errors
-    started: float = field(default_factory=time.monotonic)
-
-    def note(self, text: str) -> None:
-        """Something on the way: stderr."""
-        if not self.quiet:
-            print(printable(text), file=sys.stderr)
-
-    def say(self, *lines: str) -> None:
-        """Results: stdout."""
-        if not self.quiet and not self.as_json:
-            # Whoever reads no more is met here, and not by the interpreter at its end.
-            print("\n".join(printable(line) for line in lines), flush=True)
-
-    def give(self, **values: Any) -> None:
-        """The JSON object, if it was asked for."""
-        if self.as_json:
-            seconds = round(time.monotonic() - self.started, 3)
-            base = {"schema": SCHEMA, "command": self.command, "version": __version__}
-            print(json.dumps({**base, **values, "seconds": seconds}), flush=True)
-
-    def problem(self, message: str, hint: str) -> None:
-        """Something that went wrong, and the way out: stderr always."""
-        print(printable(f"error: {message}"), file=sys.stderr)
-        if hint:
-            print(printable(f"hint: {hint}"), file=sys.stderr)
-
-    def fail(self, message: str, hint: str) -> None:
-        """What ends a command: the error, and the JSON object."""
-        if not self.mute:
-            self.problem(message, hint)
-            self.give(error=message, hint=hint)
-
-
-def _aside() -> bool:
-    """Whether this is one of the launcher's processes and not the first, which speaks for all."""
-    return launched()[0] > 0
-
-
-@contextmanager
-def reporting(command: str, as_json: bool, quiet: bool) -> Iterator[Report]:
-    """Map what goes wrong to one message and an exit code, in one place."""
-    aside = command == "mark" and _aside()  # a cluster's nodes have a rank whatever they run
-    report = Report(command, as_json and not aside, quiet or aside, mute=aside)
-    try:
-        yield report
-    except BrokenPipeError:  # whoever reads the results has enough of them
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
-        raise typer.Exit(ERROR) from None
-    except RadiotagError as error:
-        _debug()
-        report.fail(str(error), error.hint)
-        raise typer.Exit(ERROR) from None
-    except KeyboardInterrupt:
-        report.fail("interrupted", AGAIN.get(command, "run the same command again"))
-        raise typer.Exit(INTERRUPTED) from None
-    except OSError as error:
-        _debug()
-        report.fail(f"{error.filename or 'system'}: {error.strerror or error}", "check the path, permissions and space")
-        raise typer.Exit(ERROR) from None
-    except Exception as error:
-        if isinstance(error, typer.Exit) or hasattr(error, "format_message"):  # an exit code, a usage error
-            raise
-        _debug()
-        report.fail(*_unforeseen(error))
-        raise typer.Exit(ERROR) from None
-
-
-def _unforeseen(error: Exception) -> tuple[str, str]:
-    text = str(error).strip()
-    if out_of_memory(error):
-        return "out of memory", "use a smaller --batch-size"
-    first = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-    return f"this should not happen: {first}", "run it again with RADIOTAG_DEBUG=1 and report what it prints"
-
-
-def _debug() -> None:
-    if os.environ.get("RADIOTAG_DEBUG") == "1":
-        traceback.print_exc()
+QuietOption = Annotated[bool, output_option("--quiet", "-q", metavar="", help="print nothing but errors (and --json)")]
+ForceOption = Annotated[bool, output_option("--force", metavar="", help="overwrite what exists")]
+DeviceOption = Annotated[str, runtime_option(metavar="auto|cpu|cuda|mps", help="where to compute")]
 
 
 def choose_device(name: str) -> str:
@@ -165,25 +85,6 @@ def choose_device(name: str) -> str:
     if not there[name]:
         raise RadiotagError(f"the device '{name}' is not available", "use --device auto")
     return name
-
-
-@contextmanager
-def progress_bar(report: Report, unit: str) -> Iterator["Progress"]:
-    """A progress bar on stderr; a pipe or a dumb terminal gets none."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, highlight=False, markup=False)
-    hidden = report.quiet or not console.is_terminal or console.is_dumb_terminal
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit + "  {task.fields[detail]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
-        yield bar
 
 
 def _version(wanted: bool) -> None:
@@ -204,29 +105,29 @@ def radiotag(
 # ---------------------------------------------------------------- keygen
 
 
-@app.command(
-    epilog="Examples: radiotag keygen  |  radiotag keygen -o cats.safetensors --data ./imgs --network resnet18"
-)
+@app.command(epilog=examples("radiotag keygen", "radiotag keygen -o cats.safetensors --data ./imgs --network resnet18"))
 def keygen(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="the key file")] = Path(
-        "k.safetensors"
-    ),
     network: Annotated[
-        str, typer.Option(metavar="builtin|NAME|FILE", help="marking network: built in, torchvision's, or a checkpoint")
+        str, key_option(metavar="builtin|NAME|FILE", help="marking network: built in, torchvision's, or a checkpoint")
     ] = "builtin",
     classes: Annotated[
-        int | None, typer.Option(min=1, max=1_000_000, help="number of carriers  [default: 1000]")
+        int | None,
+        key_option(min=1, max=1_000_000, metavar="N", help="number of carriers, one a class", show_default="1000"),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="take class names from this folder's sub-folders instead")
+        Path | None, key_option(metavar="DIR", help="take class names from this folder's sub-folders instead")
     ] = None,
+    output: Annotated[Path, output_option("--output", "-o", metavar="FILE", help="the key file")] = Path(
+        "k.safetensors"
+    ),
     force: ForceOption = False,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Make a secret key, and its public fingerprint.
 
-    Publish or time-stamp the fingerprint (the .pub file) before the data: it proves that the key came first.
+    Publish or time-stamp the fingerprint (the .pub file) before the data:
+    it proves that the key came first.
     """
     with reporting("keygen", json_, quiet) as report:
         if data and classes:
@@ -258,47 +159,59 @@ def keygen(
 
 
 @app.command(
-    epilog="Examples: radiotag mark ./imgs --key k.safetensors  |  radiotag mark ./imgs -k k.safetensors "
-    "--fraction 0.1 --preview sheet.png"
+    epilog=examples(
+        "radiotag mark ./imgs --key k.safetensors",
+        "radiotag mark ./imgs -k k.safetensors --fraction 0.1 --preview sheet.png",
+    )
 )
 def mark(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="folder of class sub-folders, or of images")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="folder of class sub-folders, of images, or of tar shards")
+    ],
     key: KeyOption,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="the marked folder  [default: SRC-marked]")
-    ] = None,
-    fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="share of each class to mark")] = 1.0,
+    fraction: Annotated[
+        float, marking_option(min=0.0, max=1.0, metavar="SHARE", help="share of each class to mark")
+    ] = 1.0,
+    steps: Annotated[int, marking_option(min=1, max=10_000, metavar="N", help="gradient steps an image")] = 20,
+    seed: Annotated[int, marking_option(min=0, metavar="N", help="seed of the random crops")] = 0,
+    strict: Annotated[
+        bool, marking_option("--strict", metavar="", help="stop at the first image that cannot be marked")
+    ] = False,
     epsilon: Annotated[
-        float, typer.Option(min=0.1, max=255.0, help="largest change of a pixel, of 255 (before encoding)")
+        float,
+        quality_option(min=0.1, max=255.0, metavar="LEVELS", help="largest change of a pixel, of 255, before encoding"),
     ] = 10.0,
     min_psnr: Annotated[
         float | None,
-        typer.Option(
+        quality_option(
             min=10.0,
             max=80.0,
-            help="dB that each mark keeps, beside what a lossy format costs  [default: 34 (64 px) to 40 (224 px)]",
+            metavar="DB",
+            help="dB that each mark keeps, beside what a lossy format costs",
+            show_default="34 up to 64 pixels, 40 from 224",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=10_000, help="gradient steps an image")] = 20,
     format_: Annotated[
-        str, typer.Option("--format", metavar="keep|png", help="keep each image's format, or write PNG")
+        str, quality_option("--format", metavar="keep|png", help="keep each image's format, or write PNG")
     ] = "keep",
     preview: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="write a sheet of original | marked | difference × 10")
+        Path | None, quality_option(metavar="FILE.png", help="write a sheet of original | marked | difference × 10")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, write nothing")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="stop at the first image that cannot be marked")] = False,
-    force: ForceOption = False,
-    seed: Annotated[int, typer.Option(min=0, help="of the random crops")] = 0,
     device: DeviceOption = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="images optimised together")] = 64,
+    batch_size: Annotated[int, runtime_option(min=1, max=4096, metavar="N", help="images optimised together")] = 64,
+    output: Annotated[
+        Path | None, output_option("--output", "-o", metavar="DIR", help="the marked folder", show_default="SRC-marked")
+    ] = None,
+    dry_run: Annotated[bool, output_option("--dry-run", metavar="", help="show the plan, write nothing")] = False,
+    force: ForceOption = False,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Write a marked copy of a folder; the source is not touched.
 
-    Images that are not chosen are copied byte for byte. An interrupted run goes on where it stopped. The manifest
-    beside the output tells marked from unmarked: keep it as secret as the key.
+    Images that are not chosen are copied byte for byte.
+    An interrupted run goes on where it stopped.
+    The manifest beside the output tells marked from unmarked: keep it secret.
     """
     with reporting("mark", json_, quiet) as report:
         if format_ not in {"keep", "png"}:
@@ -320,13 +233,11 @@ def mark(
         if (count := launched()[1]) > 1:  # a cluster may set RANK and WORLD_SIZE for other ends
             report.note(f"one of {count} processes, by RANK and WORLD_SIZE: waits for the others")
         summary = _mark_run(report, plan)
-        if not _aside():  # the first process tells of all images
+        if not is_aside():  # the first process tells of all images
             _tell_marked(report, plan, summary, key, preview)
 
 
-def _mark_plan(
-    report: Report, source: Path, output: Path | None, key: Path, options: "MarkOptions"
-) -> "Plan":
+def _mark_plan(report: Report, source: Path, output: Path | None, key: Path, options: "MarkOptions") -> "Plan":
     from radiotag import api
 
     with progress_bar(report, "images") as bar:
@@ -446,6 +357,13 @@ def _mark_json(plan: "Plan", summary: "Summary", **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _beyond_epsilon(plan: "Plan", numbers: dict[str, float | None]) -> str:
+    """Why the largest change may be above --epsilon."""
+    epsilon = plan.options.epsilon
+    beyond = (numbers["linf_max"] or 0) > epsilon + 1
+    return f" (--epsilon {epsilon:g} holds before encoding; lossy formats and palettes add theirs)" if beyond else ""
+
+
 def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
     failed = len(summary.failed)
     return [
@@ -454,21 +372,21 @@ def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
         f"output       {plan.output}",
         f"manifest     {plan.manifest} (keep it secret)",
         f"key          sha256:{plan.key.fingerprint}",
-        *(_quality_lines(summary) if summary.marked else ()),
+        *(_quality_lines(plan, summary) if summary.marked else ()),
         *_unmarked_lines(plan),
         *_mark_warnings(plan, summary),
-        _after_marking(plan, summary, key),
+        *_after_marking(plan, summary, key),
     ]
 
 
-def _quality_lines(summary: "Summary") -> list[str]:
+def _quality_lines(plan: "Plan", summary: "Summary") -> list[str]:
     numbers = summary.statistics()
     return [
         f"quality      PSNR median {numbers['psnr_median']:.1f} dB, lowest twentieth {numbers['psnr_p5']:.1f} dB, "
         f"lowest {numbers['psnr_min']:.1f} dB; SSIM median {numbers['ssim_median']:.3f}, "
         f"lowest {numbers['ssim_min']:.3f}",
-        f"strength     largest change {numbers['linf_max']:.0f} of 255, "
-        f"feature gain {numbers['feature_gain_mean']:.3f} as read back",
+        f"strength     largest change {numbers['linf_max']:.0f} of 255{_beyond_epsilon(plan, numbers)}; features moved "
+        f"{numbers['feature_gain_mean']:.3f} along the carriers (mean, as a reader of the files sees it)",
     ]
 
 
@@ -483,14 +401,14 @@ def _mark_warnings(plan: "Plan", summary: "Summary") -> Iterator[str]:
         yield f"warning      files in {plan.output} that are not the source's: {len(strange)}, such as {strange[0]}"
 
 
-def _after_marking(plan: "Plan", summary: "Summary", key: Path) -> str:
+def _after_marking(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
     if failed := len(summary.failed):
-        return f"next         {failed} of the images {plan.store.failed_where} {plan.output}: {MENDED}"
+        return [f"next         {failed} of the images {plan.store.failed_where} {plan.output}: {MENDED}"]
     if not summary.marked:
-        return "next         nothing is marked: raise --fraction"
+        return ["next         nothing is marked: raise --fraction"]
     flat = f" --marked {shlex.quote(str(plan.manifest))}" if plan.rows.keys() == {""} else ""
     later = f"radiotag verify model.pt --key {shlex.quote(str(key))}{flat}"
-    return f"next         release {plan.output}; later: {later}"
+    return [f"next         release {plan.output}", f"later        {later}"]
 
 
 # ---------------------------------------------------------------- train-demo
@@ -498,39 +416,61 @@ def _after_marking(plan: "Plan", summary: "Summary", key: Path) -> str:
 
 @app.command(
     name="train-demo",
-    epilog="Examples: radiotag train-demo  |  radiotag train-demo ./imgs-marked -o model.pt --arch resnet18",
+    epilog=examples("radiotag train-demo", "radiotag train-demo ./imgs-marked -o model.pt --arch resnet18"),
 )
 def train_demo(
     data: Annotated[
         Path | None, typer.Argument(metavar="DATA", help="folder of class sub-folders; none: the demonstration")
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="checkpoint  [default: model.pt; demonstration: radiotag-demo/]"
+    arch: Annotated[str, training_option(metavar="NAME", help="torchvision classifier, or resnet10")] = "resnet18",
+    epochs: Annotated[int, training_option(min=1, max=100_000, metavar="N", help="passes over the data")] = 10,
+    image_size: Annotated[
+        int | None,
+        training_option(
+            min=1,
+            max=2048,
+            metavar="PIXELS",
+            help="the network's input in pixels",
+            show_default="the checkpoint's, or the images' own",
         ),
     ] = None,
-    arch: Annotated[str, typer.Option(metavar="NAME", help="torchvision classifier, or resnet10")] = "resnet18",
-    epochs: Annotated[int, typer.Option(min=1, max=100_000, help="passes over the data")] = 10,
-    image_size: SizeOption = None,
-    lr: Annotated[float, typer.Option(min=1e-8, max=100.0, help="peak learning rate of SGD for batches of 128")] = 0.1,
-    val: Annotated[Path | None, typer.Option(metavar="DIR", help="held-out images, for the accuracy")] = None,
-    init: Annotated[Path | None, typer.Option(metavar="FILE", help="start from this checkpoint")] = None,
-    head_only: Annotated[bool, typer.Option("--head-only", help="train the last layer alone (needs --init)")] = False,
+    lr: Annotated[
+        float, training_option(min=1e-8, max=100.0, metavar="RATE", help="peak learning rate of SGD for batches of 128")
+    ] = 0.1,
+    val: Annotated[Path | None, training_option(metavar="DIR", help="held-out images, for the accuracy")] = None,
+    init: Annotated[Path | None, training_option(metavar="FILE", help="start from this checkpoint")] = None,
+    head_only: Annotated[
+        bool, training_option("--head-only", metavar="", help="train the last layer alone (needs --init)")
+    ] = False,
     teacher: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="learn this model's outputs instead of the labels")
+        Path | None, training_option(metavar="FILE", help="learn this model's outputs instead of the labels")
     ] = None,
     robust: Annotated[
-        bool, typer.Option("--robust", help="for a marking network: withstand small changes; half as slow again")
+        bool,
+        training_option(
+            "--robust", metavar="", help="for a marking network: withstand small changes; half as slow again"
+        ),
     ] = False,
     stem: Annotated[
-        str, typer.Option(metavar="auto|small|stock", help="first layers; auto: small up to 64 pixels")
+        str, training_option(metavar="auto|small|stock", help="first layers; auto: small up to 64 pixels")
     ] = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint at -o")] = False,
-    force: ForceOption = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of weights, order and crops")] = 0,
+    seed: Annotated[
+        int, training_option(min=0, max=2**63 - 1, metavar="N", help="seed of weights, order and crops")
+    ] = 0,
+    resume: Annotated[bool, runtime_option("--resume", metavar="", help="go on from the checkpoint at -o")] = False,
     device: DeviceOption = "auto",
-    batch_size: Annotated[int, typer.Option(min=2, max=65536, help="images a step")] = 128,
+    batch_size: Annotated[int, runtime_option(min=2, max=65536, metavar="N", help="images a step")] = 128,
+    output: Annotated[
+        Path | None,
+        output_option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="the checkpoint",
+            show_default="model.pt; of the demonstration, radiotag-demo/",
+        ),
+    ] = None,
+    force: ForceOption = False,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -612,72 +552,81 @@ def _demonstrate(report: Report, folder: Path, device: str, force: bool, seed: i
 
 
 @app.command(
-    epilog="Examples: radiotag verify model.pt --key k.safetensors  |  radiotag verify a.pt b.safetensors -k "
-    "k.safetensors --data ./held-out --report evidence.html  |  radiotag verify -k k.safetensors --black-box "
-    "--data ./held-out --export questions  |  radiotag verify -k k.safetensors --predictions answers.csv"
+    epilog=examples(
+        "radiotag verify model.pt --key k.safetensors",
+        "radiotag verify a.pt b.safetensors -k k.safetensors --data ./held-out --report evidence.html",
+        "radiotag verify -k k.safetensors --black-box --data ./held-out --export questions",
+        "radiotag verify -k k.safetensors --predictions answers.csv",
+    )
 )
 def verify(
     key: KeyOption,
     models: Annotated[
         list[Path] | None, typer.Argument(metavar="MODEL", help="suspects: .pt, .pth, .th, .safetensors or .pt2")
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="unmarked images; labelled by sub-folders, they match classes  [default: synthetic]"
-        ),
-    ] = None,
     arch: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="the suspect's network, if not recognised")
+        str | None, suspect_option(metavar="NAME|FILE.py:FUNCTION", help="the suspect's network, if not recognised")
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, max=2048, help="its input in pixels  [default: the file's, else its architecture's]"),
+        suspect_option(
+            min=1,
+            max=2048,
+            metavar="PIXELS",
+            help="its input in pixels",
+            show_default="the file's, else its architecture's",
+        ),
     ] = None,
-    mean: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="the suspect's normalisation, of pixels in 0..1")
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="the suspect's normalisation, of pixels in 0..1")
+    mean: Annotated[str | None, suspect_option(metavar="R,G,B", help="its normalisation, of pixels in 0..1")] = None,
+    std: Annotated[str | None, suspect_option(metavar="R,G,B", help="its normalisation, of pixels in 0..1")] = None,
+    data: Annotated[
+        Path | None,
+        evidence_option(
+            metavar="DIR",
+            help="unmarked images to ask with; labelled by sub-folders, they match classes",
+            show_default="synthetic images",
+        ),
     ] = None,
     marked: Annotated[
-        Path | None,
-        typer.Option(metavar="MANIFEST", help="use this manifest's classes, and refuse its images"),
+        Path | None, evidence_option(metavar="MANIFEST", help="use this manifest's classes, and refuse its images")
     ] = None,
+    alpha: Annotated[
+        float,
+        evidence_option(min=0.0, max=0.5, metavar="P", help="detected if the corrected p is at most this, above 0"),
+    ] = 1e-4,
+    calibrate: Annotated[
+        int,
+        evidence_option(min=0, max=1_000_000, metavar="N", help="null keys to test the same suspect with, as a check"),
+    ] = 0,
     black_box: Annotated[
-        bool, typer.Option("--black-box", help="test by the suspect's answers to images of --data alone")
+        bool,
+        black_box_option("--black-box", metavar="", help="test by the suspect's answers to images of --data alone"),
     ] = False,
     decoys: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=99_999, help="decoy keys beside the true one, black-box  [default: 23, or as alpha needs]"
+        black_box_option(
+            min=1, max=99_999, metavar="K", help="decoy keys beside the true one", show_default="23, or as alpha needs"
         ),
     ] = None,
     export: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="write the black-box images for a suspect that is elsewhere")
+        Path | None, black_box_option(metavar="DIR", help="write the questions for a suspect that is elsewhere")
     ] = None,
     predictions: Annotated[
-        Path | None, typer.Option(metavar="FILE.csv|.json", help="that suspect's answers to the exported images")
+        Path | None, black_box_option(metavar="FILE.csv|.json", help="that suspect's answers to the exported questions")
     ] = None,
-    alpha: Annotated[
-        float, typer.Option(min=0.0, max=0.5, help="detected if the corrected p is at most this, above 0")
-    ] = 1e-4,
-    calibrate: Annotated[
-        int, typer.Option(min=0, max=1_000_000, help="fresh keys to test the same suspect with, as a check")
-    ] = 0,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, runtime_option(min=1, max=4096, metavar="N", help="images computed together")] = 64,
     report_: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="write the result as a page, too")
+        Path | None, output_option("--report", metavar="FILE.html", help="write the result as a page, too")
     ] = None,
     force: ForceOption = False,
-    device: DeviceOption = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="images computed together")] = 64,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Test whether models were trained on data marked with this key; exit 0 if all were detected, 3 if not.
 
-    A suspect's file is hostile input: it is read as weights alone, and nothing in it is run. There is no --seed:
-    whatever could be chosen after seeing a suspect would void the p-value.
+    A suspect's file is hostile input: it is read as weights alone, not run.
+    There is no --seed: a choice made after seeing a suspect would void p.
     """
     with reporting("verify", json_, quiet) as report:
         if not alpha > 0:
@@ -717,13 +666,12 @@ def verify(
             try:
                 command, created = ["radiotag", *sys.argv[1:]], datetime.now(UTC)
                 pages.write(
-                    report_,
-                    pages.Page(findings=findings, key=secret, alpha=alpha, command=command, created=created),
+                    report_, pages.Page(findings=findings, key=secret, alpha=alpha, command=command, created=created)
                 )
             except RadiotagError as error:  # the verdict of an hour is told all the same
                 report.problem(str(error), error.hint)
                 problem = error
-        _tell(report, findings, secret, alpha, report_, problem)
+        _tell(report, findings, secret, options, report_, problem)
         if problem:
             raise typer.Exit(ERROR)
         raise typer.Exit(DETECTED if all(finding.detected for finding in findings) else NO_EVIDENCE)
@@ -771,9 +719,7 @@ def _export(report: Report, queries: "Queries", secret: "Key", folder: Path) -> 
 
     with progress_bar(report, "images") as bar:
         task = bar.add_task("exporting", total=None, detail="")
-        count = blackbox.export(
-            queries, secret, folder, lambda done, of: bar.update(task, completed=done, total=of)
-        )
+        count = blackbox.export(queries, secret, folder, lambda done, of: bar.update(task, completed=done, total=of))
     report.say(
         f"exported     {count} images to {folder} (which is which is kept beside the key)",
         "ask          the suspect for a label or its probabilities on each; write file,label or file,CLASS,CLASS,...",
@@ -800,7 +746,7 @@ def examining(report: Report) -> Iterator["ShowProgress"]:
 
 
 def _tell(
-    report: Report, findings: "list[Finding]", secret: "Key", alpha: float, page: Path | None,
+    report: Report, findings: "list[Finding]", secret: "Key", options: "VerifyOptions", page: Path | None,
     problem: RadiotagError | None,
 ) -> None:  # fmt: skip
     from radiotag import report as pages
@@ -808,16 +754,17 @@ def _tell(
     from radiotag.radioactive import NULL
 
     for finding in findings:
-        report.say(*_finding_lines(finding, alpha, len(findings)))
+        report.say(*_finding_lines(finding, options.alpha, len(findings)))
         if finding.calibration:
             report.say(*pages.histogram(finding.calibration, pages.best_counts(finding)), "")
     white = all(finding.method == "white-box" for finding in findings)
+    holds_if, unless = verification.VOIDS if white else pages.BLACK_BOX_VOIDS
     report.say(
         f"null         {NULL}",
         f"statistic    {f'{secret.statistic}, declared in the key' if white else pages.BLACK_BOX}",
         f"key          sha256:{secret.fingerprint}",
-        f"note         {verification.VOIDS[0]}",
-        f"             {verification.VOIDS[1]}",
+        f"note         {holds_if} {unless}",
+        *_advice(findings),
         f"report       {'not written' if problem else page}"
         if page
         else f"next         {shlex.join(['radiotag', *sys.argv[1:]])} --report evidence.html",
@@ -825,7 +772,7 @@ def _tell(
     suspects = [verification.as_json(finding) for finding in findings]
     calibrations = [suspect["calibration"] for suspect in suspects if "calibration" in suspect]
     report.give(
-        fingerprint=secret.fingerprint, alpha=alpha,
+        fingerprint=secret.fingerprint, alpha=options.alpha,
         statistic=secret.statistic if white else "black-box",
         detected=all(finding.detected for finding in findings),
         suspects=suspects,
@@ -833,6 +780,23 @@ def _tell(
         **({"report": str(page)} if page and not problem else {}),
         **({"error": str(problem), "hint": problem.hint} if problem else {}),
     )  # fmt: skip
+
+
+def _advice(findings: "list[Finding]") -> list[str]:
+    """What may find more, where nothing was found; each further look is one more test, which has to be told."""
+    missed = [finding for finding in findings if not finding.detected]
+    if not missed:
+        return []
+    tries = []
+    if any(finding.method == "white-box" for finding in missed) and "--data" not in sys.argv:
+        tries.append("--data DIR with real, unmarked images of the marked classes")
+    if any(finding.method == "black-box" for finding in missed):
+        tries += ["more --decoys and more images in --data", "probabilities, where only labels were answered"]
+    tries.append("next time more marks: a larger --fraction, of fewer classes")
+    return [
+        f"try          {'; '.join(tries)}",
+        "             report every look you take: the best of several p-values is none",
+    ]
 
 
 def _triple(text: str | None, option: str) -> tuple[float, ...] | None:
@@ -881,7 +845,7 @@ def main() -> None:
         command = next((a for a in arguments if not a.startswith("-")), "")
         known = command in {"keygen", "mark", "train-demo", "verify"}
         message = error.format_message().strip().rstrip(".")
-        Report(command, "--json" in arguments, True, mute=command == "mark" and _aside()).fail(
+        Report(command, "--json" in arguments, True, mute=command == "mark" and is_aside()).fail(
             message[:1].lower() + message[1:], f"radiotag {command} --help" if known else "radiotag --help"
         )
         sys.exit(error.exit_code if hasattr(error, "exit_code") else 2)

@@ -1,4 +1,4 @@
-"""The whole method on built-in data, in minutes: key, marked set, a clean and a radioactive model, both verified."""
+"""A demonstration of the method in minutes: key, marked images, a clean and a radioactive model, both verified."""
 
 import math
 import shlex
@@ -23,28 +23,28 @@ MADE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How large a demonstration is; the default takes some minutes on two cores."""
+    """The size of a demonstration; the default takes some minutes on two cores."""
 
     images: int = 1500
     held_out: int = 1000
     pixels: int = 32
-    fraction: float = 0.5  # were all of so few images marked, the marks would be learnt in the pictures' place
+    fraction: float = 0.5  # if all of so few images were marked, networks would learn the marks and not the pictures
     steps: int = 12
-    epochs: int = 3  # of fine-tuning: from scratch, so few images teach a network neither the classes nor the mark
+    epochs: int = 3  # of fine-tuning; from scratch, so few images teach a network neither the classes nor the mark
     batch_size: int = 32
     lr: float = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """Where everything lies, and what came out."""
+    """The files of a demonstration and its results."""
 
     folder: Path
     key: Path
     fingerprint: str
     marked: int
     images: int
-    psnr: float
+    psnr: float  # dB, median
     accuracy: tuple[float, float]  # clean, radioactive
     findings: tuple[verification.Finding, verification.Finding]
 
@@ -52,7 +52,7 @@ class Result:
 def run(
     folder: Path, *, device: str = "cpu", seed: int = 0, size: Size | None = None, note: Callable[[str], None]
 ) -> Result:
-    """Make everything anew in `folder`."""
+    """Run a new demonstration in `folder`. RadiotagError if it holds files of anything else."""
     size = size or Size()
     _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +61,8 @@ def run(
     _draw(folder / "held-out", size.held_out, size.pixels, seed=2 * seed + 1)
     note("2/5 making a key, marking the images")
     key = keygen(folder / "k.safetensors", classes=CLASSES)
-    options = MarkOptions(steps=size.steps, fraction=size.fraction, device=device)
-    plan = make_plan(folder / "images", folder / "images-marked", key, options)
+    mark_options = MarkOptions(steps=size.steps, fraction=size.fraction, device=device)
+    plan = make_plan(folder / "images", folder / "images-marked", key, mark_options)
     summary = marking_run.run(plan)
     marking_run.preview(plan, summary, folder / "preview.png")
     paths, accuracy = [], []
@@ -72,8 +72,8 @@ def run(
         paths.append(folder / f"{name}.pt")
         accuracy.append(_train(folder / images, held_out, paths[-1], size, seed, device))
     note("5/5 verifying both")
-    asked = verification.VerifyOptions(device=device)
-    findings = verification.verify(paths, key, asked, FolderImages(folder / "held-out"))
+    options = verification.VerifyOptions(device=device)
+    findings = verification.verify(paths, key, options, FolderImages(folder / "held-out"))
     return Result(
         folder=folder, key=folder / "k.safetensors", fingerprint=key.fingerprint, marked=summary.marked,
         images=size.images, psnr=summary.statistics()["psnr_median"] or math.nan,
@@ -82,16 +82,16 @@ def run(
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier demonstration. RadiotagError if the folder holds anything else, which would be a user's own.
+    """Remove an earlier demonstration. RadiotagError if the folder holds other files, which may be the user's.
 
-    A demonstration begins with its images: without them, a key there is none of its own.
+    A demonstration makes its images first, so a key without images comes from somewhere else.
     """
     if (folder / "k.safetensors").exists() and not (folder / "images").is_dir():
         raise RadiotagError(f"{folder} holds k.safetensors, which no demonstration made", "choose another -o")
-    for place, known in ((folder, MADE), (folder / "images", set(CLASSES))):
-        other = sorted({path.name for path in place.iterdir()} - known) if place.is_dir() else []
+    for parent, expected in ((folder, MADE), (folder / "images", set(CLASSES))):
+        other = sorted({path.name for path in parent.iterdir()} - expected) if parent.is_dir() else []
         if other:
-            raise RadiotagError(f"{place} holds {other[0]}, which no demonstration made", "choose another -o")
+            raise RadiotagError(f"{parent} holds {other[0]}, which no demonstration made", "choose another -o")
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -109,11 +109,11 @@ def _train(folder: Path, held_out: training.Dataset, output: Path, size: Size, s
 
 
 def lines(result: Result) -> list[str]:
-    """The table that the demonstration ends with."""
+    """The lines that the demonstration prints at its end: a table, and the next command."""
     table = [f"{'model':<16}{'trained on':<38}{'accuracy':>9}{'log10 p':>10}  verdict"]
-    share = f"images, {result.marked} of {result.images} marked ({result.psnr:.1f} dB)"
+    marked = f"images, {result.marked} of {result.images} marked ({result.psnr:.1f} dB)"
     rows = zip(
-        ("clean.pt", "radioactive.pt"), ("images, none marked", share), result.accuracy, result.findings, strict=True
+        ("clean.pt", "radioactive.pt"), ("images, none marked", marked), result.accuracy, result.findings, strict=True
     )
     for name, data, accuracy, finding in rows:
         verdict = "mark detected" if finding.detected else "no evidence"
@@ -128,10 +128,10 @@ def lines(result: Result) -> list[str]:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """Plain values for `--json`."""
+    """The result as plain values, for `--json`."""
     models = {
         name: {"model": finding.path, "accuracy": accuracy, **verification.as_json(finding)}
         for name, accuracy, finding in zip(("clean", "radioactive"), result.accuracy, result.findings, strict=True)
     }
-    about = {"images": result.images, "marked": result.marked, "psnr_median": result.psnr}
-    return {**models, **about, "key": str(result.key), "fingerprint": result.fingerprint}
+    totals = {"images": result.images, "marked": result.marked, "psnr_median": result.psnr}
+    return {**models, **totals, "key": str(result.key), "fingerprint": result.fingerprint}

@@ -1,8 +1,8 @@
-"""What goes wrong, said so that a user can mend it, and text that is safe to print."""
+"""Errors that a user can fix, and text that is safe to print."""
 
 
 class RadiotagError(Exception):
-    """What a user can mend: one message that names the file, and a hint with the way out."""
+    """An error that a user can fix: a message that names the file, and a hint how to fix it."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -10,18 +10,18 @@ class RadiotagError(Exception):
 
 
 def printable(text: str) -> str:
-    """File and class names come from strangers: none of their control characters is printed, no lone surrogate."""
+    """Escape control characters and lone surrogates: file and class names come from strangers."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; PyTorch puts a heading above it."""
+    """The first line of an error's message, without PyTorch's heading; at most 200 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]).strip()[:200]
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether the machine's memory, or an accelerator's, did not suffice; PyTorch says so in several ways."""
+    """Whether main or accelerator memory was insufficient; PyTorch reports this in several ways."""
     text = str(error).lower()
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or any(said in text for said in ("out of memory", "allocate memory", "alloc_failed"))
+    is_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_type or any(phrase in text for phrase in ("out of memory", "allocate memory", "alloc_failed"))

@@ -1,4 +1,4 @@
-"""Files on disk: they appear whole or not at all, and are known by their SHA-256."""
+"""Files on disk: written atomically (a file is complete or absent), and identified by their SHA-256."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from typing import IO
 
 from radiotag.errors import RadiotagError
 
-PART = re.compile(r"\.[0-9a-f]{16}\.part")  # what a file is called while it is written
+PART = re.compile(r"\.[0-9a-f]{16}\.part")  # a file's name while it is being written
 
 
 def file_hash(path: Path) -> str:
@@ -22,7 +22,7 @@ def file_hash(path: Path) -> str:
 
 
 def hash_or_none(path: Path) -> str | None:
-    """As `file_hash`; None for a file that is missing or unreadable."""
+    """Like `file_hash`, but None for a missing or unreadable file."""
     try:
         return file_hash(path)
     except OSError:
@@ -30,12 +30,12 @@ def hash_or_none(path: Path) -> str | None:
 
 
 def write_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
-    """Write a file whole or not at all; `mode` sets its permissions, which otherwise follow the umask."""
+    """Write a file atomically, with permissions `mode` or by the umask. RadiotagError if it cannot be written."""
     fill_atomically(path, lambda file: file.write(data), mode)
 
 
 def copy_atomically(source: Path, target: Path) -> None:
-    """Copy a file's bytes, whole or not at all, without holding them in memory."""
+    """Copy a file's bytes atomically, without holding them in memory. RadiotagError if it fails."""
     try:
         original = source.open("rb")
     except OSError as error:
@@ -45,14 +45,14 @@ def copy_atomically(source: Path, target: Path) -> None:
 
 
 def copy_mode_and_times(source: Path, target: Path) -> None:
-    """Give a file its source's permissions and time stamps: fresh ones would give the marked files away."""
+    """Give a file its source's permissions and time stamps: new ones would reveal which files are marked."""
     status = source.stat()
     target.chmod(stat.S_IMODE(status.st_mode))
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def with_parent(path: Path) -> Path:
-    """The path itself, its folder made."""
+    """Make the path's folder and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -60,10 +60,13 @@ def with_parent(path: Path) -> Path:
 def fill_atomically(
     path: Path, fill: Callable[[IO[bytes]], object], mode: int | None, part: Path | None = None
 ) -> None:
-    """Let `fill` write a file that then appears whole or not at all; till then as `part`, a name of this run alone."""
+    """Let `fill` write the temporary file `part`, then rename it to `path`. RadiotagError if it cannot be written.
+
+    The name of `part` must belong to this run alone; the default is random.
+    """
     if part:
-        part.unlink(missing_ok=True)  # left by a run that was killed
-    # The name does not build on the target's, which may already have all the 255 bytes that a name can have.
+        part.unlink(missing_ok=True)  # left by a killed run
+    # The name is not derived from the target's, which may already have the full length of 255 bytes.
     part = part or path.parent / f".{secrets.token_hex(8)}.part"
     try:
         part.touch(mode=0o666 if mode is None else 0o600, exist_ok=False)

@@ -1,8 +1,8 @@
-"""What a file of weights seems to be that holds no image classifier, told by the names of its tensors."""
+"""Recognise models that are not image classifiers by the names of their tensors."""
 
 from collections.abc import Iterable
 
-# Kinds with names of tensors that give them away, the surest first: each name of a set must be in some tensor's name.
+# Each kind has alternative sets of name parts, the surest kind first. A set matches if each part is in a tensor's name.
 KINDS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ("a LoRA adapter (changes to another network)", (("lora_A",), ("lora_up",), ("lora.up",), ("lora_down",))),
     ("a ControlNet", (("controlnet_",), ("control_model.",))),
@@ -42,15 +42,15 @@ KINDS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """Which kind of model other than an image classifier has tensors of these names; None if none is known to.
+    """The kind of a model that is not an image classifier, from the names of its tensors; None if unknown.
 
     >>> kind_of(["down_blocks.0.attn.weight", "up_blocks.0.attn.weight", "time_embedding.linear_1.weight"])
     'a diffusion model'
     >>> kind_of(["conv1.weight", "fc.weight"]) is None
     True
     """
-    whole = "\n".join(names)
-    for kind, signs in KINDS:
-        if any(all(part in whole for part in sign) for sign in signs):
+    all_names = "\n".join(names)
+    for kind, alternatives in KINDS:
+        if any(all(part in all_names for part in parts) for parts in alternatives):
             return kind
     return None

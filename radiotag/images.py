@@ -1,6 +1,7 @@
-"""Image files: decode, encode again in the format they came in, compare two images, draw a contact sheet.
+"""Image files: decode, encode again in the same format, compare two images, draw a contact sheet.
 
-Only what can be kept is accepted: a file whose depth or layout Pillow would silently change raises RadiotagError.
+Only files that can be written back faithfully are accepted: RadiotagError if Pillow would silently change depth or
+layout.
 """
 
 import io
@@ -23,21 +24,21 @@ from scipy import ndimage
 from radiotag.errors import RadiotagError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp"})
-OTHER_SUFFIXES = frozenset(  # of images that are only copied
+OTHER_SUFFIXES = frozenset(  # of image formats that are only copied
     {".gif", ".apng", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".psd", ".dng"}
 )
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B"})
-PNG_MODES = {"1": "L", "P": "RGB", "CMYK": "RGB"}  # what `--format png` writes instead: these would cost the mark
+PNG_MODES = {"1": "L", "P": "RGB", "CMYK": "RGB"}  # replaced under `--format png`: the old modes would lose the mark
 PNG_CHUNKS = frozenset(
     {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"pHYs", b"tIME"}
 )
 TIFF_COMPRESSIONS = frozenset({"raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd"})
-TIFF_LAYOUT = (  # tags that describe how pixels are stored, which the writer sets anew; ICC is passed on its own
+TIFF_LAYOUT = (  # tags for the storage of pixels, which the writer sets itself; the ICC profile is passed separately
     *(254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 288, 289, 317, 320, 322, 323, 324, 325, 330),
     *(338, 339, 340, 341, 347, 512, 513, 514, 530, 531, 532, 34675),
 )
-TURN_BACK = {  # Pillow turns a TIFF upright as it reads it, and nothing else: these undo it, by orientation tag
+TURN_BACK = {  # Pillow turns TIFFs, and no other format, upright on reading; this undoes it, by orientation tag
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,43 +47,45 @@ TURN_BACK = {  # Pillow turns a TIFF upright as it reads it, and nothing else: t
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-SCAN, HUFFMAN, ADOBE, COMMENT = 0xDA, 0xC4, 0xEE, 0xFE  # markers of a JPEG's segments
-FURTHER_PICTURES = b"MPF\0"  # how the list of them begins, whose places in the file hold no longer
+SCAN, HUFFMAN, ADOBE, COMMENT = 0xDA, 0xC4, 0xEE, 0xFE  # markers of JPEG segments
+FURTHER_PICTURES = b"MPF\0"  # start of the list of further pictures, whose offsets become invalid
 METADATA = ("exif", "icc_profile", "xmp", "dpi")  # in Pillow's words
-WEBP_QUALITY = 90  # a lossy WebP does not tell its quality; the usual 75-80 would wash out part of the mark
-SHEET_SMALLEST, SHEET_LARGEST = 128, 320  # pixels on the long side of a picture in the contact sheet
+WEBP_QUALITY = 90  # a lossy WebP does not record its quality; the usual 75-80 would remove part of the mark
+SHEET_SMALLEST, SHEET_LARGEST = 128, 320  # pixels on the long side of an image in the contact sheet
 LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
-# Of odd metadata, and of large images, which are refused. Once for all: catching warnings is not for threads.
+# Pillow warns of odd metadata, and of large images, which are refused here. The filter is global because
+# `catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Picture:
-    """A decoded image with everything that writing it again needs."""
+    """A decoded image with everything needed to write it again."""
 
     name: str  # for error messages
-    rgb: NDArray[np.float32]  # (H, W, 3) in [0, 255]: what a network sees; 16-bit values are divided by 257
+    rgb: NDArray[np.float32]  # (H, W, 3) in [0, 255], the input of networks; 16-bit values are divided by 257
     format: str  # one of FORMATS, by content and not by suffix
-    mode: str  # Pillow's mode to write
+    mode: str  # Pillow's mode for writing
     depth: int  # bits per sample to write: 1, 2, 4, 8 or 16
-    plane: NDArray[np.uint8] | None  # (H, W), kept aside: alpha, or the black ink of CMYK
-    options: dict[str, Any] = field(repr=False)  # Pillow's options that write the own format as it was
-    chunks: bytes = field(repr=False)  # a PNG's metadata chunks, or a JPEG's segments, copied as they are
-    orientation: int  # of a TIFF, which Pillow has turned upright; 1 for the other formats, which it leaves as stored
-    obstacle: str  # why the own format cannot be written again; "" when it can
-    dropped: int = 0  # what a telephone's JPEG has behind its first picture (a gain map, a film), and loses
+    plane: NDArray[np.uint8] | None  # (H, W), written unchanged: alpha, or the black ink of CMYK
+    options: dict[str, Any] = field(repr=False)  # Pillow's options to write the same format as before
+    chunks: bytes = field(repr=False)  # metadata, copied unchanged: chunks of a PNG, or segments of a JPEG
+    orientation: int  # of a TIFF, which Pillow has turned upright; 1 for other formats, which it leaves as stored
+    obstacle: str  # the reason why the same format cannot be written again; "" if it can
+    dropped: int = 0  # further pictures that a telephone's JPEG loses (a gain map, a film)
 
 
 def decode(data: bytes, name: str) -> Picture:
-    """Decode a whole image file; the pixels are those Pillow shows, so that orientation stays a tag except in TIFF.
+    """Decode an image file. Only a TIFF is turned upright; in other formats the orientation stays a tag.
 
-    RadiotagError names `name` for what is empty, truncated, no image, animated, too large, or cannot be kept.
+    RadiotagError for a file that is empty, truncated, not an image, animated, too large, or cannot be written back. The
+    message contains `name`.
     """
     try:
-        return _picture(_load(data, name), data, name)
+        return _picture(_open(data, name), data, name)
     except RadiotagError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # by Pillow, from twice the pixels
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's limit is twice as high
         raise _bomb(name) from error
     except Exception as error:  # a broken file can raise anything inside a decoder: struct.error, SyntaxError, ...
         raise RadiotagError(f"{name}: not an image that can be read ({error})", "replace or remove the file") from error
@@ -93,22 +96,22 @@ def _bomb(name: str) -> RadiotagError:
     return RadiotagError(f"{name}: too many pixels, it may be a decompression bomb", hint)
 
 
-def _load(data: bytes, name: str) -> Image.Image:
+def _open(data: bytes, name: str) -> Image.Image:
     if not data:
         raise RadiotagError(f"{name}: the file is empty", "replace or remove the file")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:  # its own message shows only the address of a buffer
+    except UnidentifiedImageError as error:  # its message shows only the address of a buffer
         hint = f"the formats read are {', '.join(FORMATS)}; replace or remove the file"
         raise RadiotagError(f"{name}: not an image, or a broken one", hint) from error
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise _bomb(name)
     if getattr(image, "n_frames", 1) > 1 and not isinstance(image, JpegImageFile):
-        raise RadiotagError(f"{name}: it holds several frames or pages", "keep one frame a file")
+        raise RadiotagError(f"{name}: it holds several frames or pages", "keep one frame per file")
     if isinstance(image, TiffImageFile):
         image.info["orientation"] = image.tag_v2.get(274, 1)  # load() removes the tag
     image.load()
-    if isinstance(image.info.get("transparency"), str):  # a PNG's text may bear that name, where Pillow expects numbers
+    if isinstance(image.info.get("transparency"), str):  # a PNG text of that name, where Pillow expects numbers
         del image.info["transparency"]
     return image
 
@@ -116,16 +119,16 @@ def _load(data: bytes, name: str) -> Image.Image:
 def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
     loss = _depth_loss(image, data)
     if loss:
-        raise RadiotagError(f"{name}: {loss}", "convert it to 8 bits a channel, grey or RGB, first")
-    options, obstacle = _own_options(image, data)
+        raise RadiotagError(f"{name}: {loss}", "convert it to 8 bits per channel, grey or RGB, first")
+    options, obstacle = _save_options(image, data)
     depth = _depth(image, data)
-    if image.mode == "L" and depth < 8 and "transparency" in image.info:  # Pillow scales the pixels but not this key
+    if image.mode == "L" and depth < 8 and "transparency" in image.info:  # Pillow scales the pixels, but not this value
         image.info["transparency"] *= 255 // (2**depth - 1)
     rgb, plane = _pixels(image)
     mode = "I;16" if depth == 16 else image.mode
-    if plane is not None and mode in ("1", "L", "RGB"):  # one colour meant "transparent": marked pixels would leave it
+    if plane is not None and mode in ("1", "L", "RGB"):  # one transparent colour, which marking would change
         mode, depth = ("RGBA" if mode == "RGB" else "LA"), 8
-    format = "JPEG" if isinstance(image, JpegImageFile) else str(image.format)  # Pillow has MPO for several pictures
+    format = "JPEG" if isinstance(image, JpegImageFile) else str(image.format)  # MPO: a JPEG with several pictures
     chunks = _png_chunks(data) if format == "PNG" else _jpeg_metadata(image)
     return Picture(
         name=name, rgb=rgb, format=format, mode=mode, depth=depth, plane=plane, options=options,
@@ -135,7 +138,7 @@ def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
 
 
 def _depth_loss(image: Image.Image, data: bytes) -> str:
-    """Say why decoding alone would already lose something, or return ""."""
+    """The reason why decoding alone would lose information; "" if it does not."""
     grey16 = image.mode.startswith("I;16")
     if image.format == "PNG" and data[12:16] != b"IHDR":
         return "a PNG whose header is not where it must be"
@@ -144,7 +147,7 @@ def _depth_loss(image: Image.Image, data: bytes) -> str:
     if isinstance(image, TiffImageFile):
         bits = max(image.tag_v2.get(258, (1,)))
         if bits > 8 and not (grey16 and bits == 16):
-            return f"a TIFF of {bits} bits a sample, which cannot be kept"
+            return f"a TIFF of {bits} bits per sample, which cannot be kept"
         if grey16 and image.tag_v2.get(262) == 0:
             return "a 16-bit TIFF in which 0 is white, which cannot be kept"
     if image.mode not in MODES or (grey16 and image.has_transparency_data):
@@ -159,7 +162,7 @@ def _depth(image: Image.Image, data: bytes) -> int:
 
 
 def _pixels(image: Image.Image) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-    """Return the colours, (H, W, 3) in [0, 255], and the plane kept aside, (H, W), if there is one."""
+    """Return the colours, (H, W, 3) in [0, 255], and the alpha or black plane (H, W) if there is one."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.float32) / np.float32(257)
         return np.repeat(grey[..., None], 3, axis=2), None
@@ -170,30 +173,30 @@ def _pixels(image: Image.Image) -> tuple[NDArray[np.float32], NDArray[np.uint8] 
     return rgba[..., :3].astype(np.float32), alpha
 
 
-def _own_options(image: Image.Image, data: bytes) -> tuple[dict[str, Any], str]:
-    """Return Pillow's save options for the image's own format, and what stands in the way of using them."""
-    kept = {key: image.info[key] for key in METADATA if image.info.get(key)}
+def _save_options(image: Image.Image, data: bytes) -> tuple[dict[str, Any], str]:
+    """Return Pillow's options to save the image in its own format, and the obstacle ("" if there is none)."""
+    options = {key: image.info[key] for key in METADATA if image.info.get(key)}
     if isinstance(image, JpegImageFile):
-        return kept | _jpeg_options(image, data), _jpeg_obstacle(image)
+        return options | _jpeg_options(image, data), _jpeg_obstacle(image)
     if isinstance(image, TiffImageFile):
         return _tiff_options(image)
     if image.format == "WEBP":
         lossless = _webp_is_lossless(data)
-        # `exact` keeps the colours under transparent pixels, which a network sees.
-        kept |= {"lossless": lossless, "exact": True, "quality": 80 if lossless else WEBP_QUALITY}
+        # `exact` keeps the colours of transparent pixels, which networks get.
+        options |= {"lossless": lossless, "exact": True, "quality": 80 if lossless else WEBP_QUALITY}
     elif image.format == "BMP":
-        kept = {"dpi": image.info["dpi"]} if "dpi" in image.info else {}
-        return kept, "a BMP with alpha, which cannot be written again" if image.mode == "RGBA" else ""
-    elif image.format == "PNG":  # its metadata travel as chunks
-        kept = {"bits": data[24]} if image.mode == "L" else {}
-    return kept, ""
+        options = {"dpi": image.info["dpi"]} if "dpi" in image.info else {}
+        return options, "a BMP with alpha, which cannot be written again" if image.mode == "RGBA" else ""
+    elif image.format == "PNG":  # its metadata are copied as chunks
+        options = {"bits": data[24]} if image.mode == "L" else {}
+    return options, ""
 
 
 def _jpeg_options(image: JpegImageFile, data: bytes) -> dict[str, Any]:
-    numbers = [layer[3] for layer in image.layer]  # which table each component uses
+    numbers = [layer[3] for layer in image.layer]  # the table of each component
     rgb = image.mode == "RGB" and [layer[0] for layer in image.layer] == list(b"RGB") and "jfif" not in image.info
     if len(set(numbers)) == 1 or (image.mode == "CMYK" and image.info.get("adobe_transform") == 2):
-        numbers = numbers[:1]  # YCCK is written as CMYK, whose inks must not get the coarse table of the chroma
+        numbers = numbers[:1]  # YCCK is written as CMYK: no ink must get the coarse chroma table
     elif numbers[1:2] == numbers[2:] and not rgb:
         numbers = numbers[:2]
     return {
@@ -206,10 +209,10 @@ def _jpeg_options(image: JpegImageFile, data: bytes) -> dict[str, Any]:
 
 
 def _jpeg_segments(data: bytes) -> list[tuple[int, bytes]]:
-    """(marker, the segment with it) of all that comes before a JPEG's first scan."""
+    """(marker, segment including the marker) of all segments before a JPEG's first scan."""
     segments, position = [], 2
     while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != SCAN:
-        size = 1 if data[position + 1] == 0xFF else 2 + struct.unpack_from(">H", data, position + 2)[0]  # 1: filling
+        size = 1 if data[position + 1] == 0xFF else 2 + struct.unpack_from(">H", data, position + 2)[0]  # 1: padding
         if size > 1:
             segments.append((data[position + 1], data[position : position + size]))
         position += size
@@ -221,9 +224,9 @@ def _is_metadata(marker: int) -> bool:
 
 
 def _jpeg_metadata(image: Image.Image) -> bytes:
-    """All but the list of further pictures, and Adobe's word on colours where it says other than is usual (YCbCr).
+    """A JPEG's metadata segments, without the list of further pictures and without Adobe's segment unless it is YCbCr.
 
-    As Pillow read them: between segments there may be anything. None of other formats.
+    They are taken from Pillow, because there may be other bytes between segments. Empty for other formats.
     """
     kept = []
     for name, body in image.applist if isinstance(image, JpegImageFile) else ():
@@ -234,7 +237,7 @@ def _jpeg_metadata(image: Image.Image) -> bytes:
 
 
 def _jpeg_dropped(image: Image.Image, data: bytes) -> int:
-    """How many further pictures, or what else lies behind the first, a JPEG loses; 0 of other formats."""
+    """The number of further pictures that a JPEG loses; 1 for other data behind the first; 0 for other formats."""
     if not isinstance(image, JpegImageFile):
         return 0
     listed = any(body.startswith(FURTHER_PICTURES) for _, body in image.applist)
@@ -243,7 +246,7 @@ def _jpeg_dropped(image: Image.Image, data: bytes) -> int:
 
 
 def _with_metadata(data: bytes, metadata: bytes) -> bytes:
-    """A JPEG just written with other metadata, so that marked files begin as the copied ones beside them do."""
+    """Replace the metadata of a newly written JPEG, so that marked files begin like copied files."""
     segments = _jpeg_segments(data)
     scans = data[2 + sum(len(part) for _, part in segments) :]
     if any(marker == ADOBE for marker, _ in segments):
@@ -253,7 +256,7 @@ def _with_metadata(data: bytes, metadata: bytes) -> bytes:
 
 
 def _huffman(data: bytes) -> set[bytes]:
-    """A JPEG's Huffman tables, each with its number."""
+    """A JPEG's Huffman tables, each including its number."""
     tables = set()
     for part in (part for marker, part in _jpeg_segments(data) if marker == HUFFMAN):
         position = 4
@@ -265,7 +268,7 @@ def _huffman(data: bytes) -> set[bytes]:
 
 
 def _standard_huffman() -> set[bytes]:
-    """The tables of an encoder that does not optimise them."""
+    """The Huffman tables of an encoder that does not optimise them."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG")
     return _huffman(file.getvalue())
@@ -312,17 +315,17 @@ def _png_chunks(data: bytes) -> bytes:
     kept, position = [], 8
     while position + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, position)
-        whole = data[position : position + 12 + size]
-        if kind in PNG_CHUNKS and whole[8 + size :] == struct.pack(">I", zlib.crc32(whole[4 : 8 + size])):
-            kept.append(whole)  # a damaged one would damage the file
-        position += len(whole)
+        chunk = data[position : position + 12 + size]
+        if kind in PNG_CHUNKS and chunk[8 + size :] == struct.pack(">I", zlib.crc32(chunk[4 : 8 + size])):
+            kept.append(chunk)  # only intact ones: a damaged chunk would damage the file
+        position += len(chunk)
     return b"".join(kept)
 
 
 def encode(picture: Picture, rgb: NDArray[Any], format: str = "keep") -> bytes:
     """Write `rgb`, (H, W, 3) in [0, 255], rounded and clipped, with the picture's format, depth and metadata.
 
-    `format="png"` writes a PNG whatever came in. RadiotagError if the own format cannot be written faithfully.
+    `format="png"` always writes a PNG. RadiotagError if the same format cannot be written faithfully.
     """
     if rgb.shape != picture.rgb.shape or format not in ("keep", "png"):
         raise ValueError(f"format {format!r}, pixels {rgb.shape} for an image of {picture.rgb.shape}")
@@ -330,7 +333,7 @@ def encode(picture: Picture, rgb: NDArray[Any], format: str = "keep") -> bytes:
         raise RadiotagError(f"{picture.name}: {picture.obstacle}", "write PNG files instead: --format png")
     try:
         return _write(picture, rgb, format)
-    except Exception as error:  # an encoder refuses metadata it cannot hold by any of a dozen types
+    except Exception as error:  # encoders refuse metadata with many exception types
         hint = "write PNG files instead: --format png" if format == "keep" else "leave the file out"
         raise RadiotagError(f"{picture.name}: cannot be written again ({error})", hint) from error
 
@@ -339,10 +342,10 @@ def _write(picture: Picture, rgb: NDArray[Any], format: str) -> bytes:
     mode, depth, options, target = picture.mode, picture.depth, picture.options, picture.format
     if format == "png":
         target, depth = "PNG", max(8, depth)
-        # The profile of CMYK inks says nothing about the RGB pixels that replace them.
-        kept = ("exif", "dpi") if mode == "CMYK" else ("exif", "dpi", "icc_profile")
-        options = {key: options[key] for key in kept if options.get(key)}
-        if not all(0 < dots < 1e8 for dots in options.get("dpi", ())):  # more than a PNG can say
+        # The ICC profile of CMYK inks does not apply to the RGB pixels that replace them.
+        keys = ("exif", "dpi") if mode == "CMYK" else ("exif", "dpi", "icc_profile")
+        options = {key: options[key] for key in keys if options.get(key)}
+        if not all(0 < dots < 1e8 for dots in options.get("dpi", ())):  # beyond the range of a PNG
             del options["dpi"]
         options["pnginfo"] = text = PngInfo()
         if "xmp" in picture.options:
@@ -352,19 +355,19 @@ def _write(picture: Picture, rgb: NDArray[Any], format: str) -> bytes:
     if target == "TIFF" and picture.orientation in TURN_BACK:
         image = image.transpose(TURN_BACK[picture.orientation])
         options = options | {"exif": _with_orientation(options["exif"], picture.orientation)}
-    if target == "JPEG":  # its metadata travel as segments
+    if target == "JPEG":  # its metadata are copied as segments
         coding = {key: value for key, value in options.items() if key not in METADATA}
-        return _with_metadata(_saved(image, target, coding), picture.chunks)
-    data = _saved(image, target, options)
+        return _with_metadata(_save(image, target, coding), picture.chunks)
+    data = _save(image, target, options)
     chunks = picture.chunks if picture.format == "PNG" else b""
     return data[:33] + chunks + data[33:]  # after the signature and IHDR
 
 
-def _saved(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:
+def _save(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     try:
         image.save(file, format, **options)
-    except OSError:  # Pillow gives a JPEG that takes two passes two bytes a pixel, which noise may exceed
+    except OSError:  # Pillow reserves two bytes per pixel for a two-pass JPEG; noise may need more
         if not (options.get("optimize") or options.get("progressive")):
             raise
         file = io.BytesIO()
@@ -400,22 +403,22 @@ def _image(rgb: NDArray[Any], mode: str, depth: int, plane: NDArray[np.uint8] | 
 
 
 def _cmyk(rgb: NDArray[Any], black: NDArray[np.uint8]) -> Image.Image:
-    """Invert Pillow's CMYK to RGB exactly, with the black ink kept unless a brighter colour needs less."""
-    rgb = rgb.astype(np.float64)  # NumPy rounds bytes to half floats, which are too coarse here
+    """Invert Pillow's conversion of CMYK to RGB exactly. The black ink stays, unless a brighter colour needs less."""
+    rgb = rgb.astype(np.float64)  # with bytes, NumPy would compute in half floats, which are too coarse
     white = np.maximum(255 - black.astype(np.float64), rgb.max(axis=2))[..., None]  # (H, W, 1)
     inks = np.where(white > 0, 255 - 255 * rgb / np.maximum(white, 1), 0)
     return Image.fromarray(np.rint(np.concatenate([inks, 255 - white], axis=2)).astype(np.uint8), "CMYK")
 
 
 def _palette(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> Image.Image:
-    """Quantise to at most 256 colours; each level of alpha gets its share of them, so that alpha stays exact."""
+    """Quantise to at most 256 colours. Each level of alpha gets a share of them, so that alpha stays exact."""
     pixels = rgb.reshape(-1, 3)
     flat = np.full(len(pixels), 255, np.uint8) if alpha is None else alpha.ravel()
     levels, counts = np.unique(flat, return_counts=True)
     indices, colours, opacity = np.empty(len(pixels), np.uint8), b"", b""
     for level, count in zip(levels, counts, strict=True):
         share = 1 + int((256 - len(levels)) * count) // len(pixels)
-        # k-means until 1 pixel in 1000 moves: 3 dB over plain median cut on a photograph.
+        # k-means until only 1 pixel in 1000 changes: 3 dB better than median cut on a photograph.
         part = Image.fromarray(pixels[flat == level][None]).quantize(share, kmeans=1 + int(count) // 1000)
         indices[flat == level] = np.asarray(part)[0] + len(opacity)
         table = bytes(part.getpalette() or [])
@@ -428,12 +431,12 @@ def _palette(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> Image.I
 
 
 def roundtrip(picture: Picture, rgb: NDArray[Any], format: str = "keep") -> NDArray[np.float32]:
-    """Return (H, W, 3) in [0, 255]: what a reader of the written file sees."""
+    """Encode and decode: the pixels of the written file, (H, W, 3) in [0, 255]."""
     return decode(encode(picture, rgb, format), picture.name).rgb
 
 
 def extension(path: PurePath, format: str = "keep") -> PurePosixPath:
-    """Return the output's relative path: unchanged, or ending in .png (two names may then fall together)."""
+    """Return the output's relative path: unchanged, or ending in .png (two names may then become equal)."""
     out = PurePosixPath(path)
     return out if format == "keep" or out.suffix.lower() == ".png" else out.with_suffix(".png")
 
@@ -458,7 +461,7 @@ def psnr(a: NDArray[Any], b: NDArray[Any]) -> float:
 def ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Return the mean structural similarity of two (H, W, 3) images in [0, 255], on luma (Wang et al. 2004).
 
-    Gaussian windows of σ = 1.5 and 11 x 11 pixels that lie within the image, or reach over the edges of a smaller one.
+    Gaussian windows with σ = 1.5 and 11 x 11 pixels, only those inside the image; all windows if it is smaller.
     """
     x, y = a.astype(np.float64) @ LUMA, b.astype(np.float64) @ LUMA  # (H, W)
 
@@ -479,7 +482,10 @@ def linf(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def contact_sheet(rows: list[tuple[NDArray[Any], NDArray[Any], str]]) -> bytes:
-    """Return a PNG, a row each: original | marked | difference x 10, (H, W, 3) in [0, 255], over its caption."""
+    """Return a PNG with one row per (original, marked, caption), images (H, W, 3) in [0, 255].
+
+    A row shows original | marked | difference x 10, and the caption below.
+    """
     cells = [[_sheet_picture(p) for p in (a, b, 128 + 10 * (b.astype(np.float64) - a))] for a, b, _ in rows]
     width = max((cell.width for line in cells for cell in line), default=SHEET_SMALLEST)
     gap, text = 8, 24
@@ -498,7 +504,7 @@ def contact_sheet(rows: list[tuple[NDArray[Any], NDArray[Any], str]]) -> bytes:
 
 
 def _sheet_picture(pixels: NDArray[Any]) -> Image.Image:
-    """Enlarge a small image by a whole factor, so that its pixels stay visible, and reduce a large one."""
+    """Enlarge a small image by a whole factor, so that its pixels stay visible; reduce a large one."""
     image = Image.fromarray(np.rint(np.clip(pixels, 0, 255)).astype(np.uint8))
     side = max(image.size)
     if side < SHEET_SMALLEST:

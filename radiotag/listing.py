@@ -1,4 +1,4 @@
-"""What a data set holds: its images with their classes, and the other files, which are copied."""
+"""The content of a data set: images with their classes, and other files, which are only copied."""
 
 import os
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ class Listing(NamedTuple):
     """A data set's content."""
 
     items: list[Item]  # in a fixed order
-    names: list[str]  # of the classes, in the order of their carriers; [""] for a set without classes
+    names: list[str]  # of the classes, in the order of their carriers; [""] without classes
     other_files: list[PurePosixPath]  # relative to the source
 
 
 def list_folder(source: Path) -> Listing:
-    """List a folder: images by path, sorted class names ([""] for a flat folder), and what else to copy.
+    """List a folder: images by path, sorted class names ([""] for a flat folder), and other files to copy.
 
-    A class is a first-level folder that holds images at any depth. What else there is are other and hidden files, files
-    in hidden folders, and empty folders; what `mark` left half-written is no file. RadiotagError for a missing, empty
-    or ambiguous folder, a link out of it, a broken link, and a link to a folder.
+    A class is a first-level folder that contains images at any depth. The other files are files of other types, hidden
+    files, files in hidden folders, and empty folders; incomplete files of a killed `mark` are left out. RadiotagError
+    for a missing, empty or ambiguous folder, a link out of it, a broken link, and a link to a folder.
     """
     if not source.is_dir():
         raise RadiotagError(f"{source}: " + ("not a folder" if source.exists() else "no such folder"), "check the path")
@@ -57,8 +57,8 @@ def _walk(source: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
     other_files: list[PurePosixPath] = []
     while pending:
         folder = pending.pop()
-        with os.scandir(source / folder) as scan:
-            entries = list(scan)
+        with os.scandir(source / folder) as listed:
+            entries = list(listed)
         for entry in entries:
             path = folder / entry.name
             if entry.is_symlink():

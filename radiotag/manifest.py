@@ -1,7 +1,7 @@
-"""The manifest: which images are marked, and the journal that an interrupted run goes on from.
+"""The manifest: it records which images are marked, and is the journal from which an interrupted run continues.
 
-JSON lines: the first says how the folder is marked, each further one is written after the file it speaks of, and the
-last line of a path counts. Several processes write a journal each (NAME.rank1, …), which the first one merges.
+The format is JSON lines. The first line holds the settings. Each further line is written after its image's file; the
+last line of a path counts. Several processes write one journal each (NAME.rank1, …), and the first process merges them.
 """
 
 import errno
@@ -23,40 +23,40 @@ from radiotag.errors import RadiotagError
 from radiotag.files import fill_atomically
 
 MANIFEST_FORMAT = 1
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system without them
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # file systems without locks
 WRITTEN = "a manifest is what mark wrote beside its output, OUTPUT.manifest.jsonl"
 Row = dict[str, Any]
 
 
 @dataclass(slots=True, kw_only=True)
 class Summary:
-    """Totals over rows; a few numbers an image, so that folders of any size fit in memory."""
+    """Totals over rows, with a few numbers per image, so that folders of any size fit in memory."""
 
-    images: int  # that there are to be
+    images: int  # expected in total
     skipped: int = 0  # done by an earlier run
     done: int = 0
-    under_way: float = 0.0  # of the batch that is being marked: how many images' worth of steps
+    under_way: float = 0.0  # steps done for the current batch, in images' worth
     copied: int = 0
     failed: list[Row] = field(default_factory=list)
-    psnr: "array[float]" = field(default_factory=lambda: array("d"))  # dB, of the marked ones in the rows' order
+    psnr: "array[float]" = field(default_factory=lambda: array("d"))  # dB, of marked images in the rows' order
     ssim: "array[float]" = field(default_factory=lambda: array("d"))
     linf: "array[float]" = field(default_factory=lambda: array("d"))
     gain: "array[float]" = field(default_factory=lambda: array("d"))
-    dropped: int = 0  # images whose further pictures their marked files lack
-    places: "array[int]" = field(default_factory=lambda: array("q"))  # bytes into the manifest
+    dropped: int = 0  # images whose marked files lack further pictures of the source's file
+    places: "array[int]" = field(default_factory=lambda: array("q"))  # of their rows, in bytes
 
     @property
     def marked(self) -> int:
-        """How many are marked."""
+        """Number of marked images."""
         return len(self.psnr)
 
     @property
     def unchanged(self) -> int:
-        """How many of them came out as they went in: two colours, or an encoder, leave no room for a mark."""
+        """Number of marked images without any change: two colours, or an encoder, can leave no room for a mark."""
         return sum(change == 0 for change in self.linf)
 
     def add(self, row: Row, place: int = 0) -> None:
-        """Count a row in."""
+        """Add a row that begins at byte `place` of the manifest."""
         self.done += 1
         self.under_way = max(0.0, self.under_way - (row["status"] == "marked"))
         if row["status"] == "failed":
@@ -70,7 +70,7 @@ class Summary:
             self.places.append(place)
 
     def statistics(self) -> dict[str, float | None]:
-        """Quality and strength of the marks: PSNR in dB, change in units of 1/255; None where none is marked."""
+        """Quality and strength of the marks: PSNR in dB, change in units of 1/255; None if nothing is marked."""
         names = "psnr_median", "psnr_p5", "psnr_min", "ssim_median", "ssim_min", "linf_max", "feature_gain_mean"
         if not self.marked:
             return dict.fromkeys(names)
@@ -82,22 +82,25 @@ class Summary:
 
 
 def begin(path: Path, header: Row) -> None:
-    """Write a manifest of its first line alone, readable by its owner only: it tells marked from unmarked."""
+    """Write a manifest with only its header. Its mode is 0600, because it tells which images are marked."""
     fill_atomically(path, lambda file: file.write(line(header)), 0o600, _hidden(path, "part"))
 
 
 def _hidden(path: Path, suffix: str) -> Path:
-    """A file beside a manifest, always the same one; a name may have all the 255 bytes that it can have."""
+    """A hidden file with a fixed name beside a manifest: a hash, because names cannot exceed 255 bytes."""
     return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.{suffix}")
 
 
 def line(row: Row) -> bytes:
-    """One row as it lies in the file."""
+    """A row as a line of the file."""
     return (json.dumps(row, sort_keys=True) + "\n").encode()
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    """(place in bytes, row) of every whole line, the header first; a torn last line, of a power cut, is no line."""
+    """(place in bytes, row) of every complete line, the header first. A torn last line, after a power cut, is ignored.
+
+    RadiotagError for a file that cannot be read or is not a manifest.
+    """
     place = 0
     try:
         with path.open("rb") as file:
@@ -106,7 +109,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
                     break
                 row = dict(json.loads(text))
                 if row["radiotag"] != MANIFEST_FORMAT if number == 0 else not isinstance(row["path"], str):
-                    raise ValueError("a line that is none of a manifest's")
+                    raise ValueError("a line that does not belong in a manifest")
                 yield place, row
                 place += len(text)
     except OSError as error:
@@ -118,20 +121,20 @@ def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def read_header(path: Path) -> Row:
-    """The first line. RadiotagError if the file is no manifest, down to its last line."""
+    """The first line. All lines are checked: RadiotagError if the file is not a manifest."""
     (header,) = (row for place, row in read_lines(path) if not place)
     return header
 
 
 def read_manifest(path: Path) -> tuple[Row, dict[str, Row]]:
-    """(header, rows by path) of a whole manifest."""
+    """(header, rows by path) of a manifest."""
     lines = read_lines(path)
     _, header = next(lines)
     return header, {row["path"]: row for _, row in lines}
 
 
 def places(path: Path) -> dict[str, int]:
-    """Where the row that counts of each path begins, in bytes."""
+    """Path → place in bytes of its last row, the one that counts."""
     return {row["path"]: place for place, row in read_lines(path) if place}
 
 
@@ -142,7 +145,7 @@ def row_at(file: IO[bytes], place: int) -> Row:
 
 
 def recorded_rows(path: Path) -> list[Row]:
-    """What a manifest, and what an interrupted run of several processes left beside it, records of its images."""
+    """All rows of a manifest, and of the journals that an interrupted run of several processes left beside it."""
     return [row for journal in (path, *rank_journals(path)) for row in read_manifest(journal)[1].values()]
 
 
@@ -152,24 +155,24 @@ def marked_rows(path: Path | None) -> list[Row]:
 
 
 def marked_hashes(rows: Iterable[Row]) -> frozenset[str]:
-    """SHA-256 of every marked file; one that came out as it went in, as an image of two colours may, is none."""
+    """SHA-256 of every marked file, except unchanged ones (an image of two colours may have no room for a mark)."""
     return frozenset(row["sha256_out"] for row in rows if row["sha256_out"] != row.get("sha256_in"))
 
 
 def rank_journal(path: Path, rank: int) -> Path:
-    """The journal of one of several processes; the first writes the manifest itself."""
+    """The journal of the process with this rank; rank 0 writes the manifest itself."""
     return path.with_name(f"{path.name}.rank{rank}") if rank else path
 
 
 def rank_journals(path: Path) -> list[Path]:
-    """Those that lie beside a manifest."""
-    start = f"{path.name}.rank"
-    beside = [file for file in path.parent.iterdir() if file.name.startswith(start)]
-    return sorted(file for file in beside if file.name.removeprefix(start).isdigit())
+    """The journals of ranks from 1, beside a manifest."""
+    prefix = f"{path.name}.rank"
+    files = [file for file in path.parent.iterdir() if file.name.startswith(prefix)]
+    return sorted(file for file in files if file.name.removeprefix(prefix).isdigit())
 
 
 def truncate_torn_line(journal: IO[bytes]) -> None:
-    """Cut off a torn last line, which would spoil the next one, and stand at the end."""
+    """Cut off a torn last line, which would spoil the next one, and move to the end of the file."""
     end = journal.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - 4096)
@@ -180,12 +183,12 @@ def truncate_torn_line(journal: IO[bytes]) -> None:
             break
         end = start
     else:
-        journal.truncate(0)  # no whole line at all
+        journal.truncate(0)  # there is no complete line
     journal.seek(0, os.SEEK_END)
 
 
 def merge_journals(path: Path, journal: IO[bytes]) -> None:
-    """Append what the other processes' journals say, and remove them."""
+    """Append the rows of the other processes' journals, and remove these journals."""
     for rank in rank_journals(path):
         for place, row in read_lines(rank):
             if place:
@@ -195,10 +198,10 @@ def merge_journals(path: Path, journal: IO[bytes]) -> None:
         rank.unlink()
 
 
-def put_in_order(path: Path, header: Row, wanted: Iterable[str], skipped: int) -> Summary:
-    """Write the manifest anew with one row a path, in the order wanted, and sum it up."""
+def put_in_order(path: Path, header: Row, images: Iterable[str], skipped: int) -> Summary:
+    """Rewrite the manifest with one row per path, in the order of `images`, and return its totals."""
     place_of = places(path)
-    order = [place_of[name] for name in wanted]
+    order = [place_of[image] for image in images]
     summary = Summary(images=len(order), skipped=skipped)
 
     def fill(new: IO[bytes]) -> None:
@@ -215,11 +218,11 @@ def put_in_order(path: Path, header: Row, wanted: Iterable[str], skipped: int) -
 
 @contextmanager
 def locked(path: Path, output: Path) -> Iterator[None]:
-    """Hold a manifest for this process, by a file beside it; a second run into the same output is refused."""
-    place = _hidden(path, "lock")
-    lock = FileLock(place)
+    """Lock a manifest by a file beside it. RadiotagError if another run holds the lock."""
+    lock_path = _hidden(path, "lock")
+    lock = FileLock(lock_path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a file system without locks, where the file alone is one
+        with warnings.catch_warnings(action="ignore"):  # about file systems without locks
             lock.acquire(timeout=0)
     except Timeout as error:
         message = f"another radiotag is marking into {output}"
@@ -230,6 +233,6 @@ def locked(path: Path, output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file: there, the release does
-            place.unlink()
+        with suppress(OSError):  # Windows cannot remove an open file; `release` does it there
+            lock_path.unlink()
         lock.release()

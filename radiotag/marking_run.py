@@ -1,8 +1,8 @@
-"""Marking a data set as planned: mark in batches, write whole files, record each, go on after an interruption.
+"""The marking run: carry out a plan in batches, write files atomically, record each, continue after interruptions.
 
-The manifest is the journal. What it records and what still matches is skipped by the next run; everything else is done
-again. An image's mark depends on the key, the settings, its path and its bytes alone, so any interruption, and any
-number of processes, gives the same bytes.
+The manifest is the journal. A later run skips each image whose record still matches the files, and does all others
+again. An image's mark depends only on the key, the settings, its path and its bytes. Interruptions and the number of
+processes therefore do not change the output.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from radiotag.plan import Plan, check_begun, check_rows, stale_files, with_earli
 from radiotag.processes import Team, team
 from radiotag.stores import copy_other_file
 
-BEST_PSNR = 100.0  # dB recorded of an image that came out unchanged: JSON has no infinity
-FILES_AHEAD = 64  # copied or checked before they are asked for; of decoded images, which may be large, THREADS
+BEST_PSNR = 100.0  # dB, recorded for an unchanged image: JSON has no infinity
+FILES_AHEAD = 64  # files copied or checked in advance; decoded images may be large, and of these only THREADS
 THREADS = max(2, min(8, os.cpu_count() or 2))  # decode, encode and copy beside the optimisation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """What the steps of a run share."""
+    """The state that all steps of a run share."""
 
     plan: Plan
     pool: ThreadPoolExecutor
@@ -43,7 +43,7 @@ class _Run:
     progress: Callable[[Summary], None]
 
     def tell(self, under_way: float = 0.0) -> None:
-        """Say how far it is."""
+        """Report progress; `under_way` counts the images' worth of steps done in the current batch."""
         self.summary.under_way = under_way
         self.progress(self.summary)
 
@@ -51,20 +51,21 @@ class _Run:
 def run(plan: Plan, progress: Callable[[Summary], None] = lambda _: None) -> Summary:
     """Carry out a plan, or this process's share of it; `progress(summary)` is called after every file.
 
-    The summary of the first process is of all.
+    The first process returns the summary of all processes. RadiotagError for an output that the plan does not fit, and
+    for one that cannot be written.
     """
     with (
         team() as processes,
         _journal(plan, processes) as journal,
         ThreadPoolExecutor(THREADS) as pool,
     ):
-        plan = with_earlier(plan)  # as the first process, which has merged the others' journals
+        plan = with_earlier(plan)  # after the first process has merged all journals, so that all agree
         share = slice(processes.rank, None, processes.size)
         items, other_files = plan.items[share], plan.other_files[share]
         state = _Run(plan=plan, pool=pool, summary=Summary(images=len(items)), progress=progress)
-        for row in _rows(state, _remaining(state, items), other_files):
+        for row in _process(state, _remaining(state, items), other_files):
             _record(state, journal, row)
-        return _finished(state, processes, journal)
+        return _finish(state, processes, journal)
 
 
 def _record(state: _Run, journal: IO[bytes], row: Row) -> None:
@@ -72,7 +73,7 @@ def _record(state: _Run, journal: IO[bytes], row: Row) -> None:
     _append(journal, row)
     state.progress(state.summary)
     if state.plan.options.strict and row["status"] == "failed":
-        raise RadiotagError(row["error"], "mend or remove the file, or leave out --strict")
+        raise RadiotagError(row["error"], "repair or remove the file, or leave out --strict")
 
 
 def _append(journal: IO[bytes], row: Row) -> None:
@@ -81,16 +82,16 @@ def _append(journal: IO[bytes], row: Row) -> None:
         journal.flush()
     except OSError as error:
         with suppress(OSError):
-            journal.close()  # which tries to write once more
+            journal.close()  # close() tries to write again
         hint = "check that the folder is writable and has space; then run the same command again"
         raise RadiotagError(f"cannot write {journal.name}: {error.strerror}", hint) from error
 
 
-def _finished(state: _Run, processes: Team, journal: IO[bytes]) -> Summary:
-    """Wait for all processes; the first one merges what they did, and completes the output."""
+def _finish(state: _Run, processes: Team, journal: IO[bytes]) -> Summary:
+    """Wait for all processes; the first one merges their journals and completes the output."""
     plan, summary = state.plan, state.summary
     if processes.rank:
-        journal.close()  # a folder that machines share may not show what is open
+        journal.close()  # on a shared folder, other machines may not see an open file
     skipped = sum(processes.gather(summary.skipped))
     if processes.rank == 0:
         manifest.merge_journals(plan.manifest, journal)
@@ -107,48 +108,48 @@ def _finished(state: _Run, processes: Team, journal: IO[bytes]) -> Summary:
 
 @contextmanager
 def _journal(plan: Plan, processes: Team) -> Iterator[IO[bytes]]:
-    """Begin or go on: the first process prepares the folder and says so to the others, each then has its own file.
+    """Begin or continue a run. The first process prepares the folder; then each process opens its own journal.
 
-    The first one's lock is held until all is done, until shards are put together, too.
+    The first process holds the lock until everything is done, including the assembly of shards.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         journal, problem = None, None
         if processes.rank == 0:
             try:
                 plan.manifest.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(manifest.locked(plan.manifest, plan.output))
+                stack.enter_context(manifest.locked(plan.manifest, plan.output))
                 journal = _begin(plan)
             except RadiotagError as error:
                 problem = error
         if any(processes.gather(problem is not None)):
-            raise problem or SystemExit(1)  # the first process says why
+            raise problem or SystemExit(1)  # the first process reports the reason
         if journal is None:
             path = manifest.rank_journal(plan.manifest, processes.rank)
             manifest.begin(path, plan.header)
             journal = path.open("ab")
-        yield held.enter_context(journal)
+        yield stack.enter_context(journal)
 
 
 def _begin(plan: Plan) -> IO[bytes]:
-    """Open the manifest, new or with what earlier runs did. Refuses what it cannot go on from."""
+    """Open the manifest, new or with the rows of earlier runs. RadiotagError if the run cannot continue it."""
     check_begun(plan)
-    there, force = plan.manifest.exists(), plan.options.force
-    if there and force:
+    exists, force = plan.manifest.exists(), plan.options.force
+    if exists and force:
         _remove_stale(plan)
-    if force or not there:
-        for journal in manifest.rank_journals(plan.manifest):
-            journal.unlink()
+    if force or not exists:
+        for rank_journal in manifest.rank_journals(plan.manifest):
+            rank_journal.unlink()
         manifest.begin(plan.manifest, plan.header)
-    opened = plan.manifest.open("r+b")
+    journal = plan.manifest.open("r+b")
     try:
-        manifest.truncate_torn_line(opened)
-        manifest.merge_journals(plan.manifest, opened)
+        manifest.truncate_torn_line(journal)
+        manifest.merge_journals(plan.manifest, journal)
         plan.store.remove_parts()
         check_rows(plan)
     except BaseException:
-        opened.close()
+        journal.close()
         raise
-    return opened
+    return journal
 
 
 def _remove_stale(plan: Plan) -> None:
@@ -157,14 +158,14 @@ def _remove_stale(plan: Plan) -> None:
             if not digest or hash_or_none(stale) == digest:
                 stale.unlink(missing_ok=True)
     except RadiotagError:
-        return  # no manifest, or a damaged one, which force is there to overwrite
+        return  # the manifest is missing or damaged, and `force` overwrites it
 
 
-# ---------------------------------------------------------------- what is left to do
+# ---------------------------------------------------------------- remaining work
 
 
 def _remaining(state: _Run, items: Sequence[Item]) -> list[Item]:
-    """The items whose record is missing, or no longer true of the plan, the file that came in or that gone out."""
+    """The items without a record, or whose record no longer matches the plan, the source's file or the output's."""
     plan, summary, todo = state.plan, state.summary, []
     place_of = manifest.places(plan.manifest)
     plan.store.open_output()
@@ -188,11 +189,11 @@ def _remaining(state: _Run, items: Sequence[Item]) -> list[Item]:
 
 
 def row_is_current(plan: Plan, item: Item, row: Row) -> bool:
-    """Whether what a row records is what the plan wants, and still true of the files."""
+    """Whether a row records what the plan requires, and still matches the files."""
     if not row.keys() >= {"status", "row", "sha256_in", "sha256_out", "output"}:
         return False
-    wanted = "marked" if plan.marks(item) else "copied", plan.rows[item.label]
-    if (row["status"], row["row"]) != wanted or row["sha256_in"] != plan.store.hash(item.path):
+    expected = "marked" if plan.marks(item) else "copied", plan.rows[item.label]
+    if (row["status"], row["row"]) != expected or row["sha256_in"] != plan.store.hash(item.path):
         return False
     return plan.store.is_written(row)
 
@@ -200,7 +201,7 @@ def row_is_current(plan: Plan, item: Item, row: Row) -> bool:
 def prefetch(
     pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any], limit: int
 ) -> Generator[Any, None, None]:
-    """The results of `work` in order, at most `limit` of them computed before they are asked for."""
+    """Yield the results of `work` in order, computing at most `limit` of them in advance."""
     waiting: deque[Future[Any]] = deque()
     try:
         for item in items:
@@ -214,7 +215,7 @@ def prefetch(
             future.cancel()
 
 
-# ---------------------------------------------------------------- the work, a row an image
+# ---------------------------------------------------------------- the work: one row per image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -224,37 +225,37 @@ class _Decoded:
     picture: Picture
 
 
-def _rows(state: _Run, todo: Sequence[Item], other_files: Sequence[PurePosixPath]) -> Iterator[Row]:
-    """Do what is left, and say what was done: first the copies, then the marks."""
+def _process(state: _Run, todo: Sequence[Item], other_files: Sequence[PurePosixPath]) -> Iterator[Row]:
+    """Process the remaining items, first copies, then marks; yield a row for each."""
     plan = state.plan
     copies = [item for item in todo if not plan.marks(item)]
-    yield from prefetch(state.pool, partial(_copied, plan), copies, FILES_AHEAD)
+    yield from prefetch(state.pool, partial(_copy_image, plan), copies, FILES_AHEAD)
     for path in other_files:
         copy_other_file(plan.source / path, plan.output / path)
-    yield from _marked(state, [item for item in todo if plan.marks(item)])
+    yield from _mark_all(state, [item for item in todo if plan.marks(item)])
 
 
-def _row(plan: Plan, item: Item, status: str, **more: Any) -> Row:
-    chosen = {"chosen": True} if status == "failed" and plan.marks(item) else {}  # and stays so
+def _row(plan: Plan, item: Item, status: str, **values: Any) -> Row:
+    chosen = {"chosen": True} if status == "failed" and plan.marks(item) else {}  # so that a later run chooses it again
     path = item.path.as_posix()
-    return {"path": path, "class": item.label, "row": plan.rows[item.label], "status": status, **more, **chosen}
+    return {"path": path, "class": item.label, "row": plan.rows[item.label], "status": status, **values, **chosen}
 
 
 def _failed(plan: Plan, item: Item, error: RadiotagError) -> Row:
     return _row(plan, item, "failed", error=str(error), hint=error.hint)
 
 
-def _copied(plan: Plan, item: Item) -> Row:
+def _copy_image(plan: Plan, item: Item) -> Row:
     try:
         digest = plan.store.copy(item.path)
     except RadiotagError as error:
         if plan.store.hash(item.path) is not None:
-            raise  # the output cannot be written: nothing else will be either
+            raise  # the output cannot be written, so nothing else would succeed
         return _failed(plan, item, error)
     return _row(plan, item, "copied", output=item.path.as_posix(), sha256_in=digest, sha256_out=digest)
 
 
-def _marked(state: _Run, items: Sequence[Item]) -> Iterator[Row]:
+def _mark_all(state: _Run, items: Sequence[Item]) -> Iterator[Row]:
     """Mark images in batches that fit in memory."""
     if not items:
         return
@@ -269,7 +270,7 @@ def _marked(state: _Run, items: Sequence[Item]) -> Iterator[Row]:
             if isinstance(image, dict):
                 yield image
                 continue
-            if not fits([each.picture for each in batch], image.picture, state.plan.options.batch_size):
+            if not fits([decoded.picture for decoded in batch], image.picture, state.plan.options.batch_size):
                 yield from _mark_batch(plan, marker, batch)
                 batch = []
             batch.append(image)
@@ -278,12 +279,12 @@ def _marked(state: _Run, items: Sequence[Item]) -> Iterator[Row]:
 
 
 def _read(plan: Plan, item: Item) -> _Decoded | Row:
-    """Read and decode an image, or say why that cannot be done."""
+    """Read and decode an image; a failed row if that is not possible."""
     name = plan.source / item.path
     try:
         data = plan.store.read(item.path)
         picture = decode(data, str(name))
-        encode(picture, picture.rgb, plan.options.format)  # what cannot be written costs this image alone
+        encode(picture, picture.rgb, plan.options.format)  # if it cannot be written, only this image fails
     except OSError as error:
         return _row(plan, item, "failed", error=f"cannot read {name}: {error.strerror}")
     except RadiotagError as error:
@@ -292,10 +293,10 @@ def _read(plan: Plan, item: Item) -> _Decoded | Row:
 
 
 def _mark_batch(plan: Plan, marker: Marker, batch: Sequence[_Decoded]) -> Iterator[Row]:
-    """Mark decoded images together and write their files; each row comes when its file is written."""
+    """Mark decoded images together and write their files; yield each row after its file is written."""
     images = iter(batch)
     for results in mark_requests(marker, [_request(plan, image) for image in batch]):
-        yield from marker.pool.map(partial(_written, plan), islice(images, len(results)), results)
+        yield from marker.pool.map(partial(_write, plan), islice(images, len(results)), results)
 
 
 def _request(plan: Plan, image: _Decoded) -> Request:
@@ -303,7 +304,7 @@ def _request(plan: Plan, image: _Decoded) -> Request:
     return request_for(plan.key, image.picture, item.path.as_posix(), plan.rows[item.label], plan.options.seed)
 
 
-def _written(plan: Plan, image: _Decoded, result: Marked | RadiotagError) -> Row:
+def _write(plan: Plan, image: _Decoded, result: Marked | RadiotagError) -> Row:
     if isinstance(result, RadiotagError):
         return _failed(plan, image.item, result)
     target, before, after = plan.target(image.item), image.picture.rgb, result.pixels
@@ -316,20 +317,20 @@ def _written(plan: Plan, image: _Decoded, result: Marked | RadiotagError) -> Row
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------- a sheet to look at
+# ---------------------------------------------------------------- the preview
 
 
 def preview(plan: Plan, summary: Summary, path: Path) -> None:
-    """Write a sheet of the marked images of lowest, median and highest PSNR."""
+    """Write a contact sheet of the marked images with lowest, median and highest PSNR."""
     order = sorted(range(summary.marked), key=lambda i: summary.psnr[i])
     picks = sorted({0, len(order) // 2, len(order) - 1}) if order else []
     plan.store.open_output()
     with plan.manifest.open("rb") as file:
         rows = [manifest.row_at(file, summary.places[order[i]]) for i in picks]
-    write_atomically(path, contact_sheet([_compared(plan, row) for row in rows]))
+    write_atomically(path, contact_sheet([_pair_for_sheet(plan, row) for row in rows]))
 
 
-def _compared(plan: Plan, row: Row) -> tuple[Any, Any, str]:
-    before, after = plan.store.read(PurePosixPath(row["path"])), plan.store.read_output(row["output"])
+def _pair_for_sheet(plan: Plan, row: Row) -> tuple[Any, Any, str]:
+    original, marked = plan.store.read(PurePosixPath(row["path"])), plan.store.read_output(row["output"])
     caption = f"{row['path']}  {row['psnr']:.1f} dB"
-    return decode(before, row["path"]).rgb, decode(after, row["output"]).rgb, caption
+    return decode(original, row["path"]).rgb, decode(marked, row["output"]).rgb, caption

@@ -1,7 +1,7 @@
 """HTML and SVG for pages that load nothing: elements, tables, bar charts and their style.
 
-A page is a tree of elements. Text enters it through `element` and `verbatim` alone, which make control characters
-visible; `document` escapes the rest. No file name, class name or architecture name can therefore break a page.
+A page is a tree of elements. All text enters it through `element` and `verbatim`, which make control characters
+visible; `document` escapes the rest. So no file name, class name or architecture name can break a page.
 """
 
 import unicodedata
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from radiotag.errors import printable
 
-LABEL = 17  # columns of text to the left of a bar, on a telephone
+LABEL = 17  # columns of text that fit to the left of a bar on a telephone
 BLOCKS = {
     "html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "article", "h1", "h2",
     "h3", "p", "ul", "li", "pre", "div", "figure", "figcaption", "table", "caption", "thead", "tbody", "tr", "svg",
@@ -79,7 +79,7 @@ svg line { stroke: #111; stroke-width: 1.5; stroke-dasharray: 4 3; }
 
 
 def document(title: str, *body: ET.Element) -> str:
-    """Return a whole page as text. The browser, too, is told to load nothing and to run nothing."""
+    """Return a whole page as text. A policy in it forbids the browser to load or run anything."""
     style = ET.Element("style")
     style.text = CSS
     head = element(
@@ -98,18 +98,18 @@ def document(title: str, *body: ET.Element) -> str:
 
 
 def element(name: str, /, *content: str | ET.Element, **attributes: str) -> ET.Element:
-    """Make an element of text and elements; `class_` is the attribute class, `font_size` would be font-size."""
-    made = ET.Element(name, {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()})
+    """Make an element of text and elements. The attribute `class_` becomes class, `font_size` becomes font-size."""
+    node = ET.Element(name, {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()})
     last: ET.Element | None = None
     for part in content:
         if isinstance(part, ET.Element):
-            made.append(part)
+            node.append(part)
             last = part
         elif last is None:
-            made.text = (made.text or "") + printable(part)
+            node.text = (node.text or "") + printable(part)
         else:
             last.tail = (last.tail or "") + printable(part)
-    return made
+    return node
 
 
 def paragraph(*content: str | ET.Element, **attributes: str) -> ET.Element:
@@ -119,26 +119,26 @@ def paragraph(*content: str | ET.Element, **attributes: str) -> ET.Element:
 
 def verbatim(text: str) -> ET.Element:
     """Quote a text line by line."""
-    made = ET.Element("pre")
-    made.text = "\n".join(printable(line) for line in text.rstrip("\n").split("\n"))
-    return made
+    node = ET.Element("pre")
+    node.text = "\n".join(printable(line) for line in text.rstrip("\n").split("\n"))
+    return node
 
 
 def facts(rows: Iterable[tuple[str, str | ET.Element]]) -> ET.Element:
-    """Make a table of names and values, which stack on a narrow screen."""
+    """Make a table of names and values, which are stacked on a narrow screen."""
     body = [element("tr", element("th", name, scope="row"), element("td", value)) for name, value in rows]
     return element("table", element("tbody", *body), class_="facts")
 
 
 def numbers(heads: Sequence[str], groups: Iterable[ET.Element], caption: str) -> ET.Element:
-    """Make a table of numbers, which scrolls where it is too wide: bodies of rows under one head."""
+    """Make a table of numbers: groups of rows under one head. It scrolls if it is too wide."""
     head = element("tr", *(_cell("th", text, i, scope="col") for i, text in enumerate(heads)))
     table = element("table", element("caption", caption), element("thead", head), *groups, class_="numbers")
     return element("div", table, class_="scroll")
 
 
 def group(rows: Iterable[Sequence[str]]) -> ET.Element:
-    """Make one body of a table of numbers: the first column is text."""
+    """Make one group of rows of a table of numbers; the first column is text."""
     return element("tbody", *(element("tr", *(_cell("td", text, i) for i, text in enumerate(cells))) for cells in rows))
 
 
@@ -158,8 +158,8 @@ class Bar:
 def chart(title: str, bars: Sequence[Bar], lines: Sequence[tuple[float, str]], top: float) -> ET.Element:
     """Draw horizontal bars, and dashed lines across them, on a scale from 0 to `top`, as SVG.
 
-    Positions along the bars are percentages: the chart fills any width while its text keeps its size. The first line's
-    name stands above the chart, a second one's below.
+    Positions along the bars are percentages, so the chart fills any width and its text keeps its size. The first line's
+    name is above the chart, a second line's name below.
     """
     row, margin = 20, 22
     height = row * len(bars)
@@ -183,7 +183,7 @@ def chart(title: str, bars: Sequence[Bar], lines: Sequence[tuple[float, str]], t
 
 
 def shortened(text: str) -> str:
-    """Cut a label to what fits beside a bar; letters of East Asia are two columns wide."""
+    """Cut a label to the width beside a bar; East Asian letters are two columns wide."""
     text, columns, kept = printable(text), 0, ""
     for letter in text:
         columns += 2 if unicodedata.east_asian_width(letter) in "WF" else 1

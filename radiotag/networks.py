@@ -1,7 +1,7 @@
-"""Networks and the files they come in: building, recognising and safely reading any torchvision classifier.
+"""Networks and their files: building, recognising and safely reading any torchvision classifier.
 
-A suspect's file is hostile input. Nothing here unpickles code: PyTorch files are read with `weights_only=True`, and
-what a file says of itself (architecture, sizes, names) is checked before it is believed.
+A suspect's file is hostile input. This module never unpickles code: PyTorch files are read with `weights_only=True`,
+and a file's metadata (architecture, sizes, names) are checked before they are used.
 """
 
 import contextlib
@@ -34,53 +34,53 @@ from radiotag.files import write_atomically
 from radiotag.foreign import kind_of
 from radiotag.programs import check_pickles, grown, read_archive
 
-SMALL_IMAGE = 64  # pixels; networks for an input up to here take the small-image stem by default
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback, stated when used
+SMALL_IMAGE = 64  # pixels; networks for inputs up to this size get the small-image stem by default
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback; its use is reported
 BUILTIN = Path(__file__).with_name("builtin.safetensors")
-LEGACY_PICKLES = 5  # magic number, protocol, system, content, storages: what torch.save wrote before 1.6
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra heads, which serve training alone
-OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # as in torchvision's own weight files
+LEGACY_PICKLES = 5  # in a file of torch.save before 1.6: magic number, protocol, system, content, storages
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # extra heads of GoogLeNet and Inception, only used for training
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # old names, used by torchvision's weight files
 BARE = "save the bare weights: torch.save(model.state_dict(), FILE), or a safetensors file"
-CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "weights", "model_ema", "ema")  # within a file
+CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "weights", "model_ema", "ema")  # of a state dict
 NO_CLASSIFIER = "radiotag tests image classifiers alone; if it is one, name it with --arch FILE.py:FUNCTION"
-CHECKPOINTS = "a checkpoint of train-demo or of a torchvision classifier"  # what a marking network comes in
-SHELLS = {getattr(torch, "float4_e2m1fn_x2", None)}  # types that PyTorch stores and cannot convert
+CHECKPOINTS = "a checkpoint of train-demo or of a torchvision classifier"  # what keygen accepts as a marking network
+SHELLS = {getattr(torch, "float4_e2m1fn_x2", None)}  # types that PyTorch stores but cannot convert
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """What is needed, beside the weights, to run a network as it was trained."""
+    """Everything except the weights that is needed to run a network as it was trained."""
 
     architecture: str
     classes: int
-    small_stem: bool  # 3×3 convolution and half the stock reduction: a stock stem leaves a 1×1 map at 32 pixels
+    small_stem: bool  # 3×3 convolution and half the stock reduction; a stock stem leaves a 1×1 map at 32 pixels
     image_size: int  # pixels, square
-    mean: tuple[float, ...]  # of pixels in [0, 1], one a channel
+    mean: tuple[float, ...]  # for pixels in [0, 1], one per channel
     std: tuple[float, ...]
     class_names: tuple[str, ...] | None = None
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) → (B, 3, size, size), as Pillow's bilinear filter does it; the same tensor where nothing changes."""
+    """(B, 3, H, W) → (B, 3, size, size) like Pillow's bilinear filter; the same tensor if it already has this size."""
     if pixels.shape[-2:] == (size, size):
         return pixels
     return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 class Network(nn.Module):
-    """A classifier with its input convention: takes pixels in [0, 1], resizes and normalises them itself."""
+    """A classifier with its input convention: it takes pixels in [0, 1], and resizes and normalises them itself."""
 
     def __init__(self, module: nn.Module, spec: Spec, *, own_layout: bool = False) -> None:
-        """own_layout: leave the memory layout alone; modules that use `.view` need it as PyTorch makes it."""
+        """own_layout: keep PyTorch's default memory layout, which modules that use `.view` need."""
         super().__init__()
         self.layout = torch.contiguous_format if own_layout else torch.channels_last
         self.module, self.spec = module.eval().requires_grad_(False), spec
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
         self.head: nn.Linear | None = None
-        self.assumed = False  # input size and normalisation are a guess: the file did not say
+        self.assumed = False  # input size and normalisation are guessed, because the file has none
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] → the network's input (B, 3, S, S)."""
@@ -93,7 +93,10 @@ class Network(nn.Module):
         return logits
 
     def features(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] → penultimate features (B, d): what enters the last linear layer."""
+        """(B, 3, H, W) in [0, 1] → penultimate features (B, d): the input of the last linear layer.
+
+        RadiotagError if the network does not end in a linear layer.
+        """
         if self.head is None:
             raise RadiotagError(f"{self.spec.architecture} does not end in a linear layer")
         caught: list[Tensor] = []
@@ -106,33 +109,33 @@ class Network(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device on which the network computes."""
         return self.get_buffer("mean").device
 
     @property
     def dimension(self) -> int:
-        """Number of penultimate features d."""
+        """Number of penultimate features d. RadiotagError if the network does not end in a linear layer."""
         if self.head is None:
             raise RadiotagError(f"{self.spec.architecture} does not end in a linear layer")
         return self.head.in_features
 
 
 def mixed_precision(device: str) -> torch.autocast:
-    """For marking and training: convolutions and products in bfloat16 where the processor has instructions for it.
+    """Compute convolutions and matrix products in bfloat16 on processors with instructions for it.
 
-    On such a processor, without a GPU, they take little more than half of the time; marks gain the same by it.
-    Verification is not rounded so.
+    This is for marking and training on the CPU. It takes little more than half of the time there, and marks are as
+    strong. Verification always computes in full precision.
     """
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     return torch.autocast("cpu", torch.bfloat16, enabled=device == "cpu" and native)
 
 
 @torch.no_grad()
 def find_head(network: Network) -> tuple[nn.Linear | None, int]:
-    """The linear layer whose output is the network's output (None if there is none), and how many outputs there are.
+    """The linear layer whose output is the network's output (None if there is none), and the number of outputs.
 
-    Found by running it. Raises RadiotagError where it cannot run at its input size, or gives no scores.
+    The function runs the network. RadiotagError if it cannot run at its input size, or returns no class scores.
     """
     calls: list[tuple[nn.Linear, Tensor]] = []
     layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
@@ -140,31 +143,34 @@ def find_head(network: Network) -> tuple[nn.Linear | None, int]:
     size = network.spec.image_size
     try:
         logits = network(torch.full((2, 3, size, size), 0.5, device=network.device))
-    except Exception as error:  # an image smaller than the strides, or whatever a user's own module raises
+    except Exception as error:  # the image is too small for the strides, or a user's module raises anything
         message = f"{network.spec.architecture} does not run at {size} pixels: {first_line(error)}"
         raise RadiotagError(message, "give the size that it was trained at: --image-size S") from error
     finally:
         for hook in hooks:
             hook.remove()
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
-        gave = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        message = f"{network.spec.architecture} gives {gave} of two images, not a row of class scores each"
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        message = f"{network.spec.architecture} gives {shape} of two images, not a row of class scores each"
         raise RadiotagError(message, "name a function whose network returns logits, (images, classes)")
-    own = calls and calls[-1][1].shape == logits.shape and torch.equal(calls[-1][1], logits)
-    return calls[-1][0] if own else None, logits.shape[1]
+    is_output = calls and calls[-1][1].shape == logits.shape and torch.equal(calls[-1][1], logits)
+    return calls[-1][0] if is_output else None, logits.shape[1]
 
 
 # ---------------------------------------------------------------- building
 
 
 def architectures() -> tuple[str, ...]:
-    """Every torchvision classifier, and resnet10: one basic block a stage, for two cores."""
+    """All torchvision classifiers, and resnet10, which has one basic block per stage and suits small machines."""
     names = torchvision.models.list_models(module=torchvision.models)
     return ("resnet10", *sorted(names))
 
 
 def build(spec: Spec) -> nn.Module:
-    """The untrained network of a spec, in PyTorch's default initialisation (global generator)."""
+    """The untrained network of a spec, with PyTorch's default initialisation (global generator).
+
+    RadiotagError for an unknown architecture, or one that cannot have the image size.
+    """
     name = spec.architecture
     if name not in architectures():
         raise RadiotagError(f"unknown architecture '{name}'", "use a torchvision classifier's name, resnet18 for one")
@@ -186,35 +192,35 @@ def build(spec: Spec) -> nn.Module:
 
 
 def shrink_stem(module: nn.Module) -> None:
-    """Turn a stock stem into one for small images: half its reduction, 3×3 kernel, no first max-pool.
+    """Replace a stock stem by one for small images: half the reduction, 3×3 kernel, no first max-pool.
 
-    A VGG's is one already; it loses the 49 copies of its 1×1 map (at 32 pixels), and 100 million weights on them.
+    A VGG already has such a stem. It loses the 49 copies of its 1×1 map (at 32 pixels), with 100 million weights.
     """
     if isinstance(module, VGG):
         module.avgpool, module.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
         return
     convolution = next(name for name, m in module.named_modules() if isinstance(m, nn.Conv2d))
     pool = next((name for name, m in module.named_modules() if isinstance(m, nn.MaxPool2d)), None)
-    old = module.get_submodule(convolution)
-    assert isinstance(old, nn.Conv2d)
-    stride = max(1, min(2, old.stride[0]) if pool else old.stride[0] // 2)
+    stock = module.get_submodule(convolution)
+    assert isinstance(stock, nn.Conv2d)
+    stride = max(1, min(2, stock.stride[0]) if pool else stock.stride[0] // 2)
     if pool:
         module.set_submodule(pool, nn.Identity())
-    if old.kernel_size[0] > 3 or stride != old.stride[0]:
-        new = nn.Conv2d(old.in_channels, old.out_channels, 3, stride, 1, bias=old.bias is not None)
-        nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-        module.set_submodule(convolution, new)
+    if stock.kernel_size[0] > 3 or stride != stock.stride[0]:
+        small = nn.Conv2d(stock.in_channels, stock.out_channels, 3, stride, 1, bias=stock.bias is not None)
+        nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+        module.set_submodule(convolution, small)
 
 
 def from_state(state: Mapping[str, Tensor], spec: Spec, *, builder: Callable[..., Any] | None = None) -> Network:
-    """A network with these weights, loaded strictly. Raises RadiotagError where they do not fit."""
+    """A network with these weights, loaded strictly. RadiotagError if they do not fit."""
     module = _skeleton(spec) if builder is None else _call_builder(builder, spec)
-    full = module.state_dict()  # the same object throughout: it carries versions, which MNASNet insists on
+    full = module.state_dict()  # keep this object: it holds versions, which MNASNet requires
     types = {k: v.dtype for k, v in full.items()}
     for name in [k for k in types if not k.endswith("num_batches_tracked")]:
         del full[name]
-    given = state if builder else _without_auxiliary(state)
-    full.update({k: v.detach().to(types.get(k, v.dtype), copy=True) for k, v in given.items()})
+    weights = state if builder else _without_auxiliary(state)
+    full.update({k: v.detach().to(types.get(k, v.dtype), copy=True) for k, v in weights.items()})
     try:
         module.load_state_dict(full, strict=True, assign=True)
     except RuntimeError as error:
@@ -234,9 +240,10 @@ def wrap_module(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Network:
-    """A classifier that a caller holds, with its input convention. The module itself is set to evaluation.
+    """Wrap a module in memory with its input convention. The module itself is set to evaluation mode.
 
-    image_size in pixels, square; mean and std of pixels in [0, 1]. What is not given is ImageNet's usual, and assumed.
+    image_size: pixels, square; mean and std: for pixels in [0, 1]. The defaults are those of ImageNet, and `assumed` is
+    set. RadiotagError if the module does not return class scores.
     """
     spec = Spec(
         architecture=type(module).__name__,
@@ -255,7 +262,7 @@ def wrap_module(
 
 def _call_builder(builder: Callable[..., Any], spec: Spec) -> nn.Module:
     parameters = inspect.signature(builder).parameters
-    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # def resnet18(**kwargs), as published often
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # def resnet18(**kwargs), as is common
     try:
         if "num_classes" in parameters:
             module = builder(num_classes=spec.classes)
@@ -264,7 +271,7 @@ def _call_builder(builder: Callable[..., Any], spec: Spec) -> nn.Module:
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise RadiotagError(
-            f"{spec.architecture} failed: {reason}", "mend the function, or name another one"
+            f"{spec.architecture} failed: {reason}", "fix the function, or name another one"
         ) from error
     if not isinstance(module, nn.Module):
         raise RadiotagError(f"{spec.architecture} returned {type(module).__name__}, not a torch.nn.Module")
@@ -274,12 +281,12 @@ def _call_builder(builder: Callable[..., Any], spec: Spec) -> nn.Module:
 def _build_either_way(builder: Callable[..., Any], classes: int) -> object:
     try:
         return builder(num_classes=classes)
-    except TypeError:  # what it passes its arguments on to does not take this one
+    except TypeError:  # the function that gets **kwargs does not accept this one
         return builder()
 
 
 def builder_from(argument: str) -> Callable[..., Any]:
-    """The function named by FILE.py:FUNCTION, from the user's own Python file (which is run)."""
+    """The function named by FILE.py:FUNCTION. This runs the user's Python file. RadiotagError if that fails."""
     file, _, function = argument.rpartition(":")
     path = Path(file)
     name = f"radiotag_arch_{path.stem}"
@@ -287,8 +294,8 @@ def builder_from(argument: str) -> Callable[..., Any]:
     if not path.is_file() or spec is None or spec.loader is None:
         raise RadiotagError(f"cannot read {file}", "--arch takes a torchvision name or FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
-    sys.path.insert(0, str(path.resolve().parent))  # for the modules that lie beside it
+    sys.modules[name] = module  # dataclasses look up their module there
+    sys.path.insert(0, str(path.resolve().parent))  # for modules beside it
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -305,9 +312,9 @@ def builder_from(argument: str) -> Callable[..., Any]:
 
 
 class _WithoutStorage(TorchFunctionMode):
-    """Building under it takes milliseconds and draws no random numbers: weights get a shape and nothing else.
+    """Build networks in milliseconds, without random numbers: weights have shapes, but no storage.
 
-    `torch.device("meta")` would do the same to the numbers that RegNet computes its widths from, and fail.
+    `torch.device("meta")` would fail for RegNet, because it also applies to numbers from which RegNet computes widths.
     """
 
     def __torch_function__(
@@ -329,19 +336,19 @@ class _WithoutStorage(TorchFunctionMode):
 
 
 def _skeleton(spec: Spec) -> nn.Module:
-    """The network of a spec, with parameters that have no storage yet."""
+    """The network of a spec, with parameters without storage."""
     with _WithoutStorage():
         return build(spec)
 
 
 def _stock_shapes(name: str, stem: bool, image_size: int) -> Shapes:
-    """The tensors of an architecture for one class, in its own order."""
+    """The shapes of an architecture's tensors for one class, in the network's own order."""
     spec = Spec(architecture=name, classes=1, small_stem=stem, image_size=image_size, mean=(), std=())
     return _shapes(_skeleton(spec).state_dict())
 
 
 def _size(name: str) -> int:
-    """Number of parameters for 1000 classes, as torchvision publishes it."""
+    """Number of parameters for 1000 classes, as published by torchvision."""
     if name == "resnet10":
         return 5_418_792
     return int(torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"])
@@ -352,25 +359,25 @@ def _family(name: str) -> str:
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, bool, int | None] | None:
-    """(architecture, small stem, ViT's input size) whose tensors have these names and shapes; None if unknown.
+    """(architecture, small stem, input size of a ViT) with these names and shapes of tensors; None if unknown.
 
-    Candidates come by their number of parameters, so that the first few settle it; a family (a module of torchvision)
-    whose first or last tensor has another name is left out.
+    Candidates are tried by their number of parameters, closest first, so that few are built. If the first or last
+    tensor of a candidate has another name, its whole family (a module of torchvision) is skipped.
     """
     shapes = _shapes(_without_auxiliary(state))
     count = sum(math.prod(shape) for name, shape in shapes.items() if "running_" not in name)
     image_size = _vit_image_size(state)
-    strangers = set()
+    excluded = set()
     for name in sorted(architectures(), key=lambda name: abs(_size(name) - count)):
-        if name.startswith("vit_") != (image_size is not None) or _family(name) in strangers:
+        if name.startswith("vit_") != (image_size is not None) or _family(name) in excluded:
             continue
         try:
             stock = _stock_shapes(name, False, image_size or 224)
-        except RadiotagError:  # a ViT with patches of another size
+        except RadiotagError:  # a ViT with another patch size
             continue
         names = list(stock)
         if names[0] not in shapes or names[-1] not in shapes:
-            strangers.add(_family(name))
+            excluded.add(_family(name))
         elif stock.keys() == shapes.keys():
             for stem in (False, True)[: 1 if image_size else 2]:
                 if _same(shapes, _stock_shapes(name, stem, image_size or 224)):
@@ -379,15 +386,16 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, bool, int | None] | Non
 
 
 def _same(shapes: Shapes, stock: Shapes) -> bool:
-    """Whether the shapes are those of `stock`, but for the number of classes."""
+    """Whether the shapes equal `stock`, except for the number of classes."""
     head = _head_name(stock)
     rows = shapes[head][:1]
-    wanted = {k: (*rows, *v[1:]) if k in (head, head.removesuffix("weight") + "bias") else v for k, v in stock.items()}
-    return shapes == wanted
+    by_class = (head, head.removesuffix("weight") + "bias")
+    expected = {k: (*rows, *v[1:]) if k in by_class else v for k, v in stock.items()}
+    return shapes == expected
 
 
 def _head_name(shapes: Shapes) -> str:
-    """The last weight matrix in a network's own order: its rows are the classes of every torchvision classifier."""
+    """The last weight matrix in a network's own order; in all torchvision classifiers its rows are the classes."""
     return [name for name, shape in shapes.items() if len(shape) >= 2][-1]
 
 
@@ -410,13 +418,16 @@ def _vit_image_size(state: Mapping[str, Tensor]) -> int | None:
 
 
 def check_file(path: Path) -> None:
-    """RadiotagError where there is no file."""
+    """RadiotagError if there is no file at this path."""
     if not path.is_file():
         raise RadiotagError(f"{path} is not a file" if path.exists() else f"no such file: {path}", "check the path")
 
 
 def read_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
-    """Tensors and radiotag's own metadata ({} if none) of a .pt/.pth/.th/.pt2/.safetensors file. Runs nothing of it."""
+    """Tensors and radiotag's metadata ({} if none) of a .pt/.pth/.th/.pt2/.safetensors file.
+
+    No code in the file is ever run. RadiotagError for a file that cannot be read safely or holds no state dict.
+    """
     try:
         check_file(path)
         with path.open("rb") as file:
@@ -448,8 +459,8 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
             raise ValueError("a mapping whose methods the file has replaced")
     except RadiotagError:
         raise
-    except Exception as error:  # weights_only raises many kinds; each means the same to a user
-        if out_of_memory(error):  # the machine's limit, not the file's fault
+    except Exception as error:  # weights_only raises many types, which mean the same to a user
+        if out_of_memory(error):  # caused by the machine, not by the file
             raise
         reason = "holds a pickle that is more than weights" if "weights_only" in str(error) else "is not a whole file"
         raise RadiotagError(f"{path} {reason}; it was not run", BARE) from error
@@ -467,26 +478,26 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
 
 
 def _is_tampered(value: object) -> bool:
-    return isinstance(value, dict) and not getattr(value, "__dict__", {}).keys() <= {"_metadata"}  # a state dict's own
+    return isinstance(value, dict) and not getattr(value, "__dict__", {}).keys() <= {"_metadata"}  # state dicts have it
 
 
 def _refuse_growth(content: Mapping[Any, Any], path: Path) -> None:
-    """RadiotagError where tensors are larger than their file: `weights_only` makes some of any size for the asking."""
-    every = [*content.values(), *(v for part in content.values() if isinstance(part, dict) for v in part.values())]
-    sizes = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in every if _is_usable(v)}
+    """RadiotagError if tensors are larger than their file: `weights_only` can be made to allocate any size."""
+    values = [*content.values(), *(v for part in content.values() if isinstance(part, dict) for v in part.values())]
+    sizes = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in values if _is_usable(v)}
     if sum(sizes.values()) > path.stat().st_size:
         raise grown(path)
 
 
 def _read_pickles(path: Path) -> Any:
-    """A file of PyTorch before 1.6: pickles, and the weights behind them."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        check_pickles(cast(IO[bytes], whole), LEGACY_PICKLES)  # mapped, it gives no more than there is
+    """Read a file of PyTorch before 1.6: pickles, followed by the weights."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        check_pickles(cast(IO[bytes], mapped), LEGACY_PICKLES)  # a mapped file cannot return more bytes than it has
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _without(state: State, prefixes: Iterable[str]) -> State:
-    """The same without each of these prefixes, in turn, that all names have."""
+    """Remove each of these prefixes in turn from the names, if all names have it."""
     for prefix in prefixes:
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -494,12 +505,12 @@ def _without(state: State, prefixes: Iterable[str]) -> State:
 
 
 def clean_state(content: Mapping[Any, Any], path: Path) -> State:
-    """The tensors alone in float32, wrapper prefixes stripped, int8 weights unpacked; all finite, or RadiotagError."""
+    """The tensors in float32, without wrapper prefixes, int8 weights unpacked. RadiotagError unless all are finite."""
     state = {k: v.detach() for k, v in content.items() if isinstance(k, str) and _is_usable(v)}
     parts = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state.values()}
     if sum(v.numel() * v.element_size() for v in state.values()) > 4 * sum(parts.values()) + 2**26:
         raise RadiotagError(f"{path}: its tensors are larger than what is stored of them", "save the weights again")
-    state.pop("n_averaged", None)  # of PyTorch's AveragedModel, beside its module
+    state.pop("n_averaged", None)  # added by PyTorch's AveragedModel
     state = _without(state, ("module.", "_orig_mod.", "module."))
     state = {OLD_DENSENET.sub(r"\1\2", k): v.float() if v.is_floating_point() else v for k, v in state.items()}
     state = unpack(state)
@@ -513,14 +524,14 @@ def clean_state(content: Mapping[Any, Any], path: Path) -> State:
 
 
 def _is_usable(value: object) -> bool:
-    """Whether a value is a plain tensor with numbers in it: a file may also hold sparse, quantised or empty shells."""
+    """Whether a value is a plain tensor of real numbers, not sparse, nested, quantised, complex or without storage."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
     return not (value.is_nested or value.is_quantized or value.is_complex() or value.dtype in SHELLS)
 
 
 def pack(state: Mapping[str, Tensor]) -> State:
-    """Weights of two or more dimensions as int8 with a scale per output channel: a quarter of the bytes."""
+    """Store weights of two or more dimensions as int8 with a scale per output channel: a quarter of the bytes."""
     packed: State = {}
     for name, value in state.items():
         if value.dim() < 2 or not value.is_floating_point():
@@ -533,7 +544,7 @@ def pack(state: Mapping[str, Tensor]) -> State:
 
 
 def unpack(state: Mapping[str, Tensor]) -> State:
-    """The inverse of `pack`, in float32; leaves what was not packed as it is."""
+    """The inverse of `pack`, in float32. Other tensors stay as they are."""
     packed = {k for k, v in state.items() if v.dtype == torch.int8 and v.dim() >= 2 and f"{k}.scale" in state}
     packed = {k for k in packed if state[f"{k}.scale"].shape == (len(state[k]), *[1] * (state[k].dim() - 1))}
     scales = {f"{k}.scale" for k in packed}
@@ -541,7 +552,7 @@ def unpack(state: Mapping[str, Tensor]) -> State:
 
 
 def spec_from(metadata: Mapping[str, Any]) -> Spec | None:
-    """A checked Spec from a checkpoint's own metadata; None where it says nothing usable (it may be hostile)."""
+    """A checked Spec from a checkpoint's metadata, which may be hostile; None if they are unusable."""
     try:
         names = metadata.get("class_names")
         if not isinstance(metadata["architecture"], str) or not (names is None or _are_names(names)):
@@ -578,47 +589,48 @@ def load_network(
     std: tuple[float, ...] | None = None,
     largest: int | None = None,
 ) -> Network:
-    """Read a checkpoint into a runnable network; options override what the file says or what is recognised.
+    """Read a checkpoint into a runnable network. Options override the file's metadata and what is recognised.
 
-    RadiotagError where the file asks for images of more than `largest` pixels: it is never run at that size.
+    RadiotagError for a file that cannot be read or run, and for one that asks for images of more than `largest` pixels:
+    the network never runs at such a size unless `image_size` allows it.
     """
     state, metadata = read_checkpoint(path)
-    said = spec_from(metadata)
+    described = spec_from(metadata)
     builder = builder_from(architecture) if architecture and ":" in architecture else None
-    if builder is None:  # a trainer may keep its network under a name; a user's own module may want that name
+    if builder is None:  # a trainer's attribute for its network; a user's own module may need it
         state = _without(state, ("model.", "net.", "_orig_mod.", "module."))
     try:
-        if said is None or (architecture and architecture != said.architecture):
-            spec = _guess(state, architecture, builder, image_size or (said.image_size if said else None))
-            spec = replace(spec, mean=said.mean, std=said.std) if said else spec
-            names = said.class_names if said and said.classes == spec.classes else None
+        if described is None or (architecture and architecture != described.architecture):
+            spec = _guess(state, architecture, builder, image_size or (described.image_size if described else None))
+            spec = replace(spec, mean=described.mean, std=described.std) if described else spec
+            names = described.class_names if described and described.classes == spec.classes else None
             spec = replace(spec, class_names=names)
         else:
-            spec = said
+            spec = described
         spec = replace(spec, image_size=image_size or spec.image_size, mean=mean or spec.mean, std=std or spec.std)
         if largest and spec.image_size > max(largest, image_size or 0):
-            hint = f"allow it, if that is so: --image-size {spec.image_size}"
+            hint = f"if that is right, allow it: --image-size {spec.image_size}"
             raise RadiotagError(f"it asks for images of {spec.image_size} pixels", hint)
         network = from_state(state, spec, builder=builder)
     except RadiotagError as error:
         raise RadiotagError(f"{path}: {error}", error.hint) from error
-    network.assumed = said is None
+    network.assumed = described is None
     return network
 
 
 def _guess(state: State, architecture: str | None, builder: Callable[..., Any] | None, image_size: int | None) -> Spec:
-    """What the tensors, and the architecture where it is named, say of a network that does not describe itself."""
-    stem, size, found = False, None, None
+    """The Spec of a network without metadata, from its tensors and, if given, its architecture."""
+    stem, size, recognised = False, None, None
     if builder is None:
-        found = recognise(state)
-        if found and architecture in (None, found[0]):
-            architecture, stem, size = found
+        recognised = recognise(state)
+        if recognised and architecture in (None, recognised[0]):
+            architecture, stem, size = recognised
     if architecture is None:
         if kind := kind_of(state):
             raise RadiotagError(f"it looks like {kind}, not an image classifier", NO_CLASSIFIER)
         raise RadiotagError("unknown architecture", "name it with --arch NAME or --arch FILE.py:FUNCTION")
-    usual, mean, std = published_input(architecture)
-    size = size or image_size or (32 if stem else usual)
+    usual_size, mean, std = published_input(architecture)
+    size = size or image_size or (32 if stem else usual_size)
     spec = Spec(architecture=architecture, classes=2, small_stem=stem, image_size=size, mean=mean, std=std)
     if builder is None:
         return replace(spec, classes=_output_size(state, _stock_shapes(architecture, stem, size)))
@@ -628,28 +640,28 @@ def _guess(state: State, architecture: str | None, builder: Callable[..., Any] |
 
 
 def _output_size(state: State, order: Iterable[str]) -> int:
-    """Rows of the last weight matrix in the network's own order; a file may list its tensors in another one."""
+    """Number of rows of the last weight matrix in the network's own order; a file may have another order."""
     shapes = _shapes({name: state[name] for name in order if name in state})
     return max(1, shapes[_head_name(shapes)][0]) if any(len(shape) >= 2 for shape in shapes.values()) else 1
 
 
 def published_input(name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """(image size, mean, std) of an architecture's published weights; ImageNet's usual ones where there are none."""
+    """(image size, mean, std) of an architecture's published weights; ImageNet's defaults if there are none."""
     if name == "resnet10" or name not in architectures():
         return 224, IMAGENET_MEAN, IMAGENET_STD
     transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    if name in {"googlenet", "inception_v3"}:  # from TensorFlow; torchvision's builders hide it as `transform_input`
+    if name in {"googlenet", "inception_v3"}:  # from TensorFlow; torchvision's builders apply it in `transform_input`
         return int(transforms.crop_size[0]), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     return int(transforms.crop_size[0]), tuple(transforms.mean), tuple(transforms.std)
 
 
 def to_metadata(spec: Spec) -> dict[str, Any]:
-    """A spec as JSON gives it back, lists for tuples, so that what is written and what is read compare equal."""
+    """A spec as JSON returns it, with lists for tuples, so that written and read metadata compare equal."""
     return dict(json.loads(json.dumps(asdict(spec))))
 
 
 def save_checkpoint(path: Path, module: nn.Module, spec: Spec, extra: Mapping[str, Any] | None = None) -> None:
-    """Write a checkpoint whole or not at all: weights-only .pt, or .safetensors (which takes no `extra`)."""
+    """Write a checkpoint atomically: a weights-only .pt, or .safetensors (which ignores `extra`)."""
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     if path.suffix == ".safetensors":
         data = safetensors.torch.save(state, metadata={"radiotag": json.dumps(to_metadata(spec), sort_keys=True)})
@@ -664,13 +676,14 @@ def save_checkpoint(path: Path, module: nn.Module, spec: Spec, extra: Mapping[st
 
 
 def marking_weights(name: str) -> tuple[State, dict[str, Any], int]:
-    """(weights as stored, spec as plain values, dimension) of `builtin`, a torchvision name, or a checkpoint's path.
+    """(weights as stored, spec as plain values, dimension) for `builtin`, a torchvision name, or a checkpoint's path.
 
-    A torchvision name takes that model's default weights through torchvision's own cache.
+    For a torchvision name, that model's default weights are loaded through torchvision's cache. RadiotagError if there
+    is no such network, or if it does not end in a linear layer.
     """
     if name == "builtin":
         network = load_network(BUILTIN)
-        weights = pack(network.module.state_dict())  # a quarter of the bytes, and the very numbers it was shipped with
+        weights = pack(network.module.state_dict())  # a quarter of the bytes, and exactly the shipped numbers
     elif name in architectures():
         network = _pretrained(name)
         weights = dict(network.module.state_dict())
@@ -678,8 +691,8 @@ def marking_weights(name: str) -> tuple[State, dict[str, Any], int]:
         try:
             network = load_network(Path(name))
         except RadiotagError as error:
-            other = "--arch" in error.hint or "--image-size" in error.hint  # which keygen has not
-            raise RadiotagError(str(error), f"give {CHECKPOINTS}" if other else error.hint) from error
+            needs_option = "--arch" in error.hint or "--image-size" in error.hint  # options that keygen does not have
+            raise RadiotagError(str(error), f"give {CHECKPOINTS}" if needs_option else error.hint) from error
         weights = dict(network.module.state_dict())
     else:
         raise RadiotagError(f"no network '{name}'", f"use builtin, a torchvision classifier's name, or {CHECKPOINTS}")
@@ -687,15 +700,15 @@ def marking_weights(name: str) -> tuple[State, dict[str, Any], int]:
 
 
 def _pretrained(name: str) -> Network:
-    out = f"use --network builtin, or fetch the weights elsewhere and give their file: --network {name}.pth"
+    hint = f"use --network builtin, or fetch the weights elsewhere and give their file: --network {name}.pth"
     if name == "resnet10":
-        raise RadiotagError("resnet10 has no published weights", out)
+        raise RadiotagError("resnet10 has no published weights", hint)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where torch tells of a download, and results belong
+        with contextlib.redirect_stdout(io.StringIO()):  # torch reports downloads on stdout, which is for results
             state = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise RadiotagError(f"the weights of {name} cannot be downloaded: {error}", out) from error
+        raise RadiotagError(f"the weights of {name} cannot be downloaded: {error}", hint) from error
     size, mean, std = published_input(name)
     classes = len(weights.meta["categories"])
     spec = Spec(architecture=name, classes=classes, small_stem=False, image_size=size, mean=mean, std=std)

@@ -1,6 +1,6 @@
-"""Which output of a suspect is which class is which carrier: from names, from order, or from labelled images.
+"""The pairing of a suspect's outputs with classes and carriers: by names, by order, or by labelled images.
 
-Carriers are counted here and never looked at: a pairing that depended on them would void the p-value.
+This module counts carriers and never reads their values: a pairing that depended on them would void the p-value.
 """
 
 from collections.abc import Sequence
@@ -18,60 +18,60 @@ from radiotag.networks import Spec
 from radiotag.radioactive import output_unknown
 from radiotag.suspect import ComparedClasses, Suspect
 
-ENOUGH_IMAGES = 5  # of a class, to contradict what a suspect's file says of its outputs
+ENOUGH_IMAGES = 5  # per class, needed to overrule what a suspect's file says about its outputs
 MISFIT = "give --data with labelled, unmarked images, or name the classes marked with --marked MANIFEST"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairing:
-    """Outputs of a suspect with the carriers that they are compared with, and the classes' names if they are known."""
+    """A suspect's outputs, the carriers that they are compared with, and the names of the classes if known."""
 
-    outputs: tuple[int, ...]  # of the suspect, one a class
-    rows: tuple[int, ...]  # the carrier of each
-    names: tuple[str, ...] = ()  # of these classes; none where nobody names them
+    outputs: tuple[int, ...]  # of the suspect, one per class
+    rows: tuple[int, ...]  # the carrier row of each output
+    names: tuple[str, ...] = ()  # of these classes; empty if unknown
     besides: tuple[str, ...] = ()  # further classes that the suspect knows
     labels: tuple[int, ...] | None = None  # (N,) of the images: positions in `outputs`, −1 for other classes
-    assumed: bool = False  # it rests on order, or on the suspect's file alone
+    assumed: bool = False  # it relies on order, or on the suspect's file alone
 
     def compared(self, marker_names: Sequence[str]) -> ComparedClasses:
-        """All but the carriers, with the marking network's outputs for the same classes."""
-        place = {name: i for i, name in enumerate(marker_names)}
-        known = bool(self.names) and set(self.names) <= place.keys()
+        """The pairing without its carriers, plus the marking network's outputs for the same classes."""
+        position = {name: i for i, name in enumerate(marker_names)}
+        complete = bool(self.names) and set(self.names) <= position.keys()
         return ComparedClasses(
             outputs=self.outputs,
             labels=self.labels,
-            marker_outputs=tuple(place[name] for name in self.names) if known else None,
-            marker_besides=tuple(place[name] for name in self.besides if name in place) if known else (),
+            marker_outputs=tuple(position[name] for name in self.names) if complete else None,
+            marker_besides=tuple(position[name] for name in self.besides if name in position) if complete else (),
         )
 
 
 def pair(key: Key, suspect: Suspect, labels: Sequence[str], manifest: Path | None) -> Pairing:
-    """Pair a suspect's outputs with carriers; labels (N,) are the images' class names, "" or none at all.
+    """Pair a suspect's outputs with carriers; labels (N,) are the images' class names ("" for none), or empty.
 
-    With labels of classes that the key knows, the images tell which output is which class. RadiotagError if key and
-    suspect do not fit; no output at all if the suspect knows none of the images' classes.
+    If some labels are classes that the key knows, the images decide which output is which class. RadiotagError if key
+    and suspect do not fit. The pairing is empty if the suspect knows none of the images' classes.
     """
     spec = suspect.network.spec
     rows = class_rows(key, [name for name in labels if name], manifest, spec.class_names)
     if rows:
         return _pair_labelled(key, suspect, labels, manifest, rows)
     pairs = pair_unlabelled(key, spec, manifest)
-    known = spec.class_names or (tuple(key.class_names) if key.class_names else ())
-    names = tuple(known[output] for output, _ in pairs) if len(known) == spec.classes else ()
+    class_names = spec.class_names or (tuple(key.class_names) if key.class_names else ())
+    names = tuple(class_names[output] for output, _ in pairs) if len(class_names) == spec.classes else ()
     return Pairing(
         outputs=tuple(output for output, _ in pairs),
         rows=tuple(row for _, row in pairs),
         names=names,
-        besides=tuple(name for name in dict.fromkeys(known) if name not in names),
+        besides=tuple(name for name in dict.fromkeys(class_names) if name not in names),
         assumed=not output_unknown([row for _, row in pairs]),
     )
 
 
-# ---------------------------------------------------------------- what a manifest says
+# ---------------------------------------------------------------- with a manifest
 
 
 def marked_classes(key: Key, manifest: Path) -> dict[str, int]:
-    """Class → carrier row of what a manifest records as marked. RadiotagError if another key marked it."""
+    """Class → carrier row of the images that a manifest records as marked. RadiotagError for another key's manifest."""
     header = read_header(manifest)
     if header.get("fingerprint") != key.fingerprint:
         raise RadiotagError(
@@ -85,10 +85,10 @@ def marked_classes(key: Key, manifest: Path) -> dict[str, int]:
 
 
 def pair_unlabelled(key: Key, spec: Spec, manifest: Path | None) -> list[tuple[int, int]]:
-    """(suspect output, carrier row) pairs without labelled images: by name where both have names, else in order.
+    """(suspect output, carrier row) pairs without labelled images: by name if both sides have names, else in order.
 
-    Where a single class was marked, every output is paired with its carrier: which one it became is not known. With a
-    manifest only the classes marked there are used. RadiotagError if key and suspect do not fit.
+    If a single class was marked, every output is paired with its carrier, because it is not known which output the
+    class became. With a manifest, only the classes marked there are used. RadiotagError if key and suspect do not fit.
     """
     pairs = _unlabelled_pairs(key, spec, manifest)
     if not pairs or max(row for _, row in pairs) >= len(key.carriers):
@@ -99,25 +99,25 @@ def pair_unlabelled(key: Key, spec: Spec, manifest: Path | None) -> list[tuple[i
 
 
 def _unlabelled_pairs(key: Key, spec: Spec, manifest: Path | None) -> list[tuple[int, int]]:
-    theirs, ours = spec.class_names, key.class_names
+    suspect_names, key_names = spec.class_names, key.class_names
     marked = marked_classes(key, manifest) if manifest else {}
-    if marked.keys() == {""} or (len(key.carriers) == 1 and not (ours and theirs)):
+    if marked.keys() == {""} or (len(key.carriers) == 1 and not (key_names and suspect_names)):
         return [(output, 0) for output in range(spec.classes)]
     if manifest:
         return _pairs_of_manifest(spec, marked, manifest)
-    if ours and theirs:
-        return [(theirs.index(name), row) for row, name in enumerate(ours) if name in theirs]
-    if ours and len(ours) != spec.classes:
-        counts = f"the key names {len(ours)} classes, the suspect has {spec.classes} outputs without names"
+    if key_names and suspect_names:
+        return [(suspect_names.index(name), row) for row, name in enumerate(key_names) if name in suspect_names]
+    if key_names and len(key_names) != spec.classes:
+        counts = f"the key names {len(key_names)} classes, the suspect has {spec.classes} outputs without names"
         raise RadiotagError(counts, MISFIT)
     return [(i, i) for i in range(min(spec.classes, len(key.carriers) + 1))]
 
 
 def _pairs_of_manifest(spec: Spec, marked: dict[str, int], manifest: Path) -> list[tuple[int, int]]:
-    """The marked classes: outputs by the suspect's names, else in the sorted order of all classes recorded."""
+    """Pairs of the marked classes: outputs by the suspect's names, else in sorted order of all recorded classes."""
     rows = {row["class"]: int(row["row"]) for row in recorded_rows(manifest)}
-    numbered = all(name == str(row) for name, row in rows.items())  # a shard's classes, of which some may be absent
-    if numbered and not spec.class_names:
+    named_by_row = all(name == str(row) for name, row in rows.items())  # as in shards; some classes may be absent
+    if named_by_row and not spec.class_names:
         outputs = rows
     else:
         outputs = {name: i for i, name in enumerate(spec.class_names or sorted(rows))}
@@ -132,23 +132,23 @@ def _pairs_of_manifest(spec: Spec, marked: dict[str, int], manifest: Path) -> li
 def class_rows(
     key: Key, labels: Sequence[str], manifest: Path | None, suspect_names: Sequence[str] | None = None
 ) -> dict[str, int]:
-    """Carrier row of each class of labelled images: the manifest's, the key's by name, or as `mark` numbers them.
+    """Class → carrier row for labelled images: from the manifest, from the key's names, or as `mark` numbers classes.
 
-    A key without names numbers a folder's classes in sorted order; the suspect's names tell of classes that the images
-    lack. Empty for images of no known class.
+    A key without names numbers a folder's classes in sorted order. The suspect's names may add classes that the images
+    lack. The result is empty if the images have no class that the key knows.
     """
     if manifest:
-        known = marked_classes(key, manifest)
+        all_rows = marked_classes(key, manifest)
     elif key.class_names is not None:
-        known = {name: row for row, name in enumerate(key.class_names)}
+        all_rows = {name: row for row, name in enumerate(key.class_names)}
     else:
-        known = _rows_in_order(key, set(labels), suspect_names)
-    return {name: known[name] for name in sorted(set(labels)) if name in known}
+        all_rows = _rows_in_order(key, set(labels), suspect_names)
+    return {name: all_rows[name] for name in sorted(set(labels)) if name in all_rows}
 
 
 def _rows_in_order(key: Key, labels: set[str], suspect_names: Sequence[str] | None) -> dict[str, int]:
-    whole = suspect_names is not None and labels <= set(suspect_names) and len(suspect_names) <= len(key.carriers)
-    order = sorted(suspect_names if suspect_names and whole else labels)
+    complete = suspect_names is not None and labels <= set(suspect_names) and len(suspect_names) <= len(key.carriers)
+    order = sorted(suspect_names if suspect_names and complete else labels)
     if len(order) > len(key.carriers):
         raise RadiotagError(
             f"the key does not fit: {len(key.carriers)} carriers, images of {len(order)} classes",
@@ -160,35 +160,35 @@ def _rows_in_order(key: Key, labels: set[str], suspect_names: Sequence[str] | No
 def _pair_labelled(
     key: Key, suspect: Suspect, labels: Sequence[str], manifest: Path | None, rows: dict[str, int]
 ) -> Pairing:
-    """Outputs and carriers of the labelled images' classes that the suspect knows."""
-    spec, shown = suspect.network.spec, tuple(sorted({*labels} - {""}))
+    """Pair the outputs and carriers of those classes of the labelled images that the suspect knows."""
+    spec, image_classes = suspect.network.spec, tuple(sorted({*labels} - {""}))
     outputs = dict(zip(rows, _outputs(key, suspect, labels, rows), strict=True))
     outputs = {name: output for name, output in outputs.items() if output >= 0}
     names = tuple(outputs)
-    known = shown if 1 < len(shown) <= spec.classes else spec.class_names or ()
-    place = {name: i for i, name in enumerate(names)}
-    numbered = key.class_names is None and manifest is None and set(spec.class_names or ()) != set(labels)
-    paired = [rows[name] for name in names]
+    known_names = image_classes if 1 < len(image_classes) <= spec.classes else spec.class_names or ()
+    position = {name: i for i, name in enumerate(names)}
+    by_order = key.class_names is None and manifest is None and set(spec.class_names or ()) != set(labels)
+    carrier_rows = [rows[name] for name in names]
     return Pairing(
         outputs=tuple(outputs.values()),
-        rows=tuple(paired),
+        rows=tuple(carrier_rows),
         names=names,
-        besides=tuple(name for name in dict.fromkeys(known) if name not in {*names, *rows}),
-        labels=tuple(place.get(name, -1) for name in labels),
-        assumed=numbered and len(key.carriers) > 1 and not output_unknown(paired),
+        besides=tuple(name for name in dict.fromkeys(known_names) if name not in {*names, *rows}),
+        labels=tuple(position.get(name, -1) for name in labels),
+        assumed=by_order and len(key.carriers) > 1 and not output_unknown(carrier_rows),
     )
 
 
 def _outputs(key: Key, suspect: Suspect, labels: Sequence[str], rows: dict[str, int]) -> list[int]:
-    """The output of each class in `rows`; −1 where the suspect does not know it."""
-    told = _named_outputs(key, suspect.network.spec, list(rows))
-    if told is not None and min(map(list(labels).count, rows)) < ENOUGH_IMAGES:
-        return told
-    return match_outputs(mean_probabilities(suspect.log_probabilities, labels, list(rows)), told)
+    """The output of each class in `rows`; −1 if the suspect does not know the class."""
+    named = _named_outputs(key, suspect.network.spec, list(rows))
+    if named is not None and min(map(list(labels).count, rows)) < ENOUGH_IMAGES:
+        return named
+    return match_outputs(mean_probabilities(suspect.log_probabilities, labels, list(rows)), named)
 
 
 def _named_outputs(key: Key, spec: Spec, names: Sequence[str]) -> list[int] | None:
-    """The outputs of some classes by the names in the suspect's file, else in the usual sorted order; or None."""
+    """The outputs of some classes, by the names in the suspect's file or the key, or in sorted order; else None."""
     numbers = [str(number) for number in range(spec.classes)]  # which do not sort as their names do
     counted = key.class_names is not None and key.class_names[: spec.classes] == numbers
     for order in (spec.class_names, key.class_names, numbers if counted else names):
@@ -198,17 +198,17 @@ def _named_outputs(key: Key, spec: Spec, names: Sequence[str]) -> list[int] | No
 
 
 def mean_probabilities(log_probabilities: Tensor, labels: Sequence[str], names: Sequence[str]) -> Tensor:
-    """(L, C') mean probabilities of the images of each name, of log-probabilities (N, C')."""
+    """(L, C') mean probabilities over the images of each of L names, from log-probabilities (N, C')."""
     probabilities = log_probabilities.exp()
     return torch.stack([probabilities[[label == name for label in labels]].mean(0) for name in names])
 
 
 def match_outputs(means: Tensor, named: Sequence[int] | None = None) -> list[int]:
-    """Which output is which class: (L, C') mean probabilities of each class's images → one a class, no two the same.
+    """(L, C') mean probabilities of each class's images → one output per class, no two the same.
 
-    Hungarian assignment, of the largest sum. `named` is what the suspect's file says: it is believed of each class
-    unless the images contradict it, by twice as much. A class that gets no more than chance, and is not named, has
-    none: −1.
+    The Hungarian assignment maximises the sum. `named` are the outputs by the suspect's file: each one is believed
+    unless the images give another output more than twice its probability. A class has no output (−1) if its probability
+    is not above chance and it is not named.
     """
     classes, columns = optimize.linear_sum_assignment(-means.numpy())
     best = [-1] * len(means)
@@ -218,6 +218,6 @@ def match_outputs(means: Tensor, named: Sequence[int] | None = None) -> list[int
     for row, output in enumerate(named or ()):
         if best[row] < 0 or float(means[row, output]) >= 0.5 * float(means[row, best[row]]):
             outputs[row] = output
-    while twice := {output for output in outputs if output >= 0 and outputs.count(output) > 1}:
-        outputs = [best[row] if output in twice else output for row, output in enumerate(outputs)]
+    while repeated := {output for output in outputs if output >= 0 and outputs.count(output) > 1}:
+        outputs = [best[row] if output in repeated else output for row, output in enumerate(outputs)]
     return outputs

@@ -1,7 +1,7 @@
-"""What a marking run will do: every input and what becomes of it, made and checked before anything is written.
+"""The plan of a marking run: every input with its output, made and checked before anything is written.
 
-Here are the refusals, too: of secrets among the files, of names that fall together, and of an output that earlier runs
-left and that this one cannot go on with.
+The plan refuses secrets among the files, names that would become equal, and an output of earlier runs that this run
+cannot continue.
 """
 
 from collections import Counter
@@ -22,24 +22,24 @@ from radiotag.manifest import MANIFEST_FORMAT, Row
 from radiotag.radioactive import Marking
 from radiotag.stores import Store, open_store
 
-ALIKE_PSNR = 15.0  # dB of a marked image and its source, at least; of two images that differ, some 10
+ALIKE_PSNR = 15.0  # dB; a marked image and its source have more, two different images have about 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarkOptions:
     """How a data set is marked."""
 
-    # The manifest records these: a run that goes on must have the same.
+    # The manifest records these settings; a run that continues an earlier one must have the same.
     fraction: float = 1.0  # of each class
     epsilon: float = 10.0  # largest change of a pixel, in units of 1/255
-    min_psnr: float | None = None  # dB that each mark keeps; None: by the image's size
-    steps: int = 20  # gradient steps an image
+    min_psnr: float | None = None  # dB, minimum of each marked image; None: by the image's size
+    steps: int = 20  # gradient steps per image
     format: str = "keep"  # or "png"
     seed: int = 0  # of the random crops
-    # None of these changes a byte.
+    # The following settings change no byte of the output.
     device: str = "cpu"
     batch_size: int = 64  # images optimised together
-    force: bool = False  # over whatever the output holds
+    force: bool = False  # overwrite an existing output
     strict: bool = False  # stop at the first image that cannot be marked
 
     @property
@@ -50,7 +50,7 @@ class MarkOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Every input and what becomes of it."""
+    """Every input of a marking run and its output."""
 
     store: Store
     key: Key = field(repr=False)  # secret
@@ -76,18 +76,18 @@ class Plan:
 
     @property
     def other_files(self) -> list[PurePosixPath]:
-        """What is copied so that the tree is complete."""
+        """Files that are copied so that the tree is complete."""
         return self.store.listing.other_files
 
     @property
     def header(self) -> Row:
         """The manifest's first line."""
-        recorded = ("fraction", "format", "seed", "epsilon", "min_psnr", "steps")
-        settings = {name: getattr(self.options, name) for name in recorded}
+        names = ("fraction", "format", "seed", "epsilon", "min_psnr", "steps")
+        settings = {name: getattr(self.options, name) for name in names}
         return {"radiotag": MANIFEST_FORMAT, "fingerprint": self.key.fingerprint, **settings}
 
     def marks(self, item: Item) -> bool:
-        """Whether an image is to be marked; it is copied else."""
+        """Whether an image is to be marked; otherwise it is copied."""
         return item.path.as_posix() in self.chosen
 
     def target(self, item: Item) -> str:
@@ -95,12 +95,12 @@ class Plan:
         return str(extension(item.path, self.options.format if self.marks(item) else "keep"))
 
     def targets(self) -> set[str]:
-        """Relative paths of all that the output is to hold."""
+        """Relative paths of all files that the output will hold."""
         return {self.target(item) for item in self.items} | {path.as_posix() for path in self.other_files}
 
 
 def make_plan(source: Path, output: Path, key: Key, options: MarkOptions) -> Plan:
-    """Pair every input with its output and choose what is marked. Raises RadiotagError before anything is touched."""
+    """Pair every input with its output and choose the images to mark. RadiotagError before anything is written."""
     store = open_store(source, output)
     items, names, other_files = store.listing
     store.check_options(options.format)
@@ -113,16 +113,16 @@ def make_plan(source: Path, output: Path, key: Key, options: MarkOptions) -> Pla
     chosen = choose_images(key, paths, labels, options.fraction)
     _check_collisions(items, chosen, options.format)
     if key.class_names:
-        names = sorted({item.label for item in items})  # not the numbers between them, which no image has
-    named = output if output.name else output.absolute()
+        names = sorted({item.label for item in items})  # without the numbers of classes that have no image
+    named_output = output if output.name else output.absolute()
     return Plan(
         store=store, key=key, options=options, rows=carrier_rows(key, names), chosen=chosen,
-        manifest=named.with_name(named.name + ".manifest.jsonl"),
+        manifest=named_output.with_name(named_output.name + ".manifest.jsonl"),
     )  # fmt: skip
 
 
 def choose_images(key: Key, paths: Sequence[str], labels: Sequence[str], fraction: float) -> frozenset[str]:
-    """The paths that are to be marked, a fraction of each class."""
+    """The paths to mark: a fraction of each class."""
     by_class: dict[str, list[str]] = {}
     for path, label in zip(paths, labels, strict=True):
         by_class.setdefault(label, []).append(path)
@@ -130,14 +130,14 @@ def choose_images(key: Key, paths: Sequence[str], labels: Sequence[str], fractio
 
 
 def _is_secret(path: Path) -> bool:
-    """Whether a file, of any name, is a key, an index of black-box questions or a manifest: not to be released."""
+    """Whether a file, by content, is a key, a file of black-box queries or a manifest, which must not be released."""
     try:
         with path.open("rb") as file:
-            first = file.read(4096)
-        if first.startswith(b"{"):
-            line = first.split(b"\n", 1)[0]
+            start = file.read(4096)
+        if start.startswith(b"{"):
+            line = start.split(b"\n", 1)[0]
             return b'"radiotag"' in line and b'"fingerprint"' in line
-        if first[8:9] != b"{":
+        if start[8:9] != b"{":
             return False
         with safe_open(path, framework="pt") as tensors:
             metadata = (tensors.metadata() or {}).get("radiotag", "")
@@ -147,60 +147,60 @@ def _is_secret(path: Path) -> bool:
 
 
 def carrier_rows(key: Key, names: Sequence[str]) -> dict[str, int]:
-    """Which carrier marks which class: by name where the key names its classes, else in sorted order."""
-    known = key.class_names
-    if known is None or (len(known) == 1 and list(names) == [""]):
+    """Class → carrier row: by name if the key has names, else in order. RadiotagError for a class without carrier."""
+    key_names = key.class_names
+    if key_names is None or (len(key_names) == 1 and list(names) == [""]):
         if len(names) > len(key.carriers):
             hint = f"make a larger key: radiotag keygen --classes {len(names)}"
             raise RadiotagError(f"the key has {len(key.carriers)} carriers, the folder {len(names)} classes", hint)
         return {name: row for row, name in enumerate(names)}
-    missing = sorted(set(names) - set(known))
+    missing = sorted(set(names) - set(key_names))
     if missing == [""]:
         hint = "put the images into a sub-folder of the class's name, or use a key of one class: keygen --classes 1"
         raise RadiotagError("the key names its classes, and the folder has none", hint)
     if missing:
         hint = "use a key of this folder's classes: radiotag keygen --data SRC -o ANOTHER"
         raise RadiotagError(f"the key does not know the class '{missing[0]}'", hint)
-    return {name: known.index(name) for name in names}
+    return {name: key_names.index(name) for name in names}
 
 
 def _check_collisions(items: Sequence[Item], chosen: AbstractSet[str], format: str) -> None:
     if format == "keep":
         return
     targets = Counter(str(extension(i.path, format) if i.path.as_posix() in chosen else i.path) for i in items)
-    twice = next((name for name, count in targets.items() if count > 1), None)
-    if twice:
-        raise RadiotagError(f"two images would both become {twice}", "rename one, or use --format keep")
+    repeated = next((name for name, count in targets.items() if count > 1), None)
+    if repeated:
+        raise RadiotagError(f"two images would both become {repeated}", "rename one, or use --format keep")
 
 
-# ---------------------------------------------------------------- what a user is told of a plan
+# ---------------------------------------------------------------- warnings about a plan
 
 
 def unexpected_files(plan: Plan) -> list[str]:
-    """Files in the output that are not the source's, by relative path: left by earlier runs, or put there by a user."""
-    there = set(plan.store.output_files())
-    return sorted(there - with_earlier(plan).targets()) if there else []
+    """Relative paths of files in the output that do not belong there: left by earlier runs, or added by a user."""
+    output_files = set(plan.store.output_files())
+    return sorted(output_files - with_earlier(plan).targets()) if output_files else []
 
 
 def uncounted_classes(plan: Plan) -> list[str]:
-    """First-level folders of images none of which is marked: a loader of class folders counts them as classes, too."""
+    """First-level folders whose images are only copied: loaders of class folders count them as classes, too."""
     images = (path for path in plan.other_files if path.suffix.lower() in SUFFIXES | OTHER_SUFFIXES)
     folders = {path.parts[0] for path in images if len(path.parts) > 1}
     return sorted(folders - set(plan.rows)) if "" not in plan.rows else []
 
 
-# ---------------------------------------------------------------- what an earlier run left
+# ---------------------------------------------------------------- the output of earlier runs
 
 
 def check(plan: Plan) -> None:
-    """RadiotagError for an output that this plan cannot begin or go on with; nothing is written."""
+    """RadiotagError for an output that this plan can neither begin nor continue; nothing is written."""
     check_begun(plan)
     if plan.manifest.exists() and not plan.options.force:
         check_rows(plan)
 
 
 def check_begun(plan: Plan) -> None:
-    """As `check`, but for the rows, which a run looks at when it has merged other processes' journals."""
+    """Like `check` without the rows: a run checks those after it has merged other processes' journals."""
     _check_links(plan)
     if plan.output.is_file() and plan.source.is_dir():
         raise RadiotagError(f"{plan.output} is a file", "choose another -o")
@@ -213,15 +213,18 @@ def check_begun(plan: Plan) -> None:
 
 
 def check_rows(plan: Plan) -> None:
-    """Refuse an output that holds files of an earlier, different run."""
+    """RadiotagError for an output that holds files of an earlier, different run."""
     _check_images(plan)
-    whole = with_earlier(plan)
-    _check_stale(whole)
-    _check_strangers(whole)
+    extended = with_earlier(plan)
+    _check_stale(extended)
+    _check_strangers(extended)
 
 
 def with_earlier(plan: Plan) -> Plan:
-    """The plan, with what earlier runs marked, or meant to, chosen: as images come and go, a share falls on others."""
+    """The plan that also marks the images that earlier runs marked or chose.
+
+    When images are added or removed, a fraction of a class covers other images; those marked before must stay marked.
+    """
     if len(plan.chosen) == len(plan.items):
         return plan
     marked = {row["path"]: row.get("status") == "marked" or "chosen" in row for row in _recorded(plan)}
@@ -231,22 +234,22 @@ def with_earlier(plan: Plan) -> Plan:
 
 
 def stale_files(plan: Plan) -> Iterator[tuple[Path, str]]:
-    """Files that earlier runs wrote and this one will not, with their hashes ("": not known)."""
+    """Files that earlier runs wrote and this run will not write, with their SHA-256 ("" if unknown)."""
     return plan.store.stale(_recorded(plan), plan.targets())
 
 
 def _recorded(plan: Plan) -> Iterator[Row]:
-    """The rows of the manifest, of which the last of each path counts."""
+    """The rows of the manifest in order; the last row of each path counts."""
     return (row for place, row in manifest.read_lines(plan.manifest) if place)
 
 
 def _check_links(plan: Plan) -> None:
-    """Refuse to write through links in the output: what lies behind one may be the source."""
+    """Refuse to write through symbolic links in the output: a link may lead to the source."""
     parents = {path.parent for path in (*(item.path for item in plan.items), *plan.other_files)}
-    for folder in sorted({place for parent in parents for place in (parent, *parent.parents) if place.name}):
-        place = plan.store.output_file(folder)
-        if place and place.is_symlink():
-            message = f"{place} is a link, and what lies behind it would be overwritten"
+    for target in sorted({folder for parent in parents for folder in (parent, *parent.parents) if folder.name}):
+        folder = plan.store.output_file(target)
+        if folder and folder.is_symlink():
+            message = f"{folder} is a link, and what lies behind it would be overwritten"
             raise RadiotagError(message, "remove the link, or choose another -o")
 
 
@@ -260,21 +263,21 @@ def _check_settings(plan: Plan, recorded: Row) -> None:
 
 
 def _check_images(plan: Plan) -> None:
-    """Refuse to put other images, or other carriers' marks, in the place of an earlier run's.
+    """Refuse to replace an earlier run's images by other images, or by marks of other carriers.
 
-    One image that is still the same shows that all belong.
+    A single unchanged image is enough to show that the source is the same data set.
     """
-    items, same, other = {item.path.as_posix(): item for item in plan.items}, False, False
+    items, any_same, any_other = {item.path.as_posix(): item for item in plan.items}, False, False
     for row in _recorded(plan):
         if not row.keys() >= {"sha256_in", "class", "row"}:
             continue
         _check_carrier(plan, row)
-        if not same:
+        if not any_same:
             item = items.get(row["path"])
             digest = item and plan.store.hash(item.path)
-            same = digest == row["sha256_in"]
-            other = other or item is None or digest is not None
-    if other and not same:
+            any_same = digest == row["sha256_in"]
+            any_other = any_other or item is None or digest is not None
+    if any_other and not any_same:
         raise RadiotagError(
             f"{plan.output} was made of other images than are in {plan.source}",
             "choose another -o, or start over with --force",
@@ -299,7 +302,7 @@ def _check_stale(plan: Plan) -> None:
 
 
 def _check_strangers(plan: Plan) -> None:
-    """Refuse to overwrite files that no run recorded, but for what a killed one left: it looks like its source."""
+    """Refuse to overwrite files that no run recorded, unless they look like their source, which a killed run leaves."""
     recorded = manifest.places(plan.manifest)
     for item in plan.items if recorded else ():
         target = plan.store.output_file(plan.target(item))
@@ -311,7 +314,7 @@ def _check_strangers(plan: Plan) -> None:
 
 
 def _alike(source: Path, target: Path) -> bool:
-    """Whether a file is its source's copy, or may be it marked."""
+    """Whether a file is a copy of its source, or may be its marked version."""
     if hash_or_none(source) == hash_or_none(target):
         return True
     try:

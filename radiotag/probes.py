@@ -1,4 +1,4 @@
-"""The unmarked images that suspects are asked with: synthetic ones, a folder's, or those that a caller holds."""
+"""The unmarked images that suspects are shown: synthetic ones, a folder's, or arrays in memory."""
 
 import hashlib
 import math
@@ -18,42 +18,45 @@ from radiotag.networks import SMALL_IMAGE, Network, resized
 from radiotag.suspect import FEW_IMAGES, MANY_IMAGES, Reference
 from radiotag.synthetic import dead_leaves, inverted
 
-ALIGNMENT_IMAGES = 2000  # at most, to align two feature spaces; of many classes more, up to MANY_IMAGES
-SYNTHETIC_SEED = 20200702  # fixed: images chosen after seeing a suspect would be one more thing to choose
-LARGE_INPUT = 448  # pixels; of larger ones fewer images are taken
-Tell = Callable[[str, int, int], None]  # (what is done, how many, of how many)
+ALIGNMENT_IMAGES = 2000  # upper limit for the alignment of two feature spaces; with many classes, up to MANY_IMAGES
+SYNTHETIC_SEED = 20200702  # fixed, so that the images cannot be chosen after seeing a suspect
+LARGE_INPUT = 448  # pixels; beyond this size fewer images are used
+Tell = Callable[[str, int, int], None]  # (activity, number done, total)
 
 
 def at_most(images: int, size: int) -> int:
-    """So many images, or fewer of a size at which they would not fit in memory."""
+    """A number of images, reduced if their size (pixels) is above LARGE_INPUT, so that they fit in memory."""
     return min(images, round(images * (LARGE_INPUT / size) ** 2))
 
 
 def synthetic_images(size: int) -> Tensor:
-    """(N, 3, size, size) float in [0, 1], the same for every suspect: dead leaves, and inverted images if small."""
+    """(N, 3, size, size) float in [0, 1], the same for every suspect: dead leaves, with inverted images if small."""
     if size > SMALL_IMAGE:
         return dead_leaves(at_most(ALIGNMENT_IMAGES // 2, size), size, seed=SYNTHETIC_SEED).float().div_(255)
-    others = resized(inverted()[: ALIGNMENT_IMAGES // 5].float() / 255, size).clamp(0, 1)
-    leaves = dead_leaves(ALIGNMENT_IMAGES - len(others), size, seed=SYNTHETIC_SEED).float() / 255
-    return torch.cat([leaves, others])
+    from_network = resized(inverted()[: ALIGNMENT_IMAGES // 5].float() / 255, size).clamp(0, 1)
+    leaves = dead_leaves(ALIGNMENT_IMAGES - len(from_network), size, seed=SYNTHETIC_SEED).float() / 255
+    return torch.cat([leaves, from_network])
 
 
 # ---------------------------------------------------------------- real images
 
 
 class UnmarkedImages(Protocol):
-    """Real images that a suspect is asked with; they must be unmarked."""
+    """Real images that a suspect is shown; they must be unmarked."""
 
     name: str  # for messages
     labels: Sequence[str]  # class names, "" for none
-    paths: Sequence[str]  # as a manifest names them
+    paths: Sequence[str]  # as in a manifest
 
     def read(self, i: int) -> Tensor:
         """Image i, (3, H, W) float in [0, 255]."""
 
 
 class FolderImages:
-    """A folder's images. RadiotagError for one that is marked, by a manifest given, beside the folder, or above it."""
+    """A folder's images. RadiotagError for reading a marked one.
+
+    Marked images are known from the given manifest, and from manifests beside the folder or beside its parents.
+    """
 
     def __init__(self, folder: Path, manifest: Path | None = None) -> None:
         items, _, _ = list_folder(folder)
@@ -61,9 +64,9 @@ class FolderImages:
         self.labels: Sequence[str] = [item.label for item in items]
         self.paths: Sequence[str] = [item.path.as_posix() for item in items]
         self._marked = marked_hashes(marked_rows(manifest))
-        for place in (folder, *folder.resolve().parents, folder.resolve()):
-            beside = place.with_name(f"{place.name}.manifest.jsonl") if place.name else place
-            self._marked |= marked_hashes(marked_rows(beside if beside.is_file() else None))
+        for parent in (folder, *folder.resolve().parents, folder.resolve()):
+            manifest_path = parent.with_name(f"{parent.name}.manifest.jsonl") if parent.name else parent
+            self._marked |= marked_hashes(marked_rows(manifest_path if manifest_path.is_file() else None))
 
     def read(self, i: int) -> Tensor:
         """Image i, (3, H, W) float in [0, 255]."""
@@ -78,7 +81,7 @@ class FolderImages:
 
 
 class ArrayImages:
-    """Images that a caller holds in memory: (N, 3, H, W) uint8, with the classes' names."""
+    """Images in memory: (N, 3, H, W) uint8, and their class names."""
 
     def __init__(self, images: Tensor, labels: Sequence[str]) -> None:
         self.name, self._images = "the images given", images
@@ -91,31 +94,31 @@ class ArrayImages:
 
 
 def real_images(data: UnmarkedImages, size: int, tell: Tell) -> tuple[Tensor, list[str]]:
-    """(N, 3, size, size) in [0, 1] and class names of at most ALIGNMENT_IMAGES images, evenly taken.
+    """(N, 3, size, size) in [0, 1] and class names of at most ALIGNMENT_IMAGES images at even intervals.
 
-    Of many classes more are taken, FEW_IMAGES of each, where they are small.
+    If the images are small and have many classes, the limit is FEW_IMAGES per class, up to MANY_IMAGES.
     """
-    each = FEW_IMAGES if size <= SMALL_IMAGE else 0
-    most = max(at_most(ALIGNMENT_IMAGES, size), min(MANY_IMAGES, each * len(set(data.labels))))
-    chosen = range(0, len(data.labels), max(1, math.ceil(len(data.labels) / most)))
+    per_class = FEW_IMAGES if size <= SMALL_IMAGE else 0
+    limit = max(at_most(ALIGNMENT_IMAGES, size), min(MANY_IMAGES, per_class * len(set(data.labels))))
+    chosen = range(0, len(data.labels), max(1, math.ceil(len(data.labels) / limit)))
     images = []
     for done, i in enumerate(chosen, 1):
-        images.append(resized(data.read(i)[None] / 255, size))  # at once: all photographs would not fit in memory
+        images.append(resized(data.read(i)[None] / 255, size))  # one by one: not all full-size images fit in memory
         tell("reading images", done, len(chosen))
     return torch.cat(images).clamp_(0, 1), [data.labels[i] for i in chosen]
 
 
 class References:
-    """The reference of each input size. Only the last one is kept: the suspects of a run mostly share their size."""
+    """The reference for each input size. Only the last is cached: most suspects of a run have the same size."""
 
     def __init__(self, marker: Network, data: UnmarkedImages | None) -> None:
         self.marker, self.data = marker, data
         self._last: Reference | None = None
 
     def at(self, size: int, tell: Tell) -> Reference:
-        """The marking network with images of (size, size) pixels."""
+        """The reference with images of (size, size) pixels."""
         if self._last is None or self._last.pixels.shape[3] != size:
-            self._last = None  # frees its images first
+            self._last = None  # frees its images before new ones are made
             if self.data is None:
                 tell("drawing images", 0, 1)
                 self._last = Reference(self.marker, synthetic_images(size))

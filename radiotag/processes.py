@@ -1,4 +1,4 @@
-"""The processes of one run, as PyTorch's launcher starts them."""
+"""The processes of one marking run, started by PyTorch's launcher."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def launched() -> tuple[int, int]:
-    """(rank, size) of this process among those that PyTorch's launcher, or a cluster, started; (0, 1) without it."""
+    """(rank, size) of this process as set by PyTorch's launcher or a cluster; (0, 1) without them."""
     if "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE")):
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
@@ -17,13 +17,13 @@ def launched() -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The processes that mark together, as PyTorch's launcher started them; alone without it."""
+    """The processes that mark one data set together; a single process without a launcher."""
 
     rank: int = 0
     size: int = 1
 
     def gather(self, value: Any) -> list[Any]:
-        """Wait for all, and learn what each has to say."""
+        """Wait for all processes and return the value of each, in the order of ranks."""
         if self.size == 1:
             return [value]
         from torch import distributed
@@ -32,21 +32,21 @@ class Team:
         try:
             distributed.all_gather_object(values, value)
         except RuntimeError as error:
-            raise SystemExit(1) from error  # another process is gone, and says why
+            raise SystemExit(1) from error  # another process has stopped and reports the reason
         return values
 
 
 @contextmanager
 def team() -> Iterator[Team]:
-    """Join the processes that `torchrun` started, by its environment variables, until all is done."""
+    """Join the processes that `torchrun` started, using its environment variables."""
     rank, size = launched()
     if size == 1:
         yield Team()
         return
     from torch import distributed
 
-    distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may have hours more to do
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))  # a process may need hours more than others
     try:
         yield Team(rank, size)
     finally:
-        distributed.destroy_process_group()  # its threads, left to the interpreter's end, may abort the process
+        distributed.destroy_process_group()  # its threads may abort the process if they run until the interpreter exits

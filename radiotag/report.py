@@ -1,7 +1,7 @@
 """The verification report: one HTML page for a lawyer, an editor or an opposing expert.
 
-The page is one file: it loads nothing, runs nothing and needs no colour. Its first sentence says how often chance alone
-would look the same; the rest says what was tested, how, and on what conditions that holds.
+The page is one file: it loads nothing, runs nothing and needs no colour. It begins with how often chance alone would
+look the same; the rest says what was tested, how, and under which conditions the result holds.
 """
 
 import math
@@ -28,11 +28,11 @@ from radiotag.markup import Bar, chart, document, element, facts, group, numbers
 from radiotag.radioactive import NULL
 from radiotag.verification import VOIDS, ClassResult, Finding
 
-ALARM = 0.001  # a calibration's p-value below this says that the suspects' p-values cannot be trusted
-SHOWN = 20  # classes shown at either end, where there are more than twice as many
+ALARM = 0.001  # if a calibration's p-value is below this, the suspects' p-values cannot be trusted
+SHOWN = 20  # strongest and weakest classes to show if there are more than twice as many
 BLACK_BOX = (
-    "place of the true key among its decoys in how much surer the suspect is of images with the key's pattern added "
-    "than taken away, class by class; exact resampling"
+    "rank of the true key among its decoys, by how much surer the suspect is of images with the key's pattern added "
+    "than subtracted, class by class; exact resampling"
 )
 BLACK_BOX_VOIDS = (
     VOIDS[0],
@@ -57,12 +57,12 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """What a report tells of."""
+    """The content of a report."""
 
     findings: Sequence[Finding]  # of one run, all white-box or all black-box
     key: Key
     alpha: float
-    command: Sequence[str]  # what repeats the test: the program and its arguments
+    command: Sequence[str]  # repeats the test: the program and its arguments
     created: datetime
 
     @property
@@ -72,7 +72,7 @@ class Page:
 
 
 def check(path: Path) -> None:
-    """Raise RadiotagError, before minutes are spent, for a name that is no HTML file's or a folder that is missing."""
+    """RadiotagError for a name without .html or a missing folder, before minutes are spent on the test."""
     if path.suffix.lower() != ".html":
         raise RadiotagError(f"a report is an HTML page: {path} is not", f"name it {path.stem or 'report'}.html")
     if not path.parent.is_dir():
@@ -80,7 +80,7 @@ def check(path: Path) -> None:
 
 
 def write(path: Path, page: Page) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page atomically. RadiotagError if it cannot be written."""
     write_atomically(path, html(page).encode())
 
 
@@ -95,7 +95,7 @@ def html(page: Page) -> str:
 
 
 def probability(log10_p: float) -> str:
-    """Write a p-value as people do, however small: 10^-1234 has no float."""
+    """Write a p-value for readers, however small: 10^-1234 has no float."""
     if log10_p > -3:
         return f"{10**log10_p:.3f}"
     exponent = math.floor(log10_p)
@@ -104,12 +104,12 @@ def probability(log10_p: float) -> str:
 
 
 def frequency(log10_p: float) -> str:
-    """Say how often chance comes so far, in two digits and never as rarer than it is.
+    """Say how often chance reaches a p-value, with two digits, rounded so that it is never called rarer than it is.
 
     >>> frequency(-5.42), frequency(-26.3)
     ('once in 260,000 times', 'once in 10^26 times')
     """
-    exponent = math.floor(-log10_p + 1e-9)  # logarithms are rounded: 26 may come as 25.999999999999996
+    exponent = math.floor(-log10_p + 1e-9)  # logarithms are rounded: 26 may be 25.999999999999996
     if exponent >= 9:
         return f"once in 10^{exponent} times"
     step = 10 ** max(0, exponent - 1)
@@ -119,7 +119,7 @@ def frequency(log10_p: float) -> str:
 
 def sentence(log10_p: float) -> str:
     """Say in one plain sentence what a corrected p-value means."""
-    times = 10 ** min(-log10_p, 300.0)  # a larger exponent has no float, and serves nothing here
+    times = 10 ** min(-log10_p, 300.0)  # a larger exponent has no float and is not needed here
     if times < 1.5:
         return "Most models without the marked data come this far."
     if times < 10:
@@ -132,16 +132,16 @@ def _plain(p: float) -> str:
 
 
 def share(alpha: float) -> str:
-    """Write a threshold as people do: 0.0001."""
+    """Write a threshold for readers: 0.0001."""
     return f"{alpha:.10f}".rstrip("0") if alpha >= 1e-6 else probability(math.log10(alpha))
 
 
 def raised(text: str) -> str:
-    """Write powers as a page can: 10^-4 with a raised −4, which stays whole when it is copied."""
-    return re.sub(r"\^(-?\d+)", lambda found: found[1].translate(SUPERSCRIPTS), text)
+    """Write powers such as 10^-4 with a raised −4, in characters that stay correct when they are copied."""
+    return re.sub(r"\^(-?\d+)", lambda match: match[1].translate(SUPERSCRIPTS), text)
 
 
-# ---------------------------------------------------------------- what was found
+# ---------------------------------------------------------------- results
 
 
 def _title(page: Page) -> str:
@@ -167,7 +167,7 @@ def _date(page: Page) -> str:
 
 
 def _verdicts(page: Page) -> list[ET.Element]:
-    after = [
+    notes = [
         paragraph(
             raised(
                 f"A mark counts as detected where the corrected p-value is at most {share(page.alpha)} "
@@ -176,15 +176,15 @@ def _verdicts(page: Page) -> list[ET.Element]:
         )
     ]
     if len(page.findings) > 1:
-        after.append(paragraph(_holm(page)))
+        notes.append(paragraph(_holm(page)))
     if not all(finding.detected for finding in page.findings):
-        after.append(
+        notes.append(
             paragraph(
                 "No evidence does not mean that the marked data were not used: too few of them, or a training that "
                 "kept too little of them, leave no trace that this test can see.",
             )
         )
-    return [element("h2", "Verdict"), *(_verdict(finding, page) for finding in page.findings), *after]
+    return [element("h2", "Verdict"), *(_verdict(finding, page) for finding in page.findings), *notes]
 
 
 def _holm(page: Page) -> str:
@@ -207,19 +207,19 @@ def _verdict(finding: Finding, page: Page) -> ET.Element:
         parts.append(paragraph(element("strong", "The calibration below raises an alarm: do not trust this.")))
     if finding.warnings:
         count = len(finding.warnings)
-        said = f"{count} warning{'s' * (count > 1)} below, under “What was tested”."
-        parts.append(paragraph(said, class_="small"))
+        pointer = f"{count} warning{'s' * (count > 1)} below, under “What was tested”."
+        parts.append(paragraph(pointer, class_="small"))
     return element("article", *parts, class_="detected" if finding.detected else "undetected")
 
 
 def _tested(page: Page) -> list[ET.Element]:
-    how, of_method = WHITE_BOX_HOW, _white_box_facts
+    how, method_facts = WHITE_BOX_HOW, _white_box_facts
     if page.black_box:
-        how, of_method = BLACK_BOX_HOW, _black_box_facts
+        how, method_facts = BLACK_BOX_HOW, _black_box_facts
     tables = []
     for finding in page.findings:
         warnings = _list(finding.warnings) if finding.warnings else "none"
-        tables.append(facts([*_common_facts(finding, page), *of_method(finding, page), ("Warnings", warnings)]))
+        tables.append(facts([*_common_facts(finding, page), *method_facts(finding, page), ("Warnings", warnings)]))
     return [element("h2", "What was tested"), paragraph(how), *tables]
 
 
@@ -259,7 +259,7 @@ def _white_box_facts(finding: Finding, page: Page) -> list[tuple[str, str | ET.E
 
 
 def _cosine(cosine: float | None, dimension: int, finding: Finding) -> str:
-    """Show a mean cosine beside its standard deviation under the null, of independent classes."""
+    """Show a mean cosine and its standard deviation under the null hypothesis for independent classes."""
     if cosine is None:
         return "not computed"
     if best_counts(finding):
@@ -279,7 +279,7 @@ def _answers(page: Page) -> list[ET.Element]:
     if not page.black_box:
         return []
     parts = [element("h2", "How the answers were counted")]
-    for keys, classes in sorted({(1 + (found.decoys or 0), found.classes_used) for found in page.findings}):
+    for keys, classes in sorted({(1 + (finding.decoys or 0), finding.classes_used) for finding in page.findings}):
         log10_ways = classes * math.log10(keys)
         parts.append(
             paragraph(
@@ -301,13 +301,13 @@ def _answers(page: Page) -> list[ET.Element]:
 
 
 def best_counts(finding: Finding) -> bool:
-    """Whether one class was marked and the best of several outputs counts: all face the same carrier."""
-    return len(finding.classes) > 1 and len({found.carrier for found in finding.classes}) == 1
+    """Whether one class was marked and the best of several outputs counts: all are compared with one carrier."""
+    return len(finding.classes) > 1 and len({result.carrier for result in finding.classes}) == 1
 
 
 def _evidence(page: Page) -> list[ET.Element]:
-    shown = [finding for finding in page.findings if finding.classes]
-    if not shown:
+    with_classes = [finding for finding in page.findings if finding.classes]
+    if not with_classes:
         return []
     how = (
         "Each bar is −log10 p: a bar of 3 means that chance alone comes so far once in 1,000 times. In a model without "
@@ -315,93 +315,94 @@ def _evidence(page: Page) -> list[ET.Element]:
     )
     parts = [
         element("h2", "Evidence per class"),
-        paragraph(how + (BEST if any(map(best_counts, shown)) else COMBINED)),
+        paragraph(how + (BEST if any(map(best_counts, with_classes)) else COMBINED)),
     ]
-    for finding in shown:
+    for finding in with_classes:
         parts += [element("h3", element("code", finding.path))] if len(page.findings) > 1 else []
         parts += _class_evidence(finding)
     return parts
 
 
 def _class_evidence(finding: Finding) -> list[ET.Element]:
-    ordered = sorted(finding.classes, key=lambda found: found.log10_p)
-    what, count = ("outputs" if best_counts(finding) else "classes"), len(ordered)
-    ends, notes = [(f"all {count} {what}", ordered)], []
+    ordered = sorted(finding.classes, key=lambda result: result.log10_p)
+    noun, count = ("outputs" if best_counts(finding) else "classes"), len(ordered)
+    ends, notes = [(f"all {count} {noun}", ordered)], []
     if count > 2 * SHOWN:
-        ends = [(f"the {SHOWN} strongest {what}", ordered[:SHOWN]), (f"the {SHOWN} weakest {what}", ordered[-SHOWN:])]
-        notes.append(f"Of {count:,} {what} the {SHOWN} strongest and the {SHOWN} weakest are shown.")
+        ends = [(f"the {SHOWN} strongest {noun}", ordered[:SHOWN]), (f"the {SHOWN} weakest {noun}", ordered[-SHOWN:])]
+        notes.append(f"Of {count:,} {noun} the {SHOWN} strongest and the {SHOWN} weakest are shown.")
     top = max(2.0, -1.05 * ordered[0].log10_p)
-    figures = [_class_figure(name, found, top) for name, found in ends]
-    return [*map(paragraph, notes), *figures, _class_table([found for _, found in ends], what, count)]
+    figures = [_class_figure(name, results, top) for name, results in ends]
+    return [*map(paragraph, notes), *figures, _class_table([results for _, results in ends], noun, count)]
 
 
 def _class_figure(name: str, classes: Sequence[ClassResult], top: float) -> ET.Element:
-    bars = [Bar(label=_label(found), value=-found.log10_p, shown=f"{abs(found.log10_p):.2f}") for found in classes]
+    bars = [Bar(label=_label(result), value=-result.log10_p, shown=f"{abs(result.log10_p):.2f}") for result in classes]
     lines = [(-math.log10(p), f"p = {p:g}") for p in (0.05, 0.5)]
     title = f"Evidence (−log10 p), {name}"
     return element("figure", element("figcaption", title), chart(title, bars, lines, top))
 
 
-def _label(found: ClassResult) -> str:
-    return f"output {found.output}" if found.name is None else found.name
+def _label(result: ClassResult) -> str:
+    return f"output {result.output}" if result.name is None else result.name
 
 
-def _class_table(ends: Sequence[Sequence[ClassResult]], what: str, count: int) -> ET.Element:
+def _class_table(ends: Sequence[Sequence[ClassResult]], noun: str, count: int) -> ET.Element:
     groups = []
     for i, classes in enumerate(ends):
         if i:
-            hidden = f"… {count - 2 * SHOWN:,} {what} between these are not shown …"
+            hidden = f"… {count - 2 * SHOWN:,} {noun} between these are not shown …"
             groups.append(element("tbody", element("tr", element("td", hidden, colspan="5", class_="gap"))))
-        groups.append(group(_class_cells(found) for found in classes))
-    return numbers(("class", "output", "carrier", "log10 p", "p"), groups, f"The same {what} in numbers")
+        groups.append(group(_class_cells(result) for result in classes))
+    return numbers(("class", "output", "carrier", "log10 p", "p"), groups, f"The same {noun} in numbers")
 
 
-def _class_cells(found: ClassResult) -> Sequence[str]:
-    name = "(not named)" if found.name is None else found.name
-    p = raised(probability(found.log10_p))
-    return name, str(found.output), str(found.carrier), f"{found.log10_p:z.2f}", p
+def _class_cells(result: ClassResult) -> Sequence[str]:
+    name = "(not named)" if result.name is None else result.name
+    p = raised(probability(result.log10_p))
+    return name, str(result.output), str(result.carrier), f"{result.log10_p:z.2f}", p
 
 
 # ---------------------------------------------------------------- calibration
 
 
-def trusted(found: Calibration) -> bool:
-    """Whether the p-values of null keys are as they must be."""
-    return min(found.ks_p, found.tail_p) >= ALARM
+def trusted(calibration: Calibration) -> bool:
+    """Whether the p-values of null keys raise no alarm."""
+    return min(calibration.ks_p, calibration.tail_p) >= ALARM
 
 
-def histogram(found: Calibration, best: bool = False) -> list[str]:
-    """Return the calibration as lines of plain text, in the page's words; `best`: see `best_counts`."""
-    widest = max(1, *found.histogram)
+def histogram(calibration: Calibration, best: bool = False) -> list[str]:
+    """Return the calibration as lines of plain text with the same words as the page; `best`: see `best_counts`."""
+    widest = max(1, *calibration.histogram)
     bars = [
         f"{name}  {'#' * round(50 * count / widest):<50}  {count}"
-        for name, count in zip(_bins(), found.histogram, strict=True)
+        for name, count in zip(_bins(), calibration.histogram, strict=True)
     ]
-    tail = ", ".join(f"{level}: {count} ({expected})" for level, count, expected in _tail(found))
-    return ["p        null keys", *bars, f"found (and expected): {tail}", *calibration_words(found, best)]
+    tail = ", ".join(f"{level}: {count} ({expected})" for level, count, expected in _tail(calibration))
+    return ["p        null keys", *bars, f"found (and expected): {tail}", *calibration_words(calibration, best)]
 
 
-def _tail(found: Calibration) -> list[tuple[str, str, str]]:
-    """Return levels of p, how many null keys were found up to each, and how many were expected."""
-    counted = zip(TAIL, found.tail, strict=True)
-    return [(f"p ≤ {level:g}", f"{count:,}", f"{level * found.n:,.10g}") for level, count in counted]
+def _tail(calibration: Calibration) -> list[tuple[str, str, str]]:
+    """Return for each level of p the number of null keys found up to it, and the expected number."""
+    counted = zip(TAIL, calibration.tail, strict=True)
+    return [(f"p ≤ {level:g}", f"{count:,}", f"{level * calibration.n:,.10g}") for level, count in counted]
 
 
 def _bins() -> list[str]:
     return [f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)]
 
 
-def calibration_words(found: Calibration, best: bool = False) -> list[str]:
-    """Say what a calibration shows, one sentence a line; `best`: see `best_counts`."""
+def calibration_words(calibration: Calibration, best: bool = False) -> list[str]:
+    """Explain a calibration, one sentence per line; `best`: see `best_counts`."""
     alike = "no excess of small p-values" if best else "compatible with a uniform distribution"
     words = {True: f"{alike}, as it must be", False: "NOT uniform: do not trust this p-value"}
-    p_values = (("Kolmogorov-Smirnov", found.ks_p), ("luck gives as many small p-values, or more, with", found.tail_p))
+    tail = "luck gives as many small p-values, or more, with"
+    p_values = (("Kolmogorov-Smirnov", calibration.ks_p), (tail, calibration.tail_p))
     return [
-        f"{found.n:,} null keys, drawn as the true key was but never used to mark, were tried on the same suspect"
+        f"{calibration.n:,} null keys, drawn as the true key was but never used to mark, were tried on the same suspect"
         + (": p is corrected for the best of many outputs, and may be larger than it need be" if best else ""),
         *(f"{name} p = {_plain(p)}: {words[p >= ALARM]} (alarm below {ALARM})" for name, p in p_values),
-        f"the true key has rank {found.rank:,} of {found.n + 1:,} (1: the smallest p; any rank is as likely as any "
-        "other without the marked data)",
+        f"the true key has rank {calibration.rank:,} of {calibration.n + 1:,} (1: the smallest p; any rank is as "
+        "likely as any other without the marked data)",
     ]
 
 
@@ -409,8 +410,8 @@ def _calibrations(page: Page) -> list[ET.Element]:
     if page.black_box:
         return []
     parts = [element("h2", "Calibration: is the p-value right?")]
-    shown = [finding for finding in page.findings if finding.calibration]
-    if not shown:
+    calibrated = [finding for finding in page.findings if finding.calibration]
+    if not calibrated:
         return [*parts, paragraph("Not done. --calibrate 1000 tries 1,000 null keys on the same suspects.")]
     parts.append(
         paragraph(
@@ -418,36 +419,40 @@ def _calibrations(page: Page) -> list[ET.Element]:
             "more often than they say: one in ten is at most 0.1, one in a hundred at most 0.01."
         )
     )
-    for finding in shown:
+    for finding in calibrated:
         parts += [element("h3", element("code", finding.path))] if len(page.findings) > 1 else []
         parts += _calibration(finding)
     return parts
 
 
 def _calibration(finding: Finding) -> list[ET.Element]:
-    found = finding.calibration
-    if found is None:
+    calibration = finding.calibration
+    if calibration is None:
         return []
-    expected = found.n / 10
+    expected = calibration.n / 10
     bars = [
-        Bar(label=name, value=count, shown=f"{count:,}") for name, count in zip(_bins(), found.histogram, strict=True)
+        Bar(label=name, value=count, shown=f"{count:,}")
+        for name, count in zip(_bins(), calibration.histogram, strict=True)
     ]
-    title = f"p-values of {found.n:,} null keys, counted in ten bins"
-    expects = f"{expected:,.10g} are expected in each, and differences of about {0.6 * found.n**0.5:,.0f} are ordinary"
+    title = f"p-values of {calibration.n:,} null keys, counted in ten bins"
+    ordinary = f"differences of about {0.6 * calibration.n**0.5:,.0f} are ordinary"
+    expects = f"{expected:,.10g} are expected in each, and {ordinary}"
     name = f"expected: {expected:,.10g}"
     if best_counts(finding):
         name = f"expected: at most {expected:,.10g}"
         expects = f"at most about {expected:,.10g} are expected in each but the last"
-    words = [raised(text) for text in calibration_words(found, best_counts(finding))]
-    drawn = chart(title, bars, [(expected, name)], 1.05 * max(expected, *found.histogram))
+    words = [raised(text) for text in calibration_words(calibration, best_counts(finding))]
+    figure = chart(title, bars, [(expected, name)], 1.05 * max(expected, *calibration.histogram))
     return [
-        element("figure", element("figcaption", f"{title}; {expects}"), drawn),
-        numbers(("p-value", "found", "expected"), [group(_tail(found))], "How many null keys reach small p-values"),
+        element("figure", element("figcaption", f"{title}; {expects}"), figure),
+        numbers(
+            ("p-value", "found", "expected"), [group(_tail(calibration))], "How many null keys reach small p-values"
+        ),
         _list(words),
     ]
 
 
-# ---------------------------------------------------------------- the key, and what it all means
+# ---------------------------------------------------------------- the key, and the meaning of the numbers
 
 
 def _key(page: Page) -> list[ET.Element]:
@@ -500,7 +505,7 @@ def _voids(page: Page) -> list[ET.Element]:
 
 
 def _command(words: Sequence[str]) -> ET.Element:
-    """Quote a command for a shell; a line breaks between its words."""
+    """Quote a command for a shell; lines break only between words."""
     parts = [part for word in words for part in (" ", element("span", shlex.quote(word), class_="word"))]
     return element("pre", *parts[1:])
 

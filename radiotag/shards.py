@@ -1,7 +1,6 @@
-"""Tar shards in WebDataset's layout: samples are members that share a name up to its first dot, `.cls` holds the class.
+"""Tar shards in WebDataset's layout: members with the same name up to the first dot form a sample; `.cls` is its class.
 
-A shard is marked by copying its bytes, with the marked members put in their place: every other byte, header and
-padding stays as it was.
+Marking a shard copies its bytes and replaces the marked members. All other bytes, headers and padding stay the same.
 """
 
 import errno
@@ -20,20 +19,20 @@ from radiotag.listing import Item, Listing
 
 BLOCK = 512
 CHUNK = 2**20
-CLASSES = 1_000_000  # that a key can have
+CLASSES = 1_000_000  # most classes that a key can have
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where an image lies in a shard, in bytes."""
+    """The place of an image in a shard, in bytes."""
 
-    header: int  # the header block that tells its size, the last before its data
+    header: int  # the header block with its size, the last block before its data
     data: int
     size: int
 
     @property
     def end(self) -> int:
-        """The end of its data and their padding."""
+        """The end of its data, with padding."""
         return self.data + -(-self.size // BLOCK) * BLOCK
 
 
@@ -41,20 +40,20 @@ class Member:
 class Archive:
     """Shards with an index of their images by path: SHARD/MEMBER."""
 
-    root: Path  # the folder that the shards lie in
+    root: Path  # the folder of the shards
     shards: tuple[str, ...]
     members: dict[str, Member]
-    unmarked: Counter[str]  # suffixes of the members that look like images and are only copied
+    unmarked: Counter[str]  # suffixes of members that look like images but are only copied
 
     def by_shard(self) -> dict[str, list[tuple[str, Member]]]:
-        """Every shard's images, with their paths."""
+        """The images of each shard, with their paths."""
         images: dict[str, list[tuple[str, Member]]] = {shard: [] for shard in self.shards}
         for path, member in self.members.items():
             images[path.split("/", maxsplit=1)[0]].append((path, member))
         return images
 
     def read(self, path: PurePosixPath) -> bytes:
-        """One image's bytes."""
+        """The bytes of one image."""
         member = self.members[path.as_posix()]
         with (self.root / path.parts[0]).open("rb") as file:
             file.seek(member.data)
@@ -62,7 +61,7 @@ class Archive:
 
 
 def is_archive(source: Path) -> bool:
-    """A .tar file, or a folder with .tar files in it and no folder that could be a class."""
+    """Whether a path is a .tar file, or a folder with .tar files and no sub-folder that could be a class."""
     if source.is_dir():
         folders = (p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
         return any(is_shard(p) for p in source.iterdir()) and next(folders, None) is None
@@ -70,23 +69,24 @@ def is_archive(source: Path) -> bool:
 
 
 def is_shard(path: Path) -> bool:
-    """By its name."""
+    """Whether a path is a file with the suffix .tar."""
     return path.suffix.lower() == ".tar" and path.is_file()
 
 
 def list_shards(source: Path) -> tuple[Archive, Listing]:
-    """The index of shards, and what `list_folder` says of a folder: the images in the order of the shards.
+    """The index of shards, and their listing (see `list_folder`) with images in the order of the shards.
 
-    A class is what the sample's `.cls` member says, else the folder in the member's name, else there is one class.
-    Classes that are numbers are carrier rows, as they are a model's outputs.
+    The class of a sample is the content of its `.cls` member, else the folder in its members' names, else "". If all
+    classes are numbers, they are carrier rows, as they are the outputs of a model. RadiotagError for shards that cannot
+    be read, have no images, or lie beside loose images, and for members that could not be written back.
     """
     files = [source] if source.is_file() else sorted(source.iterdir())
     shards = [path for path in files if is_shard(path)]
-    beside = (path.name for path in files if path not in shards and path.is_file())
-    other_files = [PurePosixPath(name) for name in beside if not PART.fullmatch(name)]
+    other_names = (path.name for path in files if path not in shards and path.is_file())
+    other_files = [PurePosixPath(name) for name in other_names if not PART.fullmatch(name)]
     loose = next((p for p in other_files if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")), None)
     if loose:
-        raise RadiotagError(f"{source}: images both in shards and beside them ({loose})", "put them apart")
+        raise RadiotagError(f"{source}: images both in shards and beside them ({loose})", "separate them")
     index = _Index()
     for shard in shards:
         try:
@@ -101,7 +101,7 @@ def list_shards(source: Path) -> tuple[Archive, Listing]:
 
 
 def finished_archive(output: Path) -> Archive | None:
-    """The index of what can be read of the shards that an earlier run has put together."""
+    """The index of all readable shards that an earlier run has assembled; None if there are none."""
     index = _Index()
     files = ([output] if output.is_file() else sorted(output.iterdir())) if output.exists() else []
     for shard in files:
@@ -110,7 +110,7 @@ def finished_archive(output: Path) -> Archive | None:
             try:
                 readable.add(shard)
             except (OSError, tarfile.TarError, RadiotagError):
-                continue  # damaged: it will be put together again
+                continue  # damaged: it will be assembled again
             index.members |= readable.members
     return index.archive(output.parent if output.is_file() else output) if index.members else None
 
@@ -128,7 +128,7 @@ def _class_names(labels: set[str]) -> list[str]:
 
 @dataclass(slots=True)
 class _Index:
-    """What is known of shards while they are read, one after the other."""
+    """The growing index while shards are read one after the other."""
 
     members: dict[str, Member] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
@@ -139,12 +139,12 @@ class _Index:
         return Archive(root=root, shards=shards, members=self.members, unmarked=self.unmarked)
 
     def add(self, shard: Path) -> None:
-        """Add a shard's images and their classes, and count what looks like images but is none to mark."""
+        """Add a shard's images and their classes, and count members that look like images but cannot be marked."""
         classes: dict[str, str] = {}
         samples: dict[str, str] = {}
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
-                tar.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
+                tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps every header in memory
                 name = PurePosixPath(info.name)
                 if not info.isreg() or any(part.startswith(".") and part != ".." for part in name.parts):
                     continue
@@ -167,13 +167,13 @@ class _Index:
             self.labels[path] = classes.get(sample, parents[0] if parents else "")
 
     def _remove_masks(self, samples: dict[str, str]) -> None:
-        """Images with a further suffix (0.seg.png) beside a sample's picture (0.jpg) are masks and the like."""
+        """Remove images with a further suffix (0.seg.png) beside a sample's picture (0.jpg), such as masks."""
         is_picture = {path: PurePosixPath(path).stem == PurePosixPath(name).name for path, name in samples.items()}
-        pictured = {sample for path, sample in samples.items() if is_picture[path]}
-        masks = [path for path, sample in samples.items() if sample in pictured and not is_picture[path]]
+        with_picture = {sample for path, sample in samples.items() if is_picture[path]}
+        masks = [path for path, sample in samples.items() if sample in with_picture and not is_picture[path]]
         for path in masks:
             kind, suffix = PurePosixPath(path).suffixes[-2:]
-            self.unmarked[suffix if kind[1:].isdecimal() else kind + suffix] += 1  # of a film's frames not one each
+            self.unmarked[suffix if kind[1:].isdecimal() else kind + suffix] += 1  # counts a film's frames together
             del self.members[path], samples[path]
 
 
@@ -181,18 +181,18 @@ def _check_end(shard: Path, end: int) -> None:
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(BLOCK).strip(b"\0"):
-            raise tarfile.ReadError(f"a damaged header at byte {end}")  # tarfile takes it for the end
+            raise tarfile.ReadError(f"a damaged header at byte {end}")  # tarfile would treat it as the end
 
 
-def _check_member(shard: Path, info: tarfile.TarInfo, twice: bool) -> None:
-    """Names become paths while a shard is worked on: none may lead out of it."""
+def _check_member(shard: Path, info: tarfile.TarInfo, repeated: bool) -> None:
+    """RadiotagError for a member with an unsafe or repeated name, or of a kind that cannot be rewritten."""
     name = PurePosixPath(info.name)
     if name.is_absolute() or ".." in name.parts:
         raise RadiotagError(f"{shard}: the member {info.name!r} has a name that leads elsewhere", "rename it")
-    if twice:
+    if repeated:
         raise RadiotagError(f"{shard}: the member {info.name!r} is there twice", "keep one of them")
     if info.sparse is not None or "size" in info.pax_headers:
-        raise RadiotagError(f"{shard}: the member {info.name!r} is stored sparsely or beyond 8 GiB", "pack it anew")
+        raise RadiotagError(f"{shard}: the member {info.name!r} is stored sparsely or beyond 8 GiB", "pack it again")
 
 
 def assemble(
@@ -202,21 +202,21 @@ def assemble(
     marked: Callable[[str], bytes | None],
     work: Path,
 ) -> None:
-    """Write one shard, whole or not at all, with the bytes that `marked(path)` gives instead of an image's own.
+    """Write one shard atomically, replacing each image by the bytes of `marked(path)` unless they are None.
 
-    It is written in the folder `work`; a target that is already what it should be is left as it is.
+    The shard is written in the folder `work` first. A target that is already identical is left as it is.
     """
 
     def fill(new: IO[bytes]) -> None:
         with source.open("rb") as old:
-            for path, member in members:  # in the order of their places
+            for path, member in members:  # in the order of the source
                 data = marked(path)
                 if data is not None:
-                    _copy(old, new, member.header)
-                    new.write(_resized(old.read(BLOCK), len(data)))
+                    _copy_until(old, new, member.header)
+                    new.write(_with_size(old.read(BLOCK), len(data)))
                     new.write(data + bytes(-len(data) % BLOCK))
                     old.seek(member.end)
-            _copy(old, new, source.stat().st_size)
+            _copy_until(old, new, source.stat().st_size)
 
     if target.is_file() and _is_already(target, fill):
         return
@@ -229,22 +229,22 @@ def assemble(
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            fill_atomically(target, fill, None)  # the output lies on another file system than its neighbours
+            fill_atomically(target, fill, None)  # the output is on another file system than `work`
             staged.unlink()
     except RadiotagError as error:
         raise RadiotagError(str(error).replace(str(staged), str(target)), error.hint) from error
 
 
 def _is_already(target: Path, fill: Callable[[Any], object]) -> bool:
-    """Whether a file holds just what `fill` would write, without writing it."""
+    """Whether a file already holds exactly what `fill` would write."""
     with target.open("rb") as file:
-        comparison = _Comparison(file)
+        comparison = _ComparingFile(file)
         fill(comparison)
         return comparison.equal and not file.read(1)
 
 
-class _Comparison:
-    """Takes the place of a file that is written, and compares with one that is there."""
+class _ComparingFile:
+    """Acts as a file for writing, but compares the bytes with an existing file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.equal = file, True
@@ -253,16 +253,16 @@ class _Comparison:
         self.equal = self.equal and self.file.read(len(data)) == data
 
 
-def _copy(old: IO[bytes], new: IO[bytes], end: int) -> None:
-    """Copy up to a place in the old file."""
-    while (left := end - old.tell()) > 0:
-        chunk = old.read(min(left, CHUNK))
+def _copy_until(old: IO[bytes], new: IO[bytes], end: int) -> None:
+    """Copy the old file up to byte `end`."""
+    while (missing := end - old.tell()) > 0:
+        chunk = old.read(min(missing, CHUNK))
         if not chunk:
-            raise OSError(os.strerror(5))  # it shrank while it was read
+            raise OSError(os.strerror(5))  # the file became shorter while it was read
         new.write(chunk)
 
 
-def _resized(header: bytes, size: int) -> bytes:
-    """A member's header block with another size, and the checksum that goes with it."""
+def _with_size(header: bytes, size: int) -> bytes:
+    """A member's header block with another size and a matching checksum."""
     block = header[:124] + b"%011o\0" % size + header[136:148] + b" " * 8 + header[156:]
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]

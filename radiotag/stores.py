@@ -1,8 +1,8 @@
-"""Where the images of a data set come from and where they go: a folder, or tar shards.
+"""Stores: where the images of a data set are read from and written to, a folder or tar shards.
 
-All that differs between the two is here, behind one interface (`Store`): the plan and the run know only that. In a
-folder every image is a file. In shards it is a member: what is marked waits in a work folder until `finish` puts the
-shards together. Paths are relative to the source; of an image in shards, SHARD/MEMBER.
+All differences between the two are in this module, behind one interface (`Store`); the plan and the run use only the
+interface. In a folder each image is a file. In shards each image is a member, and marked images wait in a work folder
+until `finish` assembles the shards. Paths are relative to the source; the path of an image in shards is SHARD/MEMBER.
 """
 
 import hashlib
@@ -33,65 +33,65 @@ class Store(Protocol):
 
     source: Path
     output: Path
-    listing: Listing  # what the source holds
-    failed_are: str  # what becomes of images that cannot be marked, in the output
-    failed_where: str
+    listing: Listing  # content of the source
+    failed_are: str  # for messages: state in the output of images that cannot be marked
+    failed_where: str  # for messages, before the output's name
 
     def check_options(self, format: str) -> None:
-        """RadiotagError for a format or an output that such a source cannot have."""
+        """RadiotagError for a format or an output that does not fit the source."""
 
     def unmarked_formats(self) -> Counter[str]:
-        """How many files look like images of formats that are only copied, by suffix."""
+        """Number of files, by suffix, that look like images but have formats that are only copied."""
 
     def read(self, path: PurePosixPath) -> bytes:
-        """An image of the source."""
+        """Read an image of the source."""
 
     def hash(self, path: PurePosixPath) -> str | None:
-        """The SHA-256 of an image of the source; None if it cannot be read."""
+        """SHA-256 of an image of the source; None if it cannot be read."""
 
     def copy(self, path: PurePosixPath) -> str | None:
-        """Copy an image as it is, and return its SHA-256."""
+        """Copy an image unchanged and return its SHA-256."""
 
     def write(self, path: PurePosixPath, target: str, data: bytes) -> None:
-        """Write an image's marked file, whole or not at all."""
+        """Write an image's marked file atomically."""
 
     def finish(self, marked: Iterable[Row]) -> None:
-        """Complete the output, when all images that are to be marked are written; `marked` are their rows."""
+        """Complete the output after all marked images are written; `marked` are their rows."""
 
     def open_output(self) -> None:
-        """Look at what earlier runs have finished, for `is_written` and `read_output`."""
+        """Read what earlier runs have finished. `is_written` and `read_output` need this."""
 
     def is_written(self, row: Row) -> bool:
-        """Whether the output holds an image just as a row records it."""
+        """Whether the output holds an image exactly as a row records it."""
 
     def read_output(self, target: str) -> bytes:
-        """An image of the output; b"" or OSError if it is not there."""
+        """Read an image of the output; b"" or OSError if it does not exist."""
 
     def remove_parts(self) -> None:
-        """Remove what a killed run left half-written."""
+        """Remove the incomplete files of a killed run."""
 
     def output_files(self) -> Iterator[str]:
-        """All files in the output that could be other than the source's, by relative path."""
+        """Relative paths of all files in the output that may come from somewhere else than the source."""
 
     def stale(self, rows: Iterable[Row], targets: Set[str]) -> Iterator[tuple[Path, str]]:
-        """Files that earlier runs recorded in rows and this one, with these targets, will not write; their hashes."""
+        """Files recorded in the rows of earlier runs that are not among this run's targets, with their SHA-256."""
 
     def output_file(self, target: PurePosixPath | str) -> Path | None:
-        """Where an image, or a folder of images, lies in the output; None where images are no files."""
+        """The place of an image, or of a folder of images, in the output; None if images are not files."""
 
 
 def list_dataset(source: Path) -> Listing:
-    """What a data set holds, however it is stored."""
+    """The content of a data set, in a folder or in shards."""
     return shards.list_shards(source)[1] if shards.is_archive(source) else list_folder(source)
 
 
 def open_store(source: Path, output: Path) -> Store:
-    """The store of a data set, by what the source is."""
+    """The store that fits the source: `Shards` or `Folder`."""
     return Shards(source, output) if shards.is_archive(source) else Folder(source, output)
 
 
 def copy_other_file(source: Path, target: Path) -> None:
-    """Copy what is no image, or make an empty folder; a copy that is already there is left as it is."""
+    """Copy a file that is not an image, or make an empty folder. An identical copy is left as it is."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
     elif hash_or_none(source) != hash_or_none(target) or not target.exists():
@@ -108,7 +108,7 @@ class Folder:
         self.source, self.output, self.listing = source, output, list_folder(source)
 
     def check_options(self, format: str) -> None:
-        """A folder can be marked in every format, into every folder."""
+        """Do nothing: a folder accepts every format and every output."""
 
     def unmarked_formats(self) -> Counter[str]:
         return _unmarked_suffixes(self.listing)
@@ -131,10 +131,10 @@ class Folder:
         copy_mode_and_times(self.source / path, file)
 
     def finish(self, marked: Iterable[Row]) -> None:
-        """Nothing is left to do: every image is in its place."""
+        """Do nothing: every image is in its place."""
 
     def open_output(self) -> None:
-        """Nothing to do: every image is looked up by its name."""
+        """Do nothing: every image is found by its name."""
 
     def is_written(self, row: Row) -> bool:
         return bool(row["sha256_out"] == hash_or_none(self.output / row["output"]))
@@ -159,18 +159,18 @@ class Folder:
 
 
 class Shards:
-    """Images as members of tar shards, in a folder or of a single one."""
+    """Images as members of tar shards: a folder of shards, or a single shard."""
 
     failed_are, failed_where = "left unmarked", "UNMARKED in"
 
     def __init__(self, source: Path, output: Path) -> None:
         self.source, self.output = source, output
         self.archive, self.listing = shards.list_shards(source)
-        self.finished: shards.Archive | None = None  # the index of the output, as `open_output` finds it
+        self.finished: shards.Archive | None = None  # the index of the output, set by `open_output`
 
     @property
     def work(self) -> Path:
-        """Where marked images wait until a shard can be put together: beside the output."""
+        """The folder, beside the output, in which marked images wait until a shard can be assembled."""
         output = self.output if self.output.name else self.output.absolute()
         return output.with_name(f".{output.name}.staged")
 
@@ -190,19 +190,19 @@ class Shards:
         return hashlib.sha256(self.read(path)).hexdigest()
 
     def copy(self, path: PurePosixPath) -> str | None:
-        """It goes from shard to shard when that is put together."""
+        """Return the SHA-256; the image itself is copied when its shard is assembled."""
         return self.hash(path)
 
     def write(self, path: PurePosixPath, target: str, data: bytes) -> None:
         write_atomically(with_parent(self._staged(target)), data)
 
     def finish(self, marked: Iterable[Row]) -> None:
-        """Put the shards together from the source's and the marked images, and remove the work folder."""
+        """Assemble the shards from the source's bytes and the marked images, and remove the work folder."""
         self.open_output()
         targets = {row["path"]: row["output"] for row in marked}
 
         def marked_bytes(path: str) -> bytes | None:
-            return self._marked(path, targets[path]) if path in targets else None
+            return self._marked_file(path, targets[path]) if path in targets else None
 
         for shard, members in self.archive.by_shard().items():
             source, target = self.archive.root / shard, self._output_shard(shard)
@@ -222,10 +222,10 @@ class Shards:
         return bool(row["sha256_out"] == digest)
 
     def read_output(self, target: str) -> bytes:
-        if self.output.is_file():  # a single shard, whose name may differ from its source's
+        if self.output.is_file():  # a single shard, which may have another name than its source
             target = target.replace(target.split("/", maxsplit=1)[0], self.output.name, 1)
-        there = self.finished is not None and target in self.finished.members
-        return self.finished.read(PurePosixPath(target)) if self.finished and there else b""
+        exists = self.finished is not None and target in self.finished.members
+        return self.finished.read(PurePosixPath(target)) if self.finished and exists else b""
 
     def remove_parts(self) -> None:
         _remove_parts(self.output)
@@ -244,13 +244,13 @@ class Shards:
         return None
 
     def _staged(self, target: str) -> Path:
-        """A file of the work folder, by a name that fits whatever the member is called."""
+        """A file in the work folder; the hash makes a valid file name of any member's name."""
         return self.work / hashlib.sha256(os.fsencode(target)).hexdigest()
 
     def _output_shard(self, shard: str) -> Path:
         return self.output / shard if self.source.is_dir() else self.output
 
-    def _marked(self, path: str, target: str) -> bytes:
+    def _marked_file(self, path: str, target: str) -> bytes:
         staged = self._staged(target)
         data = staged.read_bytes() if self.finished is None or staged.is_file() else self.read_output(path)
         if not data:

@@ -1,11 +1,11 @@
-"""Images without data: dead leaves and inverted features in photographs' place, and a small demo set of ten classes.
+"""Synthetic images: dead leaves and inverted images as a substitute for photographs, and a demo set of ten classes.
 
 Dead leaves (Matheron 1968; Lee, Mumford and Huang 2001; as training images: Baradad et al. 2021) are opaque shapes
-dropped one upon another, with radii of density r^-3: the scale-free occlusion that gives photographs their edges and
-their 1/f amplitude spectrum. They align and probe networks well; they are not a substitute for photographs in training.
+dropped onto each other, with radii of density r^-3. This scale-free occlusion gives photographs their edges and their
+1/f amplitude spectrum. Dead leaves suffice to align and probe networks, but not to replace photographs in training.
 
-Image i depends on (seed, i, size) alone, not on the count, so a longer run only appends. Another version of NumPy or
-Pillow may draw slightly different pixels: store images that must stay the same.
+Image i depends on (seed, i, size) alone, not on the count, so a larger count only appends images. Other versions of
+NumPy or Pillow may draw slightly different pixels: store images that must stay the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Rng = np.random.Generator
 
 INVERTED = Path(__file__).with_name("inverted.png")
-VERTICES = 48  # a polygon of every shape: enough for a disc across the image to look round
+VERTICES = 48  # of each polygon: enough for a disc of the image's size to look round
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 PATTERNS = ("plain", "striped")
 CLASS_NAMES = tuple(f"{pattern}-{shape}" for shape in SHAPES for pattern in PATTERNS)
@@ -36,14 +36,14 @@ class Leaves:
     outlines: Array  # (n, VERTICES, 2)
     colours: Array  # (n, 3) at the leaf's centre
     shading: Array  # (n, 2) brightness per unit of length
-    offsets: Array  # (n,) that make a leaf's own shading vanish at its centre
+    offsets: Array  # (n,) that cancel a leaf's shading at its centre
     waves: Array  # (n, 2) radians per unit of length
     phases: Array  # (n,)
     swings: Array  # (n, 3) colour amplitude of the wave
-    grain: Array  # (n,) standard deviation of the surface's noise
+    grain: Array  # (n,) standard deviation of the surface noise
 
     def on_top(self, other: Self) -> Self:
-        """Return these leaves lying over the other ones."""
+        """Return all leaves, with these ones on top of the others."""
         names = [field.name for field in fields(self)]
         return type(self)(**{name: np.concatenate([getattr(other, name), getattr(self, name)]) for name in names})
 
@@ -66,7 +66,7 @@ def _cross() -> Array:
 
 
 def _ring() -> Array:
-    """Return a keyhole outline: around the rim, through a cut of no width, back around the hole."""
+    """Return a keyhole outline: around the rim, through a cut of zero width, and back around the hole."""
     circle = _regular(VERTICES // 2 - 1)
     rim = np.concatenate([circle, circle[:1]])
     return np.concatenate([rim, 0.5 * rim[::-1]])
@@ -76,7 +76,7 @@ OUTLINES = np.stack([_polygon(c) for c in (_regular(VERTICES), _regular(4), _reg
 
 
 def _place(outlines: Array, radii: Array, centres: Array, angles: Array) -> Array:
-    """Scale by radii (n, 2), turn by angles (n,) and move to centres (n, 2) the unit outlines (n, VERTICES, 2)."""
+    """Scale unit outlines (n, VERTICES, 2) by radii (n, 2), turn them by angles (n,), move them to centres (n, 2)."""
     cos, sin = np.cos(angles), np.sin(angles)
     turn = np.stack([cos, sin, -sin, cos], axis=1).reshape(-1, 2, 2)
     return np.asarray((outlines * radii[:, None]) @ turn + centres[:, None])
@@ -90,13 +90,13 @@ def _colours(rng: Rng, count: int, contrast: float) -> Array:
 
 
 def _surface(rng: Rng, outlines: Array, colours: Array, size: int, contrast: float) -> Leaves:
-    """Give every leaf a linear shading, and a part of them waves or grain."""
+    """Give each leaf linear shading, and some leaves waves or grain."""
     n = len(outlines)
     shading = rng.normal(0, 0.25 * contrast, (n, 2))
     directions, pixel = rng.uniform(0, np.pi, n), 2 / size
     wavelengths = 3 * pixel * np.exp(rng.uniform(0, np.log(max(0.5 / (3 * pixel), 2)), n))
     swings = rng.normal(0, (0.1, 0.03, 0.02), (n, 3)) @ COLOUR_AXES * (rng.random((n, 1)) < 0.4)
-    light = rng.normal(0, 0.08, 2)  # falls on all of these leaves alike
+    light = rng.normal(0, 0.08, 2)  # the same for all of these leaves
     return Leaves(
         outlines=outlines,
         colours=colours,
@@ -110,9 +110,9 @@ def _surface(rng: Rng, outlines: Array, colours: Array, size: int, contrast: flo
 
 
 def _scatter(rng: Rng, size: int, contrast: float) -> Leaves:
-    """Drop discs, ellipses and rectangles until the canvas is covered about 2.5 times over."""
+    """Drop discs, ellipses and rectangles until they cover the canvas about 2.5 times."""
     smallest, largest = rng.uniform(min(max(4 / size, 0.05), 0.25), 0.25), 1.0  # busy scenes and calm ones
-    # E[r^2] of the density r^-3 fixes how many leaves of mean area 2.6 r^2 cover the 4 units of area so often.
+    # E[r^2] under the density r^-3 gives the number of leaves, of mean area 2.6 r^2, for the canvas's 4 units of area.
     mean_square = 2 * np.log(largest / smallest) / (smallest**-2 - largest**-2)
     n = int(2.5 * 4 / (2.6 * mean_square)) + 1
     radii = (smallest**-2 - rng.random(n) * (smallest**-2 - largest**-2)) ** -0.5
@@ -124,8 +124,8 @@ def _scatter(rng: Rng, size: int, contrast: float) -> Leaves:
 
 
 def _render(rng: Rng, leaves: Leaves, size: int) -> Array:
-    """Paint leaves as (size, size, 3) floats: flat colours at twice the size and averaged, textures at the size."""
-    canvas = Image.new("I", (2 * size, 2 * size))  # of zeros: leaf 0 fills whatever the others leave open
+    """Paint leaves as (size, size, 3) floats: flat colours averaged from twice the size, textures at the size."""
+    canvas = Image.new("I", (2 * size, 2 * size))  # zeros: leaf 0 fills what the others leave open
     pen = ImageDraw.Draw(canvas)
     for i, outline in enumerate(((leaves.outlines + 1) * size - 0.5).reshape(-1, 2 * VERTICES).tolist()):
         pen.polygon(outline, fill=i)
@@ -137,7 +137,7 @@ def _render(rng: Rng, leaves: Leaves, size: int) -> Array:
 
 
 def _texture(rng: Rng, leaves: Leaves, top: Array) -> Array:
-    """Return what shading, waves and grain add to the colours, (size, size, 3), where top (size, size) names leaves."""
+    """Return what shading, waves and grain add to the colours, (size, size, 3); top (size, size) numbers leaves."""
     size = len(top)
     x = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     columns = (*leaves.shading.T, leaves.offsets, *leaves.waves.T, leaves.phases, leaves.grain)
@@ -149,7 +149,7 @@ def _texture(rng: Rng, leaves: Leaves, top: Array) -> Array:
 
 
 def _develop(rng: Rng, image: Array) -> Array:
-    """Expose, sometimes defocus, and add a sensor's noise; uint8 (3, size, size) of a (size, size, 3) image."""
+    """(size, size, 3) → uint8 (3, size, size): expose, sometimes defocus, and add sensor noise."""
     exposed = (image - 0.5) * rng.uniform(0.7, 1.2) + 0.5 + rng.normal(0, 0.06)
     picture = Image.fromarray((exposed * 255).clip(0, 255).astype(np.uint8))
     if rng.random() < 0.5:
@@ -159,11 +159,11 @@ def _develop(rng: Rng, image: Array) -> Array:
 
 
 def _objects(rng: Rng, label: int, size: int) -> Leaves:
-    """Draw one to three objects of a class, smaller where they are more."""
+    """Draw one to three objects of a class; they are smaller if there are more."""
     kind, pattern = divmod(label, len(PATTERNS))
     n = int(rng.integers(1, 4))
     radii = rng.uniform(0.5, 0.7, (n, 1)) * np.exp(rng.normal(0, 0.06, (n, 2))) * (1.25, 0.9, 0.75)[n - 1]
-    # Spread about the centre, so that they hide and cut off but a part of one another.
+    # Spread around the centre, so that they hide only a part of each other.
     bearings = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(n) / n + rng.normal(0, 0.2, n)
     distances = rng.uniform(0, 0.4, (n, 1)) + (0.3 if n > 1 else 0)
     centres = distances * np.stack([np.cos(bearings), np.sin(bearings)], axis=1)
@@ -178,28 +178,28 @@ def _objects(rng: Rng, label: int, size: int) -> Leaves:
 
 
 def _stripe(rng: Rng, leaves: Leaves, radii: Array, size: int) -> Leaves:
-    """Paint n leaves of radii (n, 2) with strong stripes, two or more to a radius and wide enough for the pixels."""
+    """Paint n leaves of radii (n, 2) with strong stripes, about two or more per radius and wide enough for pixels."""
     n = len(radii)
     wavelengths = np.maximum(radii.mean(axis=1) * rng.uniform(0.35, 0.55, n), 3.5 * 2 / size)
     directions = rng.uniform(0, 2 * np.pi, n)
     waves = np.stack([np.cos(directions), np.sin(directions)], axis=1) * (2 * np.pi / wavelengths)[:, None]
     swings = (rng.uniform(0.3, 0.6, (n, 1)) * (1, 0, 0) + rng.normal(0, (0, 0.1, 0.05), (n, 3))) @ COLOUR_AXES
-    # Half-way to grey, so that neither half of a stripe is lost in black or white.
+    # Half-way to grey, so that no half of a stripe becomes black or white.
     return replace(leaves, colours=(leaves.colours + 0.5) / 2, waves=waves, swings=swings)
 
 
 def _occluder(rng: Rng, size: int) -> Leaves:
-    """Draw the one leaf that may cover a part of the objects."""
+    """Draw one leaf that may cover a part of the objects."""
     radii, centre = rng.uniform(0.2, 0.4, (1, 2)), rng.uniform(-0.8, 0.8, (1, 2))
     outline = _place(OUTLINES[rng.integers(0, 2, 1)], radii, centre, rng.uniform(0, 2 * np.pi, 1))
     return _surface(rng, outline, _colours(rng, 1, 1.0), size, 1.0)
 
 
 def _stack(draw: Callable[[Rng, int], Array], count: int, size: int, seed: int, stream: int) -> torch.Tensor:
-    """Return draw(rng, i) for i < count, (count, 3, size, size), each with a generator of its own."""
+    """Return draw(rng, i) for i < count as (count, 3, size, size), with a separate generator for each image."""
     images = np.empty((count, 3, size, size), np.uint8)
     for i in range(count):
-        # The spawn key keeps the images, and the two functions below, apart under one seed.
+        # The spawn key makes the images, and the two functions below, independent under one seed.
         images[i] = draw(np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, i))), i)
     return torch.from_numpy(images)
 
@@ -218,10 +218,10 @@ def dead_leaves(count: int, size: int, *, seed: int) -> torch.Tensor:
 
 
 def inverted() -> torch.Tensor:
-    """Images that the built-in network was asked for: uint8 (400, 3, 32, 32), of its classes in turn.
+    """Inverted images of the built-in network: uint8 (400, 3, 32, 32), its classes in turn.
 
-    Made by gradient descent from dead leaves on the network's own statistics (Yin et al. 2020, "Dreaming to Distill"),
-    by tests/benchmarks/pack_builtin.py; they hold no picture of a data set.
+    tests/benchmarks/pack_builtin.py made them from dead leaves, by gradient descent on the network's statistics (Yin et
+    al. 2020, "Dreaming to Distill"). They contain no picture of a data set.
     """
     with Image.open(INVERTED) as sheet:
         pixels = np.asarray(sheet)  # (20 * 32, 20 * 32, 3)
@@ -230,9 +230,9 @@ def inverted() -> torch.Tensor:
 
 
 def demo_images(count: int, size: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw labelled images of CLASS_NAMES: uint8 (count, 3, size, size) and int64 (count,), the classes taking turns.
+    """Draw labelled images of CLASS_NAMES: uint8 (count, 3, size, size) and int64 (count,), classes in turn.
 
-    Shape and pattern make the class. Colour, place, size, angle, number, light and background say nothing about it.
+    Shape and pattern determine the class. Colour, place, size, angle, number, light and background are independent.
     """
     labels = torch.arange(count) % len(CLASS_NAMES)
 

@@ -1,8 +1,8 @@
-"""Training a classifier on a folder, as someone who found the data would: plain SGD, crops and flips.
+"""Train a classifier on a folder, as a user of the data would: plain SGD with random crops and flips.
 
-The data pipeline is one uint8 tensor in memory and batched augmentation; nothing else is needed up to a few million
-small images. Every epoch's order and augmentation depend on (seed, epoch) alone, so a resumed run repeats an
-undisturbed one.
+The data pipeline is one uint8 tensor in memory with augmentation in batches, which is enough for a few million small
+images. The order and augmentation of an epoch depend on (seed, epoch) alone, so a resumed training gives the same
+result as an uninterrupted one.
 """
 
 import math
@@ -36,8 +36,8 @@ from radiotag.networks import (
     to_metadata,
 )
 
-RADIUS = 0.0045  # root mean square of the changes that robust training is to withstand: 0.25 in L2 at 32 pixels
-IN_MEMORY = 6 * 2**30  # bytes of decoded images; beyond, they lie in a temporary file that the system pages in
+RADIUS = 0.0045  # root mean square of the changes in robust training, for pixels in [0, 1]: 0.25 in L2 at 32 pixels
+IN_MEMORY = 6 * 2**30  # bytes of decoded images; more are mapped from a temporary file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,35 +49,38 @@ class Recipe:
     lr: float = 0.1  # peak, for batches of 128; scaled linearly with the batch
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    warmup: float = 0.2  # share of the steps in which the rate climbs linearly; it falls so to zero after
+    warmup: float = 0.2  # share of the steps in which the rate rises linearly; then it falls linearly to zero
     seed: int = 0
     head_only: bool = False
-    robust: bool = False  # trained on `adversarial_examples`
+    robust: bool = False  # train on `adversarial_examples`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Course:
-    """What goes along with a training, beside network, images and recipe."""
+    """The options of a training other than network, images and recipe."""
 
-    teacher: Network | None = None  # its outputs are learnt instead of the labels
+    teacher: Network | None = None  # the network learns its outputs instead of the labels
     validation: "Dataset | None" = None
     output: Path | None = None  # written after every epoch
-    resume: bool = False  # from `output`, if it is there
+    resume: bool = False  # continue from `output` if it exists
     device: str = "cpu"
-    progress: Callable[[int, float, float], None] = lambda *_: None  # (epoch, share of it done, running loss)
+    progress: Callable[[int, float, float], None] = lambda *_: None  # (epoch, share of the epoch done, running loss)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """Images (N, 3, S, S) uint8, labels (N,) int64, class names in label order."""
+    """Labelled images."""
 
-    images: Tensor
-    labels: Tensor
-    names: tuple[str, ...]
+    images: Tensor  # (N, 3, S, S) uint8
+    labels: Tensor  # (N,) int64
+    names: tuple[str, ...]  # of the classes, in label order
 
 
 def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | None = None) -> Dataset:
-    """Decode a folder of class sub-folders; each image is resized and centre-cropped to S×S pixels."""
+    """Decode a folder of class sub-folders; each image is resized and centre-cropped to S×S pixels.
+
+    image_size: S; None for the `natural_size` of the first image. RadiotagError for a class that is not in `names`.
+    """
     items, folder_names, _ = list_folder(source)
     names = names or tuple(folder_names)
     unknown = sorted({item.label for item in items} - set(names))
@@ -95,7 +98,7 @@ def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | N
 
 
 def natural_size(path: Path) -> int:
-    """Input size (pixels) that suits an image: its own short side up to 64, else 224."""
+    """Suitable input size (pixels) for an image: its short side up to 64, else 224."""
     height, width, _ = decode(path.read_bytes(), str(path)).rgb.shape
     short = int(min(height, width))
     return short if short <= 64 else 224
@@ -105,12 +108,12 @@ def _empty_images(count: int, size: int) -> Tensor:
     shape = (count, 3, size, size)
     if math.prod(shape) <= IN_MEMORY:
         return torch.empty(shape, dtype=torch.uint8)
-    with tempfile.NamedTemporaryFile(prefix="radiotag-") as file:  # unlinked at once; the mapping keeps it alive
+    with tempfile.NamedTemporaryFile(prefix="radiotag-") as file:  # deleted at once; the mapping keeps it alive
         return torch.from_numpy(np.memmap(file.name, dtype=np.uint8, mode="w+", shape=shape))
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 3, S, S) uint8 → float in [0, 1]: reflected padding of S/8, random crop, random flip, one draw an image."""
+    """(B, 3, S, S) uint8 → float in [0, 1]: reflected padding of S/8, then a random crop and flip per image."""
     batch, _, size, _ = images.shape
     pad = max(1, size // 8)
     padded = F.pad(images.float() / 255, (pad,) * 4, mode="reflect")  # (B, 3, S+2p, S+2p)
@@ -125,11 +128,11 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def adversarial_examples(network: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 3, S, S) in [0, 1] → the same, moved up the loss by RADIUS at most: a step from a random point of that ball.
+    """(B, 3, S, S) in [0, 1] → images moved up the loss by at most RADIUS: one step from a random point in that ball.
 
-    A network trained on these (Madry et al., ICLR 2018; one step: Wong et al., ICLR 2020) answers along directions that
-    other networks share, so that marks made with it are learnt by suspects of other architectures more (Springer et
-    al., NeurIPS 2021, on attacks that transfer). Batch normalisation works as in training, and keeps its statistics.
+    A network trained on these (Madry et al., ICLR 2018; one step: Wong et al., ICLR 2020) responds along directions
+    that other networks share (Springer et al., NeurIPS 2021, on attacks that transfer). Suspects of other architectures
+    therefore learn its marks better. Batch normalisation works as in training, but keeps its running statistics.
     """
     radius = RADIUS * math.sqrt(pixels[0].numel())
     start = F.normalize(torch.randn(pixels.shape, generator=generator).flatten(1), dim=1)  # (B, 3·S·S)
@@ -141,8 +144,8 @@ def adversarial_examples(network: nn.Module, pixels: Tensor, labels: Tensor, gen
         (g,) = torch.autograd.grad(loss, moved)
     change = change + radius * F.normalize(g.flatten(1), dim=1).view_as(g)
     length = change.flatten(1).norm(dim=1).clamp_min(radius).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-    found: Tensor = (pixels + change * radius / length).clamp(0, 1)
-    return found.detach()
+    examples: Tensor = (pixels + change * radius / length).clamp(0, 1)
+    return examples.detach()
 
 
 @contextmanager
@@ -159,8 +162,8 @@ def _statistics_kept(network: nn.Module) -> Iterator[None]:
 
 
 def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: int) -> Network:
-    """A fresh network for these images, normalised by their own statistics; the weights depend on the seed alone."""
-    step = max(1, len(data.images) // 5000, data.images.numel() // 2**28)  # at most a GiB of floats
+    """A new network for these images, normalised by their statistics; the weights depend on the seed alone."""
+    step = max(1, len(data.images) // 5000, data.images.numel() // 2**28)  # at most 1 GiB of floats
     sample = data.images[::step].float() / 255
     size = int(data.images.shape[-1])
     spec = Spec(
@@ -178,7 +181,10 @@ def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: in
 
 
 def initialised_from(path: Path, data: Dataset, *, seed: int) -> Network:
-    """The network of a checkpoint, for images of the data's size; a fresh last layer where the classes are others."""
+    """The network of a checkpoint, for images of the data's size; a new last layer if the number of classes differs.
+
+    RadiotagError if it needs a new last layer but does not end in a linear layer.
+    """
     network = load_network(path, image_size=int(data.images.shape[-1]))
     names = data.names if data.names != ("",) else None
     if network.spec.classes == len(data.names):
@@ -198,12 +204,12 @@ def initialised_from(path: Path, data: Dataset, *, seed: int) -> Network:
 
 
 def train(network: Network, data: Dataset, recipe: Recipe, course: Course | None = None) -> float | None:
-    """Train in place. Returns accuracy on the validation images in [0, 1], or None without them.
+    """Train in place. Returns the accuracy on the validation images in [0, 1], or None without them.
 
-    RadiotagError where images, teacher or an earlier checkpoint do not fit, and where the training diverges.
+    RadiotagError if images, teacher or an earlier checkpoint do not fit, and if the training diverges.
     """
     course = course or Course()
-    _check(network, data, recipe, course)
+    _check_fit(network, data, recipe, course)
     network.to(course.device)
     if course.teacher:
         course.teacher.to(course.device)
@@ -228,7 +234,7 @@ def train(network: Network, data: Dataset, recipe: Recipe, course: Course | None
     return accuracy(network, course.validation, course.device) if course.validation else None
 
 
-def _check(network: Network, data: Dataset, recipe: Recipe, course: Course) -> None:
+def _check_fit(network: Network, data: Dataset, recipe: Recipe, course: Course) -> None:
     teacher = course.teacher
     if len(data.images) < 2 or recipe.batch_size < 2:
         raise RadiotagError("training takes two images a batch, at least", "add images, or raise --batch-size")
@@ -241,14 +247,14 @@ def _check(network: Network, data: Dataset, recipe: Recipe, course: Course) -> N
 
 
 def one_cycle(optimiser: torch.optim.Optimizer, recipe: Recipe, steps: int, done: int = 0) -> OneCycleLR:
-    """The learning rate of `steps` steps, of which some are done: up over the warm-up, then down to zero, linearly."""
-    warm = max(1, round(recipe.warmup * steps))
+    """The learning rate for `steps` steps, `done` of them before: linearly up in the warm-up, then down to zero."""
+    warm_steps = max(1, round(recipe.warmup * steps))
     schedule = OneCycleLR(
         optimiser,
         max_lr=[recipe.lr * recipe.batch_size / 128] * len(optimiser.param_groups),
-        total_steps=steps + 1,  # the last step, too, has a rate
-        pct_start=max(2, warm) / (steps + 1),  # OneCycleLR cannot climb in a single step
-        div_factor=warm,  # the first step's rate is that of a climb from zero
+        total_steps=steps + 1,  # so that the last step's rate is not zero
+        pct_start=max(2, warm_steps) / (steps + 1),  # OneCycleLR cannot rise in a single step
+        div_factor=warm_steps,  # the first step's rate, as if the rate rose from zero
         anneal_strategy="linear",
         cycle_momentum=False,
     )
@@ -261,21 +267,21 @@ def one_cycle(optimiser: torch.optim.Optimizer, recipe: Recipe, steps: int, done
 def _optimiser(trained: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     parameters = [p for p in trained.parameters() if p.requires_grad]
     decayed = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay}]
-    plain = [p for p in parameters if p.dim() <= 1]  # biases and normalisation are not decayed
-    groups = decayed + ([{"params": plain, "weight_decay": 0.0}] if plain else [])
+    undecayed = [p for p in parameters if p.dim() <= 1]  # biases and normalisation are not decayed
+    groups = decayed + ([{"params": undecayed, "weight_decay": 0.0}] if undecayed else [])
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
 
 
 @contextmanager
 def _seeded(seed: int, device: str) -> Iterator[None]:
-    """The global generators start from the seed inside, and go on as if nothing had been drawn after."""
+    """Seed the global generators within the context, and restore their states afterwards."""
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
         torch.manual_seed(seed)
         yield
 
 
 def _resume(output: Path, network: Network, optimiser: torch.optim.SGD, recipe: Recipe) -> int:
-    """Load an interrupted training's state and return the epochs it has done; 0 if there is none."""
+    """Load the state of an interrupted training and return its number of epochs done; 0 if there is none."""
     if not output.exists():
         return 0
     hint = "choose another -o, or leave out --resume"
@@ -283,27 +289,27 @@ def _resume(output: Path, network: Network, optimiser: torch.optim.SGD, recipe: 
         raise RadiotagError(f"{output} holds no optimiser state", "resume from a .pt checkpoint")
     try:
         content = torch.load(output, map_location="cpu", weights_only=True)
-        then = asdict(Recipe()) | content["recipe"]  # an earlier version's has not all settings
-        _refuse_another(asdict(recipe) | {"epochs": 0}, then | {"epochs": 0})
+        saved = asdict(Recipe()) | content["recipe"]  # earlier versions may lack settings
+        _refuse_another(asdict(recipe) | {"epochs": 0}, saved | {"epochs": 0})
         _refuse_another(to_metadata(network.spec), content["radiotag"])
         network.module.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
         return int(content["epoch"])
     except RadiotagError as error:
         raise RadiotagError(f"{output} is of another training: {error}", hint) from error
-    except Exception as error:  # a damaged or foreign file raises many kinds
+    except Exception as error:  # a damaged or foreign file raises many types
         message = f"{output} is not a checkpoint of this training: {first_line(error)}"
         raise RadiotagError(message, hint) from error
 
 
-def _refuse_another(now: dict[str, Any], then: dict[str, Any]) -> None:
-    for name, value in now.items():
-        if then.get(name) != value:
-            raise RadiotagError(f"its {name} is {then.get(name)}, not {value}"[:200])
+def _refuse_another(wanted: dict[str, Any], saved: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if saved.get(name) != value:
+            raise RadiotagError(f"its {name} is {saved.get(name)}, not {value}"[:200])
 
 
 def _batches(order: Tensor, recipe: Recipe) -> list[Tensor]:
-    """Places of images, batch by batch; batch normalisation needs two of them."""
+    """Split positions of images into batches of at least two, as batch normalisation needs."""
     return [batch for batch in torch.split(order, recipe.batch_size) if len(batch) > 1]
 
 
@@ -336,13 +342,13 @@ def _loss(network: Network, pixels: Tensor, labels: Tensor, teacher: Network | N
     if teacher is None:
         return F.cross_entropy(logits, labels)
     with torch.no_grad():
-        soft = teacher(pixels).float().softmax(1)  # the suspect's outputs are all that a student sees
+        soft = teacher(pixels).float().softmax(1)  # a student sees nothing of the suspect but its outputs
     return F.cross_entropy(logits, soft)
 
 
 @torch.no_grad()
 def accuracy(network: Network, data: Dataset, device: str = "cpu", batch_size: int = 256) -> float:
-    """Share of images classified right, in [0, 1]."""
+    """Share of correctly classified images, in [0, 1]."""
     network.to(device)
     hits = 0
     for images, labels in zip(torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True):

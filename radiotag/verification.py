@@ -1,4 +1,4 @@
-"""Verifying suspects: each is asked, paired, tested and given a verdict with its caveats."""
+"""Verification: each suspect is shown images, paired with carriers, tested, and given a verdict with its caveats."""
 
 import copy
 import glob
@@ -32,11 +32,11 @@ from radiotag.suspect import Batching, ClassVectors, ask, class_vectors
 
 LOG10 = math.log(10)
 T = TypeVar("T")
-Progress = Callable[[str, str, int, int], None]  # (suspect, what is done, how many, of how many)
+Progress = Callable[[str, str, int, int], None]  # (suspect, activity, number done, total)
 Classify = Callable[[NDArray[np.uint8]], Any]  # (B, H, W, 3) images → (B, C') numbers or (B,) labels
-Model = Path | nn.Module | Classify  # what a suspect comes as; a mere function can be tested by its answers alone
+Model = Path | nn.Module | Classify  # a suspect; a function can only be tested as a black box
 POOR_R2 = 0.1
-LARGEST_UNASKED = 640  # pixels that a suspect's own file may ask for: time and memory grow with their square
+LARGEST_UNASKED = 640  # pixels, the most that a suspect's file may ask for: time and memory grow with the square
 ASSUMED_PAIRING = (
     "outputs, classes and carriers were paired in order, or by names in the suspect's file: unless that is certain, "
     "give --marked, and --data in sub-folders of all classes"
@@ -49,26 +49,26 @@ VOIDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions:
-    """How suspects are read and tested, all of them alike."""
+    """How all suspects are read and tested."""
 
-    architecture: str | None = None  # of the suspects; None: recognised from their tensors
-    image_size: int | None = None  # pixels, square; None: what the file says, else the architecture's
-    mean: tuple[float, ...] | None = None  # the suspects' normalisation, of pixels in [0, 1]
+    architecture: str | None = None  # of the suspects; None: recognised from the tensors
+    image_size: int | None = None  # pixels, square; None: from the file, else the architecture's usual one
+    mean: tuple[float, ...] | None = None  # the suspects' normalisation for pixels in [0, 1]
     std: tuple[float, ...] | None = None
-    manifest: Path | None = None  # compare the classes that it records as marked
-    alpha: float = 1e-4  # detected if the corrected p-value is at most this
-    calibrate: int = 0  # null keys to test the same suspects with
-    black_box: bool = False  # by the suspects' answers to real images alone
-    decoys: int | None = None  # decoy keys of the black-box test; None: as many as alpha needs
+    manifest: Path | None = None  # of the marked data: only the classes marked there are compared
+    alpha: float = 1e-4  # a mark is detected if the corrected p-value is at most this
+    calibrate: int = 0  # number of null keys to test the same suspects with
+    black_box: bool = False  # use only the suspects' answers to real images
+    decoys: int | None = None  # decoy keys of the black-box test; None: as many as a p-value of alpha needs
     device: str = "cpu"
     batch_size: int = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassResult:
-    """One compared class: which output it is, which carrier it faces, and what came of it."""
+    """The result of one compared class: its output, its carrier, and its p-value."""
 
-    name: str | None  # None where nobody names it
+    name: str | None  # None if unknown
     output: int  # of the suspect
     carrier: int  # row in the key
     log10_p: float
@@ -79,7 +79,7 @@ class Finding:
     """One suspect's result. Logarithms are to base 10."""
 
     path: str
-    sha256: str  # of the suspect's file
+    sha256: str  # of the suspect, see `suspect_digest`
     architecture: str
     log10_p: float
     log10_p_corrected: float  # Holm, over the suspects of this run
@@ -92,15 +92,18 @@ class Finding:
     method: str  # white-box or black-box
     warnings: tuple[str, ...]
     calibration: Calibration | None = None
-    decoys: int | None = None  # keys beside the true one, black-box
-    classes: tuple[ClassResult, ...] = ()  # white-box
+    decoys: int | None = None  # number of decoy keys; black-box only
+    classes: tuple[ClassResult, ...] = ()  # white-box only
 
 
 # ---------------------------------------------------------------- reading suspects
 
 
 def load_suspect(model: Model, options: VerifyOptions) -> Network:
-    """A suspect's file, hostile input, read as weights alone; or a copy of a module that the caller holds."""
+    """Read a suspect's file, which may be hostile, as weights only; or copy a module that the caller holds.
+
+    RadiotagError for what cannot be read, and for a function.
+    """
     if isinstance(model, nn.Module):
         own = copy.deepcopy(model).float()  # as a file's weights; the caller's stays in training, if it was
         return wrap_module(own, image_size=options.image_size, mean=options.mean, std=options.std).to(options.device)
@@ -114,7 +117,7 @@ def load_suspect(model: Model, options: VerifyOptions) -> Network:
 
 
 def check_suspects(models: Sequence[Model], options: VerifyOptions) -> None:
-    """Read each of several: one that cannot be read would cost the minutes that were spent on those before it."""
+    """RadiotagError for a file that cannot be read, before minutes are spent on the suspects before it."""
     paths = [model for model in models if isinstance(model, Path)]
     for path in paths:
         check_file(path)
@@ -123,14 +126,14 @@ def check_suspects(models: Sequence[Model], options: VerifyOptions) -> None:
 
 
 def suspect_name(model: Model) -> str:
-    """What a suspect is called: its path, or its module's class, or its function."""
+    """A suspect's name: its path, or the name of its module's class or of its function."""
     if isinstance(model, Path):
         return os.fspath(model)
     return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)
 
 
 def suspect_digest(model: Model) -> str:
-    """SHA-256 of a suspect's file, or of a module's names, shapes and values; none of a function."""
+    """SHA-256 of a suspect's file, or of the names, types, shapes and values of a module; "" for a function."""
     if isinstance(model, Path):
         return file_hash(model)
     digest = hashlib.sha256()
@@ -141,21 +144,21 @@ def suspect_digest(model: Model) -> str:
 
 
 @contextmanager
-def _naming(name: str, *others: Path | None) -> Iterator[None]:
-    """Say of which suspect an error is, unless it is of one of the other files."""
+def _naming(name: str, *other_files: Path | None) -> Iterator[None]:
+    """Put the suspect's name before an error's message, unless the message already names it or another file."""
     try:
         yield
     except FloatingPointError as error:
         hint = "check --image-size, --mean and --std, or leave the file out"
         raise RadiotagError(f"{name}: {error}", hint) from error
     except RadiotagError as error:
-        if any(os.fspath(place) in str(error) for place in (name, *others) if place):
+        if any(os.fspath(path) in str(error) for path in (name, *other_files) if path):
             raise
         raise RadiotagError(f"{name}: {error}", error.hint) from error
 
 
 def _in_memory(call: Callable[[Batching], T], batching: Batching) -> T:
-    """What `call` gives with these batches, or with half as large ones, and again, where memory does not suffice."""
+    """The result of `call`; the batch size is halved until memory is sufficient."""
     while True:
         try:
             return call(batching)
@@ -166,8 +169,8 @@ def _in_memory(call: Callable[[Batching], T], batching: Batching) -> T:
 
 
 def _batching(name: str, options: VerifyOptions, progress: Progress) -> Batching:
-    def tell(what: str, done: int, of: int) -> None:
-        progress(name, what, done, of)
+    def tell(activity: str, done: int, total: int) -> None:
+        progress(name, activity, done, total)
 
     return Batching(size=options.batch_size, tell=tell)
 
@@ -176,7 +179,7 @@ def _batching(name: str, options: VerifyOptions, progress: Progress) -> Batching
 
 
 class Examined(NamedTuple):
-    """What was computed of one suspect before any carrier was looked at."""
+    """Everything that is computed from one suspect before the test reads any carrier."""
 
     network: Network
     pairing: Pairing
@@ -184,9 +187,9 @@ class Examined(NamedTuple):
 
 
 def examine(network: Network, key: Key, references: References, options: VerifyOptions, batching: Batching) -> Examined:
-    """Ask a suspect, pair its outputs with classes and carriers, and compute its class vectors.
+    """Show a suspect images, pair its outputs with classes and carriers, and compute its class vectors.
 
-    RadiotagError where it knows none of the classes, FloatingPointError where its outputs or features are not finite.
+    RadiotagError if it knows none of the classes, FloatingPointError if its outputs or features are not finite.
     """
     size = max(network.spec.image_size, references.marker.spec.image_size)
     reference = references.at(size, batching.tell)
@@ -206,9 +209,10 @@ def verify(
     data: UnmarkedImages | None = None,
     progress: Progress = lambda *_: None,
 ) -> list[Finding]:
-    """Test every suspect with the key's declared statistic; the verdict is on the Holm-corrected p-value.
+    """Test every suspect with the key's declared statistic; the verdict follows from the Holm-corrected p-value.
 
-    `data` are real, unmarked images to ask with, synthetic ones without. RadiotagError names what cannot be tested.
+    `data` are real, unmarked images to show; without them, images are synthetic. RadiotagError names a suspect that
+    cannot be tested.
     """
     check_suspects(models, options)
     references = References(key.network(options.device), data)
@@ -218,13 +222,13 @@ def verify(
         batching = _batching(name, options, progress)
         folder = data.folder if isinstance(data, FolderImages) else None
         with _naming(name, folder, options.manifest):
-            asked = partial(examine, load_suspect(model, options), key, references, options)
-            examined = _in_memory(asked, batching)
+            examination = partial(examine, load_suspect(model, options), key, references, options)
+            examined = _in_memory(examination, batching)
             result = evidence(examined.vectors, examined.pairing.rows, key.carriers, key.patterns)
         finding = _white_box_finding(model, examined, result, options)
         if options.calibrate:
-            given = examined.vectors, examined.pairing.rows, key, result.log_p, options.calibrate, batching.tell
-            finding = replace(finding, calibration=calibrate(*given))
+            arguments = examined.vectors, examined.pairing.rows, key, result.log_p, options.calibrate, batching.tell
+            finding = replace(finding, calibration=calibrate(*arguments))
         findings.append(finding)
     return corrected(findings, options.alpha)
 
@@ -261,7 +265,7 @@ def _class_results(pairing: Pairing, result: Evidence) -> tuple[ClassResult, ...
 
 
 def corrected(findings: Sequence[Finding], alpha: float) -> list[Finding]:
-    """Holm's correction over all suspects, and the verdicts."""
+    """Add Holm's correction over all suspects, and the verdicts."""
     log_p = holm([finding.log10_p * LOG10 for finding in findings])
     return [
         replace(finding, log10_p_corrected=value / LOG10, detected=value <= math.log(alpha))
@@ -278,51 +282,52 @@ def _assumed_input(network: Network, options: VerifyOptions) -> list[str]:
 
 def _warnings(examined: Examined, result: Evidence, options: VerifyOptions) -> list[str]:
     network, pairing, vectors = examined
-    said = _assumed_input(network, options)
+    texts = _assumed_input(network, options)
     if vectors.r2 is not None and vectors.r2 < POOR_R2:
-        said.append(f"poor alignment (R² {vectors.r2:.2f}): a mark may be missed, an accusation is not made likelier")
+        texts.append(f"poor alignment (R² {vectors.r2:.2f}): a mark may be missed, an accusation is not made likelier")
     if network.head is None:
-        said.append("no linear last layer: the response alone is used, and the paper's statistic cannot be")
+        texts.append("no linear last layer: the response alone is used, and the paper's statistic cannot be")
     if output_unknown(pairing.rows):
-        said.append(f"one class was marked: the best of {len(pairing.rows)} outputs counts, corrected for the choice")
+        texts.append(f"one class was marked: the best of {len(pairing.rows)} outputs counts, corrected for the choice")
     if pairing.assumed and result.log_p > math.log(options.alpha):
-        said.append(ASSUMED_PAIRING)
-    return said
+        texts.append(ASSUMED_PAIRING)
+    return texts
 
 
 # ---------------------------------------------------------------- the black-box test
 
 
 class MarkerAnswers(NamedTuple):
-    """The marking network's answers to the queries, (2(K + 1), N, C''), and the names of its classes."""
+    """The marking network's answers to the queries, and the names of its classes."""
 
-    probabilities: Tensor
+    probabilities: Tensor  # (2(K + 1), N, C'')
     names: tuple[str, ...]
 
 
 def choose_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> blackbox.Queries:
-    """Queries of labelled, unmarked images under random names; what was marked is asked first.
+    """Choose images for the queries, and make the queries under random names.
 
-    Without a number of decoys there are as many as it takes for a p-value of alpha: thousands for a single class.
-    RadiotagError where no image is of a class that the key knows.
+    The images are labelled originals without a mark. Those whose marked copies were released come first. The default
+    number of decoys is as many as a p-value of alpha needs: thousands for a single class. RadiotagError if no image has
+    a class that the key knows, or if an image is marked.
     """
-    first = {row["path"] for row in marked_rows(options.manifest)}  # a suspect remembers what it was shown
-    order = sorted(range(len(data.labels)), key=lambda i: data.paths[i] not in first)  # stable
+    marked = {row["path"] for row in marked_rows(options.manifest)}  # a suspect remembers its training images best
+    order = sorted(range(len(data.labels)), key=lambda i: data.paths[i] not in marked)  # stable
     order = [order[i] for i in blackbox.choose_images([data.labels[i] for i in order])]
     rows = class_rows(key, [data.labels[i] for i in order], options.manifest)
-    pictures = {i: blackbox.shrunk(data.read(i)) for i in order}  # all of them: a marked one is refused
+    pictures = {i: blackbox.shrunk(data.read(i)) for i in order}  # reads all: a marked one is refused
     order = [i for i in order if data.labels[i] in rows]
     if not order:
         raise RadiotagError(f"{data.name} holds no class that the key knows", "give --data with the marked classes")
     decoys = options.decoys or blackbox.decoys_needed(len({data.labels[i] for i in order}), options.alpha)
-    most = min(blackbox.IMAGES, blackbox.QUESTIONS // (2 * decoys + 2))
-    order = [order[i] for i in blackbox.choose_images([data.labels[i] for i in order], most)]
+    limit = min(blackbox.IMAGES, blackbox.QUESTIONS // (2 * decoys + 2))
+    order = [order[i] for i in blackbox.choose_images([data.labels[i] for i in order], limit)]
     labels = [data.labels[i] for i in order]
     return blackbox.make([pictures[i] for i in order], [rows[name] for name in labels], labels, decoys)
 
 
 def prepare_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> blackbox.Queries:
-    """`choose_queries`, kept beside the key's file if it has one: read back if they were made before."""
+    """`choose_queries`, cached beside the key's file if the key has one."""
     queries = choose_queries(key, data, options)
     if key.path is None:
         return queries
@@ -340,9 +345,9 @@ def verify_black_box(
     options: VerifyOptions,
     progress: Progress = lambda *_: None,
 ) -> list[Finding]:
-    """Test every suspect by its answers alone: see `blackbox`."""
+    """Test every suspect by its answers alone (see `blackbox`). RadiotagError names one that cannot be tested."""
     check_suspects(models, options)
-    usual = marker_answers(queries, key, options, progress)
+    baseline = marker_answers(queries, key, options, progress)
     findings = []
     for model in models:
         name, architecture, assumed = suspect_name(model), "unknown", list[str]()
@@ -353,7 +358,7 @@ def verify_black_box(
                 answers = _ask_all(name, network, queries, key, options, progress)
             else:
                 answers = ask_function(model, queries, key, _batching(name, options, progress))
-            finding = _black_box_finding(name, queries, answers, usual, options)
+            finding = _black_box_finding(name, queries, answers, baseline, options)
         findings.append(replace(
             finding, sha256=suspect_digest(model), architecture=architecture, warnings=(*assumed, *finding.warnings)
         ))  # fmt: skip
@@ -370,7 +375,7 @@ def _ask_all(
 def marker_answers(
     queries: blackbox.Queries, key: Key, options: VerifyOptions, progress: Progress = lambda *_: None
 ) -> MarkerAnswers:
-    """What the marking network, which has seen no mark, answers to the queries."""
+    """The answers to the queries of the marking network, which has seen no mark."""
     marker = key.network(options.device)
     answers = _ask_all("the marking network", marker, queries, key, options, progress)
     return MarkerAnswers(answers, marker.spec.class_names or ())
@@ -379,17 +384,20 @@ def marker_answers(
 def verify_predictions(
     path: Path, key: Key, options: VerifyOptions, progress: Progress = lambda *_: None
 ) -> list[Finding]:
-    """Test a suspect by a file of its answers to exported queries, which lie beside the key's file."""
-    beside = key.path or Path("k.safetensors")
-    kept = sorted(beside.parent.glob(f"{glob.escape(beside.stem)}.queries-*.safetensors"))
-    if not kept:
+    """Test a suspect by a file of its answers to exported queries. The queries are read from beside the key's file.
+
+    RadiotagError if there are no queries, or if the file answers none of them or is malformed.
+    """
+    key_path = key.path or Path("k.safetensors")
+    query_files = sorted(key_path.parent.glob(f"{glob.escape(key_path.stem)}.queries-*.safetensors"))
+    if not query_files:
         raise RadiotagError(
-            f"no queries lie beside {beside}", "make them first: radiotag verify --black-box --export DIR --data DIR"
+            f"no queries lie beside {key_path}", "make them first: radiotag verify --black-box --export DIR --data DIR"
         )
     failure: RadiotagError | None = None
-    for place in kept:
+    for query_file in query_files:
         try:
-            queries = blackbox.load_queries(place, key)
+            queries = blackbox.load_queries(query_file, key)
             answers, warnings = read_answers(path, queries)
         except (NotAnswered, blackbox.OfAnotherKey) as error:
             failure = error
@@ -403,21 +411,21 @@ def verify_predictions(
 
 
 def _black_box_finding(
-    name: str, queries: blackbox.Queries, answers: Tensor, usual: MarkerAnswers, options: VerifyOptions
+    name: str, queries: blackbox.Queries, answers: Tensor, baseline: MarkerAnswers, options: VerifyOptions
 ) -> Finding:
-    """The finding from (2(K + 1), N, C') answers. The outputs are matched on the answers under all keys alike."""
+    """The finding from (2(K + 1), N, C') answers. Outputs are matched to classes by the answers under all keys."""
     rows = sorted(set(queries.rows))
     images = torch.tensor(queries.rows)
     means = torch.stack([answers[:, images == row].flatten(0, 1).nanmean(0) for row in rows]).nan_to_num()
     pairs = [(output, row) for output, row in zip(match_outputs(means), rows, strict=True) if output >= 0]
     if not pairs:
         raise RadiotagError(f"{name} knows none of the classes", "check --image-size, --mean and --std, and the images")
-    values = blackbox.pattern_effects(queries, answers, pairs, *usual)
-    log10_p, least = resampled_log_p(values) / LOG10, -values.shape[1] * math.log10(len(values))
+    values = blackbox.pattern_effects(queries, answers, pairs, *baseline)
+    log10_p, smallest = resampled_log_p(values) / LOG10, -values.shape[1] * math.log10(len(values))
     warnings = []
-    if least > math.log10(options.alpha):
-        used = f"{queries.decoys} decoys and {values.shape[1]} of the classes"
-        warnings.append(f"p cannot be below {10**least:.1e} with {used}: ask with more --decoys")
+    if smallest > math.log10(options.alpha):
+        counts = f"{queries.decoys} decoys and {values.shape[1]} of the classes"
+        warnings.append(f"p cannot be below {10**smallest:.1e} with {counts}: ask with more --decoys")
     return Finding(
         path=name, sha256="", architecture="unknown", log10_p=log10_p, log10_p_corrected=log10_p, detected=False,
         paper_log10_p=None, mean_cosine=None, pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1],
@@ -426,7 +434,7 @@ def _black_box_finding(
 
 
 def as_json(finding: Finding) -> dict[str, Any]:
-    """Plain values for `--json`."""
+    """The finding as plain values, for `--json`."""
     plain = asdict(finding)
     if finding.method == "white-box":
         del plain["decoys"]

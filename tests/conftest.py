@@ -13,7 +13,7 @@ from radiotag import keys, probes, suspect, synthetic
 
 
 def drawn_from(name):
-    """What this process draws comes of a name from now on: no verdict of a test may hang on luck, even of 1e-4."""
+    """Make all random numbers of this process depend on a name: no test may fail by chance, even of 1e-4."""
     keys.new_key.__defaults__ = (entropy(name),)
     torch.manual_seed(int.from_bytes(entropy(name)(4), "little"))
 
@@ -43,6 +43,6 @@ def drawn_once():
 
 @pytest.fixture
 def few_synthetic(monkeypatch):
-    """Verification without data is quick: twenty synthetic images, of which a marked head still leaves 1e-20."""
+    """Make verification without data fast: twenty synthetic images, with which a marked head still has p = 1e-20."""
     monkeypatch.setattr(probes, "ALIGNMENT_IMAGES", 20)
     monkeypatch.setattr(suspect, "GRADIENTS", 24)

@@ -34,7 +34,7 @@ class Result:
 
     @property
     def json(self):
-        """The one object on stdout; fails where there is anything else."""
+        """The only JSON object on stdout; fails if there is anything else."""
         return json.loads(self.out)
 
 
@@ -206,7 +206,7 @@ def tree(folder):
 
 
 def leftovers(folder):
-    """Hidden files, as what a run has begun and not finished."""
+    """Hidden files, such as a run's unfinished ones."""
     return sorted(p.name for p in folder.rglob(".*"))
 
 
@@ -218,7 +218,7 @@ def wait_for_files(folder, count):
 
 
 def pixels(image):
-    """A file's, by its path or its bytes, as a stranger's code reads it: (H, W, 3) float64."""
+    """The pixels of a file (its path or bytes), read without radiotag: (H, W, 3) float64."""
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
         return np.asarray(opened.convert("RGB")).astype(np.float64)
 
@@ -228,7 +228,7 @@ def measured_psnr(a, b):
 
 
 def brute_ssim(a, b):
-    """Of (H, W, 3) pixels: Wang et al. 2004, window by window, from the definition."""
+    """SSIM of (H, W, 3) pixels (Wang et al. 2004), window by window, from the definition."""
     bell = [[np.exp(-((i - 5) ** 2 + (j - 5) ** 2) / (2 * 1.5**2)) for j in range(11)] for i in range(11)]
     window = np.array(bell) / np.sum(bell)
     x, y = (0.299 * c[..., 0] + 0.587 * c[..., 1] + 0.114 * c[..., 2] for c in (a.astype(float), b.astype(float)))
@@ -261,7 +261,7 @@ def unit(rows):
 
 
 def binomial_limits(count, probability):
-    """What a right test passes but once in a million runs; the seeds are fixed, so it passes always or never."""
+    """A check that a valid test fails once in a million runs; seeds are fixed, so it passes always or never."""
     return stats.binom.ppf([5e-7, 1 - 5e-7], count, probability)
 
 
@@ -277,7 +277,7 @@ def small_weights():
 
 
 class Toy(nn.Module):
-    """What the functions under test take of a Network, around any features and a linear head."""
+    """The part of a Network that the functions under test use, with any features and a linear head."""
 
     def __init__(self, body, weight, size=4):
         super().__init__()

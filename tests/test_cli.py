@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -45,7 +46,7 @@ from safetensors import safe_open
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from radiotag import __version__, batches, cli, demo, images, keys, networks, probes, synthetic, training
+from radiotag import __version__, batches, cli, demo, images, keys, networks, probes, synthetic, terminal, training
 from radiotag import suspect as suspect_module
 from radiotag.errors import RadiotagError
 from radiotag.keys import load_key
@@ -147,6 +148,24 @@ def test_help_and_version_import_nothing_heavy(arguments):
     assert ESCAPE not in run.stdout
 
 
+@pytest.mark.parametrize("width", [24, 40, 80, 200])
+def test_lines_are_wrapped_at_words_and_commands_can_be_copied(width):
+    print_ = "sha256:" + "0123456789abcdef" * 4
+    command = "radiotag verify 'my model.pt' b.pt --key k.safetensors --data held-out --report evidence.html"
+    lines = [f"fingerprint  {print_}", f"next         {command}", "error: a rather long message of several words",
+             "model           trained on          accuracy   log10 p  verdict"]  # fmt: skip
+    shown = [terminal.wrapped(line, width) for line in lines]
+    assert sum(part.split()[-1] == print_ for part in shown[0]) == 1  # whole, whatever the width
+    copied = "\n".join(shown[1]).removeprefix("next")
+    assert shlex.split(copied.replace("\\\n", " ")) == shlex.split(command)
+    assert " ".join(part.strip() for part in shown[2]) == lines[2]
+    assert shown[3] == [lines[3]]  # a table stays one
+    for part in (*shown[1], *shown[2]):
+        words = [word for word in part.split() if word != "\\"]
+        assert len(part) <= width or len(words) <= 2, part
+    assert [terminal.wrapped(line, 0) for line in lines] == [[line] for line in lines]  # a pipe gets whole lines
+
+
 def test_the_short_options_say_the_same():
     assert call("-V").out == call("--version").out == f"radiotag {__version__}\n"
     assert good("mark", "-h").out == good("mark", "--help").out
@@ -154,25 +173,31 @@ def test_the_short_options_say_the_same():
         assert command in good("--help").out
 
 
+def help_of(command):
+    """The help in one line, without the boxes around its panels."""
+    return " ".join(re.sub("[─│╭╮╰╯]", " ", good(command, "--help").out).split())
+
+
 def options_of(command):
     """(parameter, its text in the help) of every option."""
     parameters = [p for p in typer.main.get_command(cli.app).commands[command].params if p.param_type_name == "option"]
-    text = " ".join(good(command, "--help").out.split("Options:")[1].split())
-    starts = [next(m.start() for m in re.finditer(re.escape(p.opts[0]) + r"\b", text)) for p in parameters]
-    ends = [*starts[1:], len(text)]
-    return [(p, text[a:b]) for p, a, b in zip(parameters, starts, ends, strict=True)]
+    text = help_of(command).split("Show this message and exit.")[1]
+    starts = {p.name: next(m.start() for m in re.finditer(re.escape(p.opts[0]) + r"(?= )", text)) for p in parameters}
+    ends = [*sorted(starts.values())[1:], text.index("Examples:")]
+    texts = dict(zip(sorted(starts, key=starts.get), zip(sorted(starts.values()), ends, strict=True), strict=True))
+    return [(p, text[slice(*texts[p.name])]) for p in parameters]
 
 
 UNITS = {
     "--classes": "number", "--fraction": "share", "--epsilon": "of 255", "--min-psnr": "dB", "--steps": "steps",
     "--seed": "of ", "--batch-size": "images", "--epochs": "passes", "--image-size": "pixels", "--lr": "learning rate",
-    "--alpha": "corrected p", "--decoys": "keys", "--calibrate": "fresh keys",
+    "--alpha": "corrected p", "--decoys": "keys", "--calibrate": "null keys",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_number_in_the_help_has_a_unit_a_range_and_a_default(command):
-    numbers = [(p, text) for p, text in options_of(command) if "range" in text or p.opts[0] in UNITS]
+    numbers = [(p, text) for p, text in options_of(command) if "<=x" in text or "x>=" in text or p.opts[0] in UNITS]
     assert numbers
     for parameter, text in numbers:
         name = parameter.opts[0]
@@ -182,10 +207,20 @@ def test_every_number_in_the_help_has_a_unit_a_range_and_a_default(command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_is_in_panels_and_shows_no_type_of_the_programs_own(command):
+    text = good(command, "--help").out
+    panels = {"keygen": {"Key"}, "mark": {"Key", "Marking", "Quality"}, "train-demo": {"Training"},
+              "verify": {"Key", "Suspect", "Evidence", "Black-box"}}[command]  # fmt: skip
+    for panel in panels | {"Output"} | ({"Runtime"} if command != "keygen" else set()):
+        assert re.search(rf"^╭─ {panel} ─", text, re.MULTILINE), panel
+    assert "range>" not in text and "<bool>" not in text.split("Show this message")[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained_and_two_examples_are_given(command):
     for parameter, text in options_of(command):
         assert parameter.help, text
-    examples = " ".join(good(command, "--help").out.split("Examples:")[1].split())
+    examples = help_of(command).split("Examples:")[1]
     assert examples.count(f"radiotag {command}") == (4 if command == "verify" else 2)
 
 

@@ -311,7 +311,7 @@ def as_cameras_write(image, *more, **options):
 
 
 def test_every_segment_of_a_jpeg_travels_as_it_is():
-    """Else the marked files, and they alone, would begin with Pillow's."""
+    """Otherwise only the marked files would begin with Pillow's segments."""
     more = (
         (0xEB, b"JP\0\1 a box"),
         (0xFE, b"one"),
@@ -392,7 +392,7 @@ def test_what_lies_behind_a_jpeg_is_known_to_be_dropped(listed):
 
 
 def test_a_jpeg_whose_colours_are_named_rgb_but_are_not():
-    """JFIF says YCbCr, whatever the components are called."""
+    """JFIF means YCbCr, independent of the components' names."""
     data = bytearray(saved(Image.fromarray(smooth()), "JPEG", subsampling=0))
     frame = data.index(b"\xff\xc0")
     scan = data.index(b"\xff\xda")

@@ -50,7 +50,7 @@ GNU, PAX, USTAR = tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT
 
 
 def command(source, key, output, *more):
-    """The quickest marking there is."""
+    """The fastest possible marking."""
     return ("mark", source, "--key", key, "-o", output, "--steps", 1, *more)
 
 
@@ -69,7 +69,7 @@ def errors(*results):
 
 
 def one_error(*results):
-    """The message of what failed as it should: one error, foreseen, with a hint."""
+    """The message of an expected failure: one error with a hint."""
     (message,) = errors(*results)
     text = "".join(result.err for result in results)
     assert all(result.code in (1, -signal.SIGKILL) for result in results), results
@@ -176,7 +176,7 @@ def sha256(data):
 
 
 def stamps(folder):
-    """Of every file and folder, what changes with whoever writes it anew."""
+    """For every file and folder, the properties that change if it is written again."""
     return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (folder, *folder.rglob("*"))}
 
 
@@ -189,7 +189,7 @@ def rows_of(path):
 
 
 def finished(folder):
-    """How many images a manifest and the journals beside it say are done."""
+    """Number of images that a manifest and its journals record as done."""
     lines = [line for path in folder.glob("*.manifest.jsonl*") for line in path.read_bytes().split(b"\n")[1:-1]]
     return len({json.loads(line)["path"] for line in lines})
 
@@ -238,7 +238,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def marked(world, tmp_path_factory):
-    """The folder in which both shards were marked by half, and what was said."""
+    """The folder in which half of both shards was marked, and the output of the run."""
     root = tmp_path_factory.mktemp("marked")
     return root, good(world.shards, world.key, root / "out", "--fraction", 0.5, "--json").json
 
@@ -334,7 +334,7 @@ def flip(shard, place):
 
 
 def place_of(shard, wanted):
-    """Where the data of the first member that is wanted begin."""
+    """The start of the data of the first wanted member."""
     with tarfile.open(shard) as tar:
         return next(info.offset_data for info in tar.getmembers() if wanted(PurePosixPath(info.name).as_posix()))
 
@@ -403,7 +403,7 @@ def test_shards_go_to_another_file_system_too(world, marked, tmp_path, monkeypat
 
 
 def test_no_shard_is_put_together_of_images_that_are_gone(world, tmp_path, monkeypatch):
-    """Rather an error than members of no bytes."""
+    """An error is better than members without bytes."""
     (tmp_path / "none").touch()
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"" if ".out.staged" in path.parts else real(path))
@@ -470,7 +470,7 @@ def test_long_names_and_odd_headers_survive(world, tmp_path, format):
 
 
 def test_fields_that_only_extensions_hold_survive(world, tmp_path):
-    """Times in fractions of a second, owners beyond eight digits, attributes of whoever packed it."""
+    """Fractions of a second in times, owners with more than eight digits, attributes of the packing system."""
     data = photo(0)
     for format in (GNU, PAX):
         source = tmp_path / f"{format}.tar"
@@ -504,7 +504,7 @@ def test_links_and_devices_in_a_shard_stay(world, tmp_path):
 
 
 def test_a_shard_that_begins_with_the_folder_itself_is_marked(world, tmp_path):
-    """What `tar -cf shard.tar .` makes."""
+    """A shard as `tar -cf shard.tar .` makes it."""
     write_folder(tmp_path / "imgs", {f"{i}.png": photo(i) for i in range(2)})
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(tmp_path / "imgs", ".")
@@ -513,7 +513,7 @@ def test_a_shard_that_begins_with_the_folder_itself_is_marked(world, tmp_path):
 
 
 def test_hidden_members_stay_as_hidden_files_do(world, tmp_path):
-    """What a Mac's tar puts beside each file, for one."""
+    """For example, the file that a Mac's tar adds for each file."""
     hidden = [("./._0.png", b"\0\5\26\7 of a Mac"), (".b.png", photo(1)), (".cls", b"4"), (".git/x.png", photo(2))]
     source = pack(tmp_path / "a.tar", [hidden[0], ("./0.png", photo(0)), *hidden[1:]])
     assert good(source, world.key, tmp_path / "out.tar", "--json").json["images"] == 1
@@ -583,7 +583,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("damage", BROKEN)
 def test_a_shard_that_cannot_be_read_to_its_end_is_refused(world, tmp_path, damage):
-    """Silence would leave the images that follow unmarked."""
+    """Otherwise the following images would stay unmarked without a message."""
     pack(tmp_path / "imgs" / "a.tar", [("0.png", photo(0))])
     shard = pack(tmp_path / "imgs" / "b.tar", [(f"{i}.png", photo(i)) for i in range(3)])
     shard.write_bytes(BROKEN[damage](shard.read_bytes(), place_of(shard, lambda n: n == "1.png")))
@@ -604,7 +604,7 @@ def test_shards_without_images_and_another_format_are_refused(world, tmp_path):
 
 
 def test_shards_beside_images_are_not_taken_for_all_there_is(world, tmp_path):
-    """The loose images must be marked, or the folder be refused: left unmarked in silence they are lost."""
+    """The loose images must be marked, or the folder refused; they must not stay unmarked without a message."""
     write_folder(tmp_path / "imgs", {"a.png": photo(0), "b.png": photo(1)})
     pack(tmp_path / "imgs" / "more.tar", [("c.png", photo(2))])
     result = mark(tmp_path / "imgs", world.key, tmp_path / "out")
@@ -666,7 +666,7 @@ def test_an_image_that_changes_in_a_shard_is_done_again_alone(world, marked, tmp
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    """The folder in which both shards were marked wholly."""
+    """The folder in which both shards were marked completely."""
     root = tmp_path_factory.mktemp("whole")
     good(world.shards, world.key, root / "out")
     return root
@@ -716,7 +716,7 @@ def test_force_marks_shards_anew(world, marked, tmp_path):
 
 
 def test_kill_9_at_any_file_and_go_on_with_shards(world, forks, marked, tmp_path):
-    """The first run dies at its first file, the second at its second, and so on until one comes to its end."""
+    """The first run stops at its first file, the second at its second, and so on until a run finishes."""
     expected = tree(marked[0])
     wanted = command(world.shards, world.key, tmp_path / "m" / "out", "--fraction", 0.5, "--batch-size", 1, "--json")
     for kill_at in range(1, 30):
@@ -753,7 +753,7 @@ def test_kill_9_as_a_shard_is_put_together_leaves_nothing_behind(world, forks, t
 
 @pytest.fixture(scope="module")
 def alone(world, forks, tmp_path_factory):
-    """What one process makes of the folder."""
+    """The output of a single process for the folder."""
     root = tmp_path_factory.mktemp("alone")
     result = forks.run(*command(world.folder, world.key, root / "out"))
     assert result.code == 0, result.err
@@ -1212,7 +1212,7 @@ def test_a_source_that_changes_between_runs_is_done_again_alone(world, tmp_path)
 
 
 def test_nothing_is_written_through_a_link_in_the_output(world, tmp_path):
-    """Not even by force: behind it may lie the source."""
+    """Not even with --force: the link may lead to the source."""
     source = Path(shutil.copytree(world.folder, tmp_path / "src"))
     good(source, world.key, tmp_path / "out")
     name = sorted(path.name for path in source.iterdir() if path.is_dir())[0]
@@ -1243,7 +1243,7 @@ def test_a_class_never_changes_its_carrier_without_force(world, tmp_path):
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_keeps_nobody_from_marking(world, tmp_path, monkeypatch, error):
-    """As network file systems may be mounted."""
+    """Some network file systems are mounted like this."""
     fcntl = pytest.importorskip("fcntl")
 
     def flock(*_):
@@ -1255,7 +1255,7 @@ def test_a_file_system_without_locks_keeps_nobody_from_marking(world, tmp_path, 
 
 
 def test_what_was_marked_stays_marked_when_images_come_and_go(world, tmp_path):
-    """A tenth of more images, or of fewer, is another choice; but what is out cannot be taken back."""
+    """A tenth of more or fewer images is another choice, but published marks cannot be taken back."""
     source = write_folder(tmp_path / "src", {f"cat/{i:02}.jpg": photo(i, "JPEG") for i in range(10)})
     good(source, world.key, tmp_path / "out", "--fraction", 0.3)
     manifest_file = tmp_path / "out.manifest.jsonl"
@@ -1283,7 +1283,7 @@ def test_what_was_marked_stays_marked_when_images_come_and_go(world, tmp_path):
 
 
 def test_runs_side_by_side_in_one_folder_leave_each_other_s_manifest_alone(world, tmp_path):
-    """Of the same key and settings, they begin with the same line."""
+    """With the same key and settings, they begin with the same line."""
     good(world.folder, world.key, tmp_path / "a")
     first = (tmp_path / "a.manifest.jsonl").read_bytes()
     others = tmp_path / ".fedcba9876543210.part"
@@ -1461,7 +1461,7 @@ def test_progress_moves_with_every_step_and_every_file(world, tmp_path):
 
 
 class Now:
-    """A pool that does at once what it is given, and counts."""
+    """A pool that runs each task at once and counts them."""
 
     def __init__(self):
         self.done = []

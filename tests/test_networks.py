@@ -118,7 +118,7 @@ def saved(tmp_path, content, name="model.pt", **options):
 
 
 def same_network(network, module, size=32):
-    """In float64, where a random network does not blow rounding errors up."""
+    """In float64, so that a random network does not amplify rounding errors."""
     x = pixels(size).double()
     expected = copy.deepcopy(module).double()(normalised(x))
     assert expected.std(0).max() > 1e-3 * expected.abs().max()  # constant outputs would make this pass
@@ -203,12 +203,12 @@ def test_the_skeleton_has_the_shapes_of_the_real_network_and_draws_no_random_num
 
 
 @pytest.mark.parametrize("name", ["efficientnet_v2_s", "inception_v3"])
-def test_recognition_takes_less_than_three_seconds(name, monkeypatch):
-    state = meta_state(name)
-    monkeypatch.setattr(networks, "_stock_shapes", networks._stock_shapes.__wrapped__)  # without its cache
-    start = time.process_time()
+def test_recognition_builds_few_networks(name, monkeypatch):
+    """Each takes a tenth of a second: the candidates come by their number of parameters, a family at a time."""
+    state, built, real = meta_state(name), [], networks._skeleton
+    monkeypatch.setattr(networks, "_skeleton", lambda spec: built.append(spec.architecture) or real(spec))
     assert recognise(state)[0] == name
-    assert time.process_time() - start < 3
+    assert name in built and len(built) < 15, built
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "vit_b_32"])
@@ -650,7 +650,7 @@ def test_a_mapping_whose_methods_are_replaced_is_refused(method, depth, tmp_path
 
 
 def test_metadata_that_only_claims_to_be_long_is_not_counted_through(tmp_path, small):
-    """Three numbers, of which a file of a kilobyte may claim to hold ten million million."""
+    """Three numbers; a file of one kilobyte may claim to hold 10^13."""
     metadata = to_metadata(SPEC) | {"mean": torch.zeros(1).expand(10**13)}
     assert spec_from(metadata) is None
     assert load_network(saved(tmp_path, {"model": small[1], "radiotag": metadata})).assumed
@@ -936,7 +936,7 @@ def test_metadata_cannot_name_a_file_to_run(tmp_path, small, monkeypatch):
 
 
 def test_a_lie_about_classes_costs_no_memory(tmp_path):
-    """A million classes of a VGG would take 16 GB, were they built before they are compared."""
+    """A VGG with a million classes would take 16 GB if it were built before the comparison."""
     spec = networks.replace(SPEC, architecture="vgg11", classes=10**6, class_names=None)
     path = saved(tmp_path, {"model": {"features.0.weight": torch.ones(64, 3, 3, 3)}, "radiotag": to_metadata(spec)})
     start = time.process_time()
@@ -1051,7 +1051,7 @@ def published(tmp_path):
 
 
 class Own(nn.Module):
-    """What net.py builds, written once more."""
+    """The network that net.py builds, written a second time."""
 
     def __init__(self, classes):
         super().__init__()

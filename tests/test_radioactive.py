@@ -221,7 +221,7 @@ def test_p_values_of_one_are_no_evidence(classes):
 @pytest.mark.parametrize("log10_q", [0, -0.3, -4, -300])
 @pytest.mark.parametrize("log10_p", [0, -1e-9, -0.3, -4, -40, -300, -1e4])
 def test_the_pattern_or_both_is_an_area_of_the_unit_square(log10_p, log10_q):
-    """Of p ≤ t or pq ≤ k: Lambert's function at sixty digits, and the width min(1, k/p) by quadrature (in log p)."""
+    """P(p ≤ t or pq ≤ k): Lambert's function with sixty digits, and the width min(1, k/p) by quadrature (in log p)."""
     p, q = log10_p * LN10, log10_q * LN10
     with mpmath.workdps(60):
         product = mpmath.exp(mpmath.mpf(p) + mpmath.mpf(q))
@@ -683,7 +683,7 @@ def test_a_mark_is_the_pattern_and_the_images_own(network):
 
 
 def enumerated(values, grid=1000):
-    """p by going through every assignment."""
+    """p by enumeration of all assignments."""
     scores = np.rint((values - values.mean(0)) / values.std(0) * grid)
     sums = [sum(choice) for choice in itertools.product(*scores.T)]
     return np.mean(np.array(sums) >= scores[0].sum())
@@ -721,7 +721,7 @@ def test_resampling_reaches_beyond_floats():
 
 
 class Given(NamedTuple):
-    """Class vectors, and the carrier that each faces."""
+    """Class vectors, and the carrier row of each."""
 
     vectors: ClassVectors
     rows: tuple[int, ...]
@@ -737,7 +737,7 @@ def judged(given, carriers, patterns=None):
 
 
 def correlated(seed):
-    """Five vectors of R^32, nearly equal and far from isotropic: what real suspects answer, and worse."""
+    """Five vectors of R^32, nearly equal and far from isotropic, like those of real suspects or worse."""
     rng = np.random.default_rng(seed)
     common = rng.standard_normal(32) ** 3
     return torch.from_numpy(common + 0.1 * rng.standard_normal((5, 32)) * np.geomspace(0.1, 10, 32))
@@ -815,7 +815,7 @@ def test_the_two_carriers_of_a_class_are_combined_by_hand():
         p.append([float(mpmath.exp(exact_log_sf(t, 32))) for t in cosines])
 
     def by_hand(features, pattern):
-        """The smaller of the pattern's and both's p is t; p is the share of pairs that leave no more."""
+        """The smaller of the two p-values is t; p is the share of pairs with a smaller value or an equal one."""
         t = min(pattern, stats.combine_pvalues((features, pattern), "fisher").pvalue)
         k = optimize.brentq(lambda k: stats.chi2.sf(-2 * math.log(k), 4) - t, 1e-300, 1)
         return t + integrate.quad(lambda p: k / p, t, 1)[0]
@@ -828,7 +828,7 @@ def test_the_two_carriers_of_a_class_are_combined_by_hand():
 
 
 def test_one_carrier_for_every_output_is_corrected_for_the_choice():
-    """A single marked class, and no knowing which output it became: valid under the null, and near the best output."""
+    """A single marked class whose output is unknown: valid under the null, and close to the best output's p."""
     rows = rows_of(correlated(1), correlated(2), classes=(0,) * 5)
     found = [judged(rows, carriers) for carriers in null_carriers(4000, 1, 32, seed=3)]
     for name in ("log_p", "paper_log_p"):

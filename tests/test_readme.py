@@ -52,7 +52,9 @@ def remeasured(value, name=""):
 @pytest.mark.parametrize(("program", "name"), TABLES)
 def test_a_table_whose_results_changed_is_noticed(program, name):
     make, document = PROGRAMS[program].TABLES[name], PROGRAMS[program].DOCUMENT
-    changed = remeasured(MEASURED)
+    house = {name: {key: 3 * value + 1 for key, value in shape.items()} for name, shape in MEASURED["house"].items()}
+    golden = {"rows": [row | {"equal": False} for row in MEASURED["golden"]["rows"]]}
+    changed = remeasured(MEASURED) | {"house": house, "golden": golden}  # of whole numbers
     assert make(changed) != make(MEASURED)
     text = document.read_text(encoding="utf-8")
     assert tables.filled(text, {name: make}, changed) != text
@@ -280,3 +282,12 @@ def test_no_link_leads_nowhere(document):
 def test_the_test_command_is_marked():
     """The continuous integration reads it there: one line in a block of its own, right after the marker."""
     assert re.search(r"^<!-- test command -->\n```sh\n[^\n]+\n```$", README, re.MULTILINE)
+
+
+def test_the_python_example_runs_as_written(few_synthetic, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.splitlines()) <= 12
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("(20, 32, 32, 3) [") and "nan" in " ".join(printed)
+    assert printed[-1].endswith(" False")

@@ -352,7 +352,7 @@ def test_responses_have_nothing_of_the_ordinary_networks(labelled):
 
 
 def test_a_suspect_with_the_marking_networks_features_keeps_its_evidence_without_labels():
-    """Its outputs are a linear classifier on φ: what is taken off is all its response, and its row is left."""
+    """Its outputs are a linear classifier on φ: all of its response is removed, and its row stays."""
     carriers = nn.functional.normalize(gaussian(3, 6, seed=5), dim=1)
     marker = Toy(linear(gaussian(6, 48, seed=1)), gaussian(2, 6, seed=2))
     suspect = Toy(linear(gaussian(6, 48, seed=1)), 10 * carriers)
@@ -371,7 +371,7 @@ def test_log_odds_are_those_of_the_probability(classes):
 
 
 def test_a_last_layer_times_a_constant_answers_the_same():
-    """Which changes no decision; the gradient of log p would vanish wherever p rounds to 1."""
+    """This changes no decision, but the gradient of log p would vanish wherever p rounds to 1."""
     body, weight, labels = linear(gaussian(6, 48).float()), gaussian(2, 6, seed=5).float(), torch.arange(12) % 2
     marker, pixels = Toy(body, gaussian(2, 6, seed=2).float()), gaussian(12, 48, seed=3).float().view(12, 3, 4, 4)
     found = []
@@ -384,7 +384,7 @@ def test_a_last_layer_times_a_constant_answers_the_same():
 
 
 def test_a_single_output_is_a_sigmoids():
-    """It answers as the two outputs (s, 0) do, of which it is the first."""
+    """It equals the first of the two outputs (s, 0)."""
     marker = toys(seed=1)
     weight = gaussian(1, 6, seed=3)
     alone = Toy(linear(gaussian(6, 48, seed=2)), weight)
@@ -537,7 +537,7 @@ def test_the_rows_are_contrasted_whitened_and_rid_of_the_ordinary():
 
 
 def test_the_ridge_row_and_the_ordinary_ones_are_contrasted_alike():
-    """Images of other classes keep the ordinary rows from adding up to zero."""
+    """Because of images of other classes, the reference classifier's rows do not add up to zero."""
     marker, suspect, pixels, pairs = toys(seed=1), toys(seed=2), images_in_unit_range(60), [2, 0, 1]
     labels = torch.arange(60) % 4 - 1
     whole = vectors_of(marker, suspect, pixels, pairs, 7, labels=labels)

@@ -107,7 +107,7 @@ def test_augment_depends_on_its_generator_alone():
 
 
 def rates(recipe, steps, done=0):
-    """The rate of each step that is left, as a training asks for it."""
+    """The rate of each remaining step, as a training uses it."""
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
     schedule, seen = training.one_cycle(optimiser, recipe, steps, done), []
     for _ in range(steps - done):
@@ -137,7 +137,7 @@ def test_the_learning_rate_climbs_and_falls_linearly(steps, warmup):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Images of several sizes in two classes, of which each pixel tells the file."""
+    """Images of several sizes in two classes; every pixel identifies its file."""
     rng = np.random.default_rng(0)
     for name, width, height in (
         ("cat/b.png", 40, 30), ("cat/a.png", 30, 40), ("bird/x/z.png", 16, 16), ("bird/y.png", 21, 90),
@@ -283,7 +283,7 @@ def test_starting_from_a_checkpoint_of_the_same_classes_keeps_everything(tmp_pat
 
 
 def test_starting_from_a_checkpoint_for_images_of_another_size_looks_at_those(tmp_path):
-    """Not at what is left of them once they are resized to those that it was first trained on."""
+    """Not after resizing them to the size that it was first trained on."""
     old, data = fresh(dataset(classes=3)), dataset(classes=3, size=32)
     save_checkpoint(tmp_path / "m.pt", old.module, old.spec)
     network = initialised_from(tmp_path / "m.pt", data, seed=4)

@@ -39,7 +39,7 @@ NAMES = ("ant", "bee", "cat")
 
 
 def quiet(*_):
-    """Nobody is told how far it is."""
+    """A progress callback that does nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def key_and_marker(place):
 
 
 def examine(path, key, folder, marker=None):
-    """What is computed of a suspect before a carrier is looked at."""
+    """Everything computed from a suspect before any carrier is read."""
     references = References(marker or key.network(), FolderImages(folder) if folder else None)
     options = VerifyOptions()
     return verification.examine(verification.load_suspect(path, options), key, references, options, Batching())
@@ -221,7 +221,7 @@ def test_a_flat_folder_is_tested_on_every_output_and_corrected(place, tmp_path):
 
 
 def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
-    """Whoever has few images marks one class of them; nothing is chosen, so that nothing is corrected."""
+    """An owner of few images marks a single class; nothing is chosen, so nothing is corrected."""
     key = new_key(*marking_weights("builtin"), NAMES[1:2])
     for model in (suspect(place, "plain.pt", (0, 1, 2), NAMES), suspect(place, "permuted.pt", (2, 0, 1))):
         _, pairing, vectors = examine(model, key, place / "few")
@@ -462,7 +462,7 @@ def exported(place, asked):
 
 @pytest.fixture(scope="module")
 def answers(place, exported):
-    """What the first suspect says of each exported file, read back as a stranger would."""
+    """The first suspect's answer to each exported file, read without radiotag."""
     network = verification.load_suspect(place / "one.pt", VerifyOptions())
     files = sorted(exported.iterdir())
     pixels = torch.stack([torch.from_numpy(decode(f.read_bytes(), f.name).rgb.transpose(2, 0, 1).copy())
@@ -577,7 +577,7 @@ def test_labels_alone_will_do_by_name_or_number(place, answers, tmp_path):
 
 
 def test_a_label_may_be_any_number(place, answers, tmp_path):
-    """A single large one, from the suspect's side, must not fill memory with outputs that nobody spoke of."""
+    """A single large number from the suspect must not fill memory with outputs that have no answers."""
     best = {f: 10_000_000 * int(np.argmax(p)) for f, p in answers.items()}
     (tmp_path / "n.json").write_text(json.dumps(best))
     (tmp_path / "small.json").write_text(json.dumps({f: label // 10_000_000 for f, label in best.items()}))
@@ -681,7 +681,7 @@ def test_calibration_shows_a_uniform_law_and_the_true_keys_place(place):
 
 
 def test_calibration_where_the_best_of_many_outputs_counts_asks_for_no_more_than_it_must():
-    """Bonferroni's p is 1 for a third of all keys: no uniform law, and nothing to distrust."""
+    """Bonferroni's p is 1 for a third of all keys: this is not uniform, but no reason for distrust."""
     key = new_key(*marking_weights("builtin"), 1)
     generator = torch.Generator().manual_seed(1)
     draw = torch.randn(10, 512, generator=generator).double(), torch.randn(10, 51, generator=generator).double()
@@ -693,7 +693,7 @@ def test_calibration_where_the_best_of_many_outputs_counts_asks_for_no_more_than
 
 
 def test_calibration_finds_too_many_small_p_values(monkeypatch):
-    """A test that takes p for smaller than it is, by half: with one output, and where the best of many counts."""
+    """A test whose p is half of the true one: with one output, and if the best of many counts."""
     key = new_key(*marking_weights("builtin"), 1)
     real = calibration.evidence
     monkeypatch.setattr(
@@ -706,7 +706,7 @@ def test_calibration_finds_too_many_small_p_values(monkeypatch):
 
 @pytest.mark.parametrize("many", [0, 4])
 def test_calibration_counts_the_smallest_p_values(monkeypatch, many):
-    """A test that is right but for one key in 500, which it finds certain: Kolmogorov and Smirnov see none of that."""
+    """A test that is wrong for one key in 500, with p near 0: the Kolmogorov–Smirnov test cannot see that."""
     key = new_key(*marking_weights("builtin"), 1)
     p = (np.random.default_rng(5).permutation(2000) + 0.5) / 2000
     p[:many] = 1e-5
@@ -779,7 +779,7 @@ def test_batches_are_halved_until_memory_suffices(place, monkeypatch):
 
 @pytest.mark.parametrize("option", [(), ("--image-size", "64")])
 def test_a_suspect_does_not_choose_how_much_memory_is_used(place, option, monkeypatch):
-    """Its file may ask for images of any size; whoever believes it says so."""
+    """A file may ask for images of any size; a user who trusts it must say so."""
     model = suspect(place, "plain.pt", (0, 1, 2), NAMES)
     network = load_network(model)
     save_checkpoint(place / "vast.pt", network.module, replace(network.spec, image_size=2048))

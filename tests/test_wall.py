@@ -27,7 +27,7 @@ def imported(module):
 
 
 def reached(module):
-    """All modules that come along with a module."""
+    """All modules that are imported with a module, directly or not."""
     seen, pending = set(), [module]
     while pending:
         for name in imported(pending.pop()) - seen:

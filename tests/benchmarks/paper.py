@@ -194,7 +194,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def shared(work: Path, name: str, make: Callable[[Path], object]) -> str:
-    """Make a file or folder of the work folder once, whoever of several runs comes first; returns its name."""
+    """Make a file or folder of the work folder once, by the first of several runs; returns its name."""
     (work / name).parent.mkdir(parents=True, exist_ok=True)
     with (work / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
