@@ -43,7 +43,7 @@ def load_key(path: PathLike) -> Key:
 def keygen(
     output: PathLike | None = None,
     *,
-    network: str = "builtin",
+    network: PathLike = "builtin",
     classes: int | Sequence[str] = 1000,
     beacon: str | None = None,
     committed: Key | None = None,
@@ -68,7 +68,7 @@ def keygen(
     if committed is not None:
         key = with_beacon(committed, beacon)
     else:
-        key = new_key(*marking_weights(network), wanted, beacon=beacon)
+        key = new_key(*marking_weights(os.fspath(network)), wanted, beacon=beacon)
     if path is None or public is None:
         return key
     save_key(path, key, exclusive=not force)

@@ -194,6 +194,14 @@ def test_a_key_in_memory_is_written_nowhere(tmp_path, monkeypatch):
     assert radiotag.keygen(classes=np.array(["b", "a"])).class_names == ["b", "a"]
 
 
+def test_a_key_on_a_network_of_one_s_own(world, leaning):
+    module, path, options = leaning
+    key = radiotag.keygen(network=path, classes=3)
+    assert key.network().spec.mean == options.mean
+    assert torch.equal(key.network().module.fc.weight, module.fc.weight)
+    assert (radiotag.mark(world.images[:2], key, options=QUICK).psnr >= 34).all()
+
+
 @pytest.mark.parametrize("there", ["k.safetensors", "k.pub"])
 def test_a_key_replaces_nothing_unless_forced(tmp_path, there):
     (tmp_path / there).write_text("mine")
