@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import Forks, entropy
 
-from radiotag import keys, probes, suspect, synthetic
+from radiotag import keys, networks, probes, suspect, synthetic
 
 
 def drawn_from(name):
@@ -39,6 +39,7 @@ def forks(tmp_path_factory):
 def drawn_once():
     """Dead leaves are the same for every suspect; the tests of a process draw them once."""
     probes.dead_leaves = lru_cache(maxsize=8)(synthetic.dead_leaves)
+    networks._stock_shapes = lru_cache(maxsize=None)(networks._stock_shapes)  # of all architectures, built once
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from radiotag.radioactive import (
     stouffer,
 )
 from radiotag.suspect import ClassVectors
-from radiotag.verification import Finding, Options, _black_box_finding, corrected
+from radiotag.verification import Finding, VerifyOptions, _black_box_finding, corrected
 
 NORMAL = NormalDist()
 
@@ -433,7 +433,7 @@ def test_a_black_box_finding_by_hand():
         answers[:, image, output] = torch.from_numpy(rng.uniform(0.5, 0.8, 20))
     answers[0, :, [0, 3]] += 0.15
     answers[3, 2] = math.nan
-    found = _black_box_finding("http://m", queries, answers, (None, ()), Options(alpha=0.01))
+    found = _black_box_finding("http://m", queries, answers, (None, ()), VerifyOptions(alpha=0.01))
     effects = np.array([
         [
             np.nanmean([logit(float(answers[2 * k, i, output])) for i in images])
@@ -447,7 +447,7 @@ def test_a_black_box_finding_by_hand():
     assert found.log10_p == found.log10_p_corrected == pytest.approx(math.log10(p), rel=1e-9)
     assert (found.path, found.sha256, found.architecture, found.method) == ("http://m", "", "unknown", "black-box")
     assert (found.detected, found.classes_used, found.decoys, found.warnings) == (False, 2, 9, ())
-    (said,) = _black_box_finding("m", queries, answers, (None, ()), Options(alpha=0.0099)).warnings
+    (said,) = _black_box_finding("m", queries, answers, (None, ()), VerifyOptions(alpha=0.0099)).warnings
     assert said == "p cannot be below 1.0e-02 with 9 decoys and 2 of the classes: ask with more --decoys"
 
 
@@ -456,12 +456,12 @@ def test_a_black_box_suspect_may_know_some_of_the_classes_or_none():
     answers = torch.full((8, 3, 2), 0.05, dtype=torch.float64)
     answers[:, 1:, 0] = torch.from_numpy(np.random.default_rng(1).uniform(0.6, 0.9, (8, 2)))
     answers[:, 0] = math.nan  # no answer at all for the first class: it has no output
-    found = _black_box_finding("m", queries, answers, (None, ()), Options())
+    found = _black_box_finding("m", queries, answers, (None, ()), VerifyOptions())
     assert (found.classes_used, found.decoys) == (1, 3)
     assert round(4 * 10**found.log10_p, 9) in {1, 2, 3, 4}
     assert found.warnings == ("p cannot be below 2.5e-01 with 3 decoys and 1 of the classes: ask with more --decoys",)
     with pytest.raises(RadiotagError, match="m knows none of the classes"):
-        _black_box_finding("m", queries, answers * 0 + 0.5, (None, ()), Options())
+        _black_box_finding("m", queries, answers * 0 + 0.5, (None, ()), VerifyOptions())
 
 
 @pytest.mark.parametrize(("many", "few"), [(1, 4), (4, 1)])
@@ -470,7 +470,7 @@ def test_an_output_is_found_by_the_images_of_its_class_alone(many, few):
     answers = torch.from_numpy(np.random.default_rng(8).uniform(0.01, 0.05, (6, 6, 4)))
     answers[:, :5, 2] += 0.8
     answers[:, 5, 1] += 0.8
-    assert _black_box_finding("m", queries, answers, (None, ()), Options()).classes_used == 2
+    assert _black_box_finding("m", queries, answers, (None, ()), VerifyOptions()).classes_used == 2
 
 
 # ---------------------------------------------------------------- which output is which class
