@@ -733,6 +733,24 @@ def test_options_of_verification_that_mean_nothing(world, few_synthetic, more, s
         radiotag.verify(world.clean, world.key, options=replace(HELD, **more))
 
 
+def test_a_module_without_a_linear_last_layer_is_tested_by_its_gradients(world):
+    layer = nn.Conv2d(3, 3, 32)
+    layer.weight.data, layer.bias.data = world.marked[1].weight.data.view(3, 3, 32, 32), world.marked[1].bias.data
+    asked = world.key, world.images
+    finding = radiotag.verify(nn.Sequential(layer, nn.Flatten()), *asked, labels=world.names, options=HELD)
+    assert finding.detected and finding.paper_log10_p is None and finding.alignment_r2 is None
+    assert any("no linear last layer" in warning for warning in finding.warnings)
+
+
+def test_a_module_that_knows_none_of_the_classes(world):
+    dull = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    nn.init.zeros_(dull[1].weight)
+    nn.init.zeros_(dull[1].bias)
+    with pytest.raises(RadiotagError, match="Sequential: it knows none of the classes in the images given") as error:
+        radiotag.verify(dull, world.key, world.images, labels=world.names, options=HELD)
+    assert "--mean" in error.value.hint
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_what_is_no_suspect(world):
     traced = torch.jit.trace(world.clean, torch.zeros(1, 3, 32, 32))
