@@ -507,3 +507,11 @@ def test_no_two_classes_share_an_output():
 
 def test_the_classes_in_question_are_those_that_share():
     assert matched([0.4, 0.4, 0.2, 0.0], [0.3, 0.6, 0.1, 0.0], [0.0, 0.1, 0.4, 0.5], named=[1, 1, 2]) == [0, 1, 2]
+
+
+def test_scores_of_one_class_are_rounded_to_thousandths():
+    """Two keys that differ by less tie: the tie counts for the suspect."""
+    tied = np.array([[1.0004], [1.0], [-1.0], [-1.0]])
+    assert math.exp(resampled_log_p(tied)) == pytest.approx(1 / 2)
+    apart = np.array([[1.002], [1.0], [-1.0], [-1.0]])
+    assert math.exp(resampled_log_p(apart)) == pytest.approx(1 / 4)
