@@ -387,6 +387,7 @@ def _unmarked_lines(plan: "Plan") -> list[str]:
 def _mark_json(plan: "Plan", summary: "Summary", **more: Any) -> dict[str, Any]:
     failed = [{name: row.get(name, "") for name in ("path", "error", "hint")} for row in summary.failed]
     return {
+        "public": str(plan.public), "classes": plan.rows,
         "fingerprint": plan.key.fingerprint, "output": str(plan.output), "manifest": str(plan.manifest),
         "images": len(plan.items), "marked": summary.marked, "copied": summary.copied, "skipped": summary.skipped,
         "failed": failed, "formats_unmarked": dict(plan.store.unmarked_formats()),

@@ -83,10 +83,10 @@ class Summary:
 
 def begin(path: Path, header: Row) -> None:
     """Write a manifest with only its header. Its mode is 0600, because it tells which images are marked."""
-    fill_atomically(path, lambda file: file.write(line(header)), 0o600, _hidden(path, "part"))
+    fill_atomically(path, lambda file: file.write(line(header)), 0o600, hidden(path, "part"))
 
 
-def _hidden(path: Path, suffix: str) -> Path:
+def hidden(path: Path, suffix: str) -> Path:
     """A hidden file with a fixed name beside a manifest: a hash, because names cannot exceed 255 bytes."""
     return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.{suffix}")
 
@@ -212,14 +212,14 @@ def put_in_order(path: Path, header: Row, images: Iterable[str], skipped: int) -
                 summary.add(row, new.tell())
                 new.write(line(row))
 
-    fill_atomically(path, fill, 0o600, _hidden(path, "part"))
+    fill_atomically(path, fill, 0o600, hidden(path, "part"))
     return summary
 
 
 @contextmanager
 def locked(path: Path, output: Path) -> Iterator[None]:
     """Lock a manifest by a file beside it. RadiotagError if another run holds the lock."""
-    lock_path = _hidden(path, "lock")
+    lock_path = hidden(path, "lock")
     lock = FileLock(lock_path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about file systems without locks

@@ -21,7 +21,7 @@ from typing import IO, Any
 from radiotag import manifest
 from radiotag.batches import Marked, Marker, Request, fits, mark_requests, request_for
 from radiotag.errors import RadiotagError
-from radiotag.files import hash_or_none, write_atomically
+from radiotag.files import fill_atomically, hash_or_none, write_atomically
 from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, ssim
 from radiotag.listing import Item
 from radiotag.manifest import Row, Summary
@@ -112,7 +112,15 @@ def _publish(plan: Plan) -> None:
     held_out = FolderImages(plan.options.held_out, plan.manifest) if plan.options.held_out else None
     today = datetime.now(UTC).date().isoformat()
     text = marked_half(plan.key, plan.manifest, plan.rows, held_out, today)
-    write_atomically(plan.public, text.encode("utf-8", "surrogateescape"), mode=0o644)
+    data = text.encode("utf-8", "surrogateescape")
+    if plan.public.is_file() and _without_date(plan.public.read_bytes()) == _without_date(data):
+        return  # it commits to the same, and may have been time-stamped
+    # A killed run's file is removed by the next run, as its name is always the same.
+    fill_atomically(plan.public, lambda file: file.write(data), 0o644, manifest.hidden(plan.public, "part"))
+
+
+def _without_date(half: bytes) -> list[bytes]:
+    return [line for line in half.splitlines() if not line.startswith(b"date: ")]
 
 
 # ---------------------------------------------------------------- the journal

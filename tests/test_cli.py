@@ -1731,7 +1731,7 @@ def test_progress_goes_to_stderr_and_results_to_stdout(world, forks, tmp_path):
     assert "planning" in result.err
     assert "planning" not in result.out
     assert ESCAPE not in result.out + result.err
-    assert len(result.out.splitlines()) == 8
+    assert len(result.out.splitlines()) == 9
 
 
 def on_terminal(world, forks, tmp_path, **env):

@@ -250,7 +250,7 @@ def test_all_but_the_marked_members_of_a_shard_stay_as_they_were(world, marked):
     root, answer = marked
     rows = rows_of(root / "out.manifest.jsonl")
     assert (answer["images"], answer["marked"], answer["copied"], answer["failed"]) == (8, 5, 3, [])
-    assert sorted(p.name for p in root.iterdir()) == ["out", "out.manifest.jsonl"]
+    assert sorted(p.name for p in root.iterdir()) == ["out", "out.manifest.jsonl", "out.pub"]
     assert sorted(p.name for p in (root / "out").iterdir()) == ["README", "numbers.tar", "words.tar"]
     seen = 0
     for name in ("numbers.tar", "words.tar"):
@@ -321,7 +321,7 @@ def test_a_second_run_of_shards_skips_everything_and_writes_nothing(world, marke
     kept = [path for path in stamped if path.is_relative_to(tmp_path / "m" / "out")]
     assert len(kept) == 4
     assert {path: after[path] for path in kept} == {path: stamped[path] for path in kept}
-    changing = ("seconds", "skipped", "output", "manifest")
+    changing = ("seconds", "skipped", "output", "manifest", "public")
     assert {k: v for k, v in result.json.items() if k not in changing} == {
         k: v for k, v in marked[1].items() if k not in changing
     }
@@ -399,7 +399,7 @@ def test_shards_go_to_another_file_system_too(world, marked, tmp_path, monkeypat
     monkeypatch.setattr(Path, "replace", replace)
     good(world.shards, world.key, tmp_path / "m" / "out", "--fraction", 0.5)
     assert tree(tmp_path / "m" / "out") == tree(marked[0] / "out")
-    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["out", "out.manifest.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["out", "out.manifest.jsonl", "out.pub"]
 
 
 def test_no_shard_is_put_together_of_images_that_are_gone(world, tmp_path, monkeypatch):
@@ -416,7 +416,7 @@ def test_a_single_shard_becomes_a_single_shard_beside_it(world, tmp_path):
     single = Path(shutil.copy2(world.single, tmp_path / "single.tar"))
     settings = ("--key", world.key, "--steps", 1, "--json")
     assert call("mark", single, *settings).json["output"] == str(tmp_path / "single-marked.tar")
-    made = ["single-marked.tar", "single-marked.tar.manifest.jsonl", "single.tar"]
+    made = ["single-marked.tar", "single-marked.tar.manifest.jsonl", "single-marked.tar.pub", "single.tar"]
     assert sorted(p.name for p in tmp_path.iterdir()) == made
     before, after = members_of(single), members_of(tmp_path / "single-marked.tar")
     assert [(m.name, m.blocks) for m in before] == [(m.name, m.blocks) for m in after]
@@ -766,14 +766,14 @@ def test_the_launcher_s_processes_make_what_one_makes_and_speak_once(world, fork
     assert (alone["marked"], alone["copied"]) == (6, 2)
     result = launched(*command(world.folder, world.key, tmp_path / "m" / "out", *settings))
     assert result.code == 0, result.err
-    changing = ("seconds", "output", "manifest")
+    changing = ("seconds", "output", "manifest", "public")
     assert {k: v for k, v in result.json.items() if k not in changing} == {
         k: v for k, v in alone.items() if k not in changing
     }
     assert errors(result) == []
     assert result.err.count("planning") == 1
     assert tree(tmp_path / "m") == tree(tmp_path / "alone")
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["out", "out.manifest.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["out", "out.manifest.jsonl", "out.pub"]
 
 
 def refused_at_the_start(folder, run):
