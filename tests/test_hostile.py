@@ -1,0 +1,203 @@
+"""Files made to harm whoever reads them: they ask for gigabytes, for ever, or for a place outside."""
+
+import collections
+import io
+import pickle
+import struct
+import zipfile
+
+import pytest
+import torch
+
+from radiotag.errors import RadiotagError
+from radiotag.networks import read_checkpoint
+from radiotag.pickles import check_pickles
+
+# ---------------------------------------------------------------- pickles, written by hand
+
+
+def named(name):
+    return b"c" + name.replace(" ", "\n", 1).encode() + b"\n"
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value):
+    return b"J" + struct.pack("<i", value)
+
+
+def pair(*parts):
+    return b"(" + b"".join(parts) + b"t"
+
+
+def called(name, *arguments):
+    return named(name) + pair(*arguments) + b"R"
+
+
+def mapping(value, name="w"):
+    return b"}" + text(name) + value + b"s"
+
+
+def deep(value):
+    return mapping(mapping(b"](" + mapping(pair(value)) + b"e"))
+
+
+PART = b"@@"  # of another storage: None before PyTorch 1.6, absent since
+
+
+def storage(count, kind="torch FloatStorage", key="0"):
+    return pair(text("storage"), named(kind), text(key), text("cpu"), number(count) + PART) + b"Q"
+
+
+def view(stored, sizes, strides=(1,)):
+    return stored, number(0), pair(*map(number, sizes)), pair(*map(number, strides))
+
+
+HOOKS = b"\x89" + called("collections OrderedDict")
+
+
+def tensor(count, sizes, strides=(1,), kind="torch FloatStorage"):
+    return called("torch._utils _rebuild_tensor_v2", *view(storage(count, kind), sizes, strides), HOOKS)
+
+
+def before_1_6(content, keys=(), data=b""):
+    start = (
+        torch.serialization.MAGIC_NUMBER,
+        1001,
+        {"protocol_version": 1001, "little_endian": True, "type_sizes": {}},
+    )
+    head = b"".join(pickle.dumps(part, 2) for part in start)
+    return head + b"\x80\x02" + content.replace(PART, b"N") + b"." + pickle.dumps(list(keys), 2) + data
+
+
+def since_1_6(content, data=bytes(4)):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        parts = {"data.pkl": b"\x80\x02" + content.replace(PART, b"") + b".", "version": b"3\n", "data/0": data}
+        for name, part in parts.items():
+            file.writestr(f"a/{name}", part)
+    return packed.getvalue()
+
+
+MANY = 5 * 10**8
+REPEATED = tensor(1, (MANY,), (0,))  # one number, said to be many
+LAYOUT = called("torch.serialization _get_layout", text("torch.sparse_coo"))
+SCALE = pair(named("torch per_tensor_affine"), b"G" + struct.pack(">d", 1.0), number(0))
+HUNGRY = {
+    "a storage": mapping(storage(MANY)),
+    "a tensor": mapping(tensor(MANY, (MANY,))),
+    "a tensor, deep inside": deep(tensor(MANY, (MANY,))),
+    "a tensor beyond its storage": deep(tensor(1, (MANY,))),
+    "an old class": deep(called("torch FloatTensor", number(MANY))),
+    "a class": deep(named("torch Tensor") + pair(number(MANY)) + b"\x81"),
+    "a list of arguments": deep(named("torch Tensor") + b"](" + number(MANY) + b"eR"),
+    "a storage's class": deep(called("torch.storage UntypedStorage", number(MANY))),
+    "a typed storage's class": deep(called("torch.storage TypedStorage", number(MANY))),
+    "a copy of repetitions": deep(
+        called("torch._utils _rebuild_device_tensor_from_cpu_tensor", REPEATED, named("torch float64"), text("cpu"))
+    ),
+    "a set of elements": deep(called("builtins set", REPEATED)),
+    "elements as arguments": deep(named("builtins set") + REPEATED + b"R"),
+    "pairs": deep(called("collections OrderedDict", tensor(1, (MANY, 2), (0, 0)))),
+    "pairs in a list": deep(called("collections OrderedDict", b"](" + REPEATED + b"e")),
+    "attributes": called("collections OrderedDict") + tensor(1, (MANY, 2), (0, 0)) + b"b",
+    "an old state": deep(called("torch Tensor") + pair(*view(storage(1), (MANY,))) + b"b"),
+    "a quantised tensor": deep(
+        called("torch._utils _rebuild_qtensor", *view(storage(1, "torch QInt8Storage"), (MANY,)), SCALE, HOOKS)
+    ),
+    "a tensor with attributes": deep(
+        called(
+            "torch._tensor _rebuild_from_type_v2", named("torch._utils _rebuild_tensor_v2"), named("torch Tensor"),
+            pair(*view(storage(1), (MANY,)), HOOKS), b"}",
+        )
+    ),
+    "attributes of any call": deep(
+        called("torch._tensor _rebuild_from_type_v2", named("torch Tensor"), named("torch Tensor"), pair(number(MANY)))
+    ),
+    "sparse": deep(
+        called(
+            "torch._utils _rebuild_sparse_tensor", LAYOUT,
+            pair(tensor(1, (1, MANY), (0, 0), "torch LongStorage"), tensor(1, (MANY,), (0,)), pair(number(4))),
+        )
+    ),
+}  # fmt: skip
+REFUSED = r"m\.pt (unpacks to more than itself|holds a pickle that is more than weights|is not a whole file)"
+
+
+@pytest.mark.parametrize("packed", [before_1_6, since_1_6])
+@pytest.mark.parametrize("what", HUNGRY)
+def test_a_file_asks_for_no_more_memory_than_it_has_bytes(what, packed, tmp_path):
+    (tmp_path / "m.pt").write_bytes(packed(HUNGRY[what]))
+    assert (tmp_path / "m.pt").stat().st_size < 1000
+    with pytest.raises(RadiotagError, match=REFUSED):
+        read_checkpoint(tmp_path / "m.pt")
+
+
+def test_hungry_files_within_little_memory(tmp_path, forks):
+    """A gigabyte is not even asked for: with 128 MB the same error comes."""
+    for number, what in enumerate(HUNGRY):
+        path = tmp_path / f"{number}.pt"
+        path.write_bytes(before_1_6(HUNGRY[what]))
+        result = forks.run("keygen", "--network", path, "--classes", 3, "-o", tmp_path / "k", memory=2**27)
+        assert result.code == 1
+        assert "more than" in result.err or "not a whole file" in result.err
+        assert "Traceback" not in result.err
+
+
+def test_files_written_by_hand_are_read_otherwise(tmp_path):
+    """The attacks differ from these by a number or a name alone."""
+    numbers = struct.pack("<4f", *range(4))
+    content = mapping(tensor(4, (2, 2), (2, 1)))
+    with_attributes = called(
+        "torch._tensor _rebuild_from_type_v2", named("torch._utils _rebuild_tensor_v2"), named("torch Tensor"),
+        pair(*view(storage(4), (2, 2), (2, 1)), HOOKS), mapping(number(1), "detach"),
+    )  # fmt: skip
+    for data in (
+        before_1_6(content, ["0"], struct.pack("<q", 4) + numbers), since_1_6(content, numbers),
+        since_1_6(mapping(with_attributes), numbers),
+        since_1_6(mapping(called("torch FloatTensor") + pair(*view(storage(4), (2, 2), (2, 1))) + b"b"), numbers),
+    ):  # fmt: skip
+        (tmp_path / "m.pt").write_bytes(data)
+        assert read_checkpoint(tmp_path / "m.pt")[0]["w"].tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_people_save_beside_weights_is_no_attack(tmp_path):
+    sparse = torch.eye(3).to_sparse()
+    subclass = torch.nn.Parameter(torch.ones(2))
+    subclass.note = "kept"
+    saved = {
+        "w": torch.ones(3, 4), "t": torch.ones(3, 4).t(), "row": torch.ones(3, 4)[1], "none": torch.zeros(0, 4),
+        "scalar": torch.tensor(1.5), "half": torch.ones(2).half(), "wide": torch.ones(2, dtype=torch.uint16),
+        "sparse": sparse, "rows": torch.eye(3).to_sparse_csr(), "meta": torch.ones(2, device="meta"),
+        "quantised": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), "p": subclass,
+        "size": torch.ones(2, 3).size(), "set": {1, 2}, "count": collections.Counter("aab"), "c": 1j, "b": b"\xff",
+        "ordered": collections.OrderedDict(a=torch.ones(2)), "type": torch.float16, "device": torch.device("cpu"),
+        "complex": torch.ones(2, dtype=torch.complex64), "lists": [[torch.ones(2)], (torch.ones(1), {"x": None})],
+        "expanded": torch.ones(1).expand(5),
+    }  # fmt: skip
+    for new in (True, False):
+        kept = {k: v for k, v in saved.items() if new or k != "wide"}
+        torch.save(kept, tmp_path / "m.pt", _use_new_zipfile_serialization=new)
+        state, _ = read_checkpoint(tmp_path / "m.pt")
+        assert {"w", "t", "row", "none", "scalar", "half", "p", "expanded"} <= set(state)
+        assert torch.equal(state["t"], torch.ones(4, 3))
+
+
+def test_storages_and_their_parts():
+    part = pair(text("0"), number(2), number(2))
+    stored = storage(4).replace(PART, part)
+    check_pickles(
+        io.BytesIO(b"\x80\x02" + called("torch._utils _rebuild_tensor_v2", *view(stored, (2,)), HOOKS) + b".")
+    )
+    for wrong in (number(3), number(-1)):
+        bad = storage(4).replace(PART, pair(text("0"), wrong, number(2)))
+        with pytest.raises(pickle.UnpicklingError):
+            check_pickles(
+                io.BytesIO(b"\x80\x02" + called("torch._utils _rebuild_tensor_v2", *view(bad, (2,)), HOOKS) + b".")
+            )
+    twice = b"\x80\x02" + pair(tensor(4, (4,)), tensor(9, (9,))).replace(PART, b"N") + b"."
+    with pytest.raises(pickle.UnpicklingError, match="storage that is none"):
+        check_pickles(io.BytesIO(twice))
