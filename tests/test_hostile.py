@@ -2,6 +2,7 @@
 
 import collections
 import io
+import json
 import pickle
 import struct
 import zipfile
@@ -9,6 +10,8 @@ import zipfile
 import pytest
 import torch
 
+from radiotag.answers import KEPT, read_answers
+from radiotag.blackbox import Queries
 from radiotag.errors import RadiotagError
 from radiotag.networks import read_checkpoint
 from radiotag.pickles import check_pickles
@@ -201,3 +204,98 @@ def test_storages_and_their_parts():
     twice = b"\x80\x02" + pair(tensor(4, (4,)), tensor(9, (9,))).replace(PART, b"N") + b"."
     with pytest.raises(pickle.UnpicklingError, match="storage that is none"):
         check_pickles(io.BytesIO(twice))
+
+
+# ---------------------------------------------------------------- answers
+
+
+def queries_of(images, decoys=1):
+    """Queries of two classes, without the images themselves."""
+    names = tuple(tuple(f"{row}-{i}" for i in range(images)) for row in range(2 * (decoys + 1)))
+    return Queries(images=(), rows=tuple(i % 2 for i in range(images)), labels=("ant", "bee") * images, names=names)
+
+
+def every(queries):
+    return [name for row in queries.names for name in row]
+
+
+def test_labels_that_all_differ_take_memory_in_proportion(tmp_path):
+    """20,000 different labels would fill 3 GB as a table."""
+    queries = queries_of(5000)
+    (tmp_path / "a.csv").write_text("file,label\n" + "".join(f"{n}.png,label{n}\n" for n in every(queries)))
+    answers, _ = read_answers(tmp_path / "a.csv", queries)
+    assert answers.shape == (4, 5000, KEPT)
+    assert answers.numel() * 8 < 2e8
+    assert float(answers.sum()) == KEPT  # the other labels are zeros
+
+
+@pytest.mark.parametrize("kind", ["labels", "numbers"])
+def test_of_many_outputs_those_that_count_are_kept(kind, tmp_path):
+    """Each class's usual answers are among those kept, and the kept columns are what a full table has there."""
+    queries, count = queries_of(400), 3000
+    labels = {
+        n: (7 if int(n.split("-")[1]) % 2 else 2999) if i % 3 else i % count for i, n in enumerate(every(queries))
+    }
+    if kind == "labels":
+        given = {n: f"c{label:04}" for n, label in labels.items()}
+    else:
+        given = {n: [float(i == label) for i in range(count)] for n, label in list(labels.items())[:900]}
+    (tmp_path / "a.json").write_text(json.dumps(given))
+    answers, _ = read_answers(tmp_path / "a.json", queries)
+    assert answers.shape[-1] == (
+        KEPT if kind == "numbers" or len(set(labels.values())) > KEPT else len(set(given.values()))
+    )
+    seen = answers.flatten(0, 1)
+    rows = torch.tensor([i % 2 for i in range(400)] * 4)
+    for row, share in ((0, 2 / 3), (1, 2 / 3)):
+        means = seen[rows == row].nanmean(0)
+        assert float(means.max()) == pytest.approx(share, abs=0.02)
+
+
+def test_ordinary_answers_are_read_as_before(tmp_path):
+    queries = queries_of(4)
+    names = every(queries)[:-1]
+    (tmp_path / "a.csv").write_text(
+        "file,label\n" + "".join(f"sub/{n}.png,{'xyz'[i % 3]}\n" for i, n in enumerate(names))
+    )
+    answers, warnings = read_answers(tmp_path / "a.csv", queries)
+    assert torch.equal(answers.flatten(0, 1)[:-1], torch.eye(3).double()[[i % 3 for i in range(len(names))]])
+    assert bool(answers[-1, -1].isnan().all())
+    assert warnings == ["1 of 16 exported images have no answer"]
+
+
+HUGE = {
+    "other names for each": lambda names: {n: {f"c{i}": 0.5} for i, n in enumerate(names)},
+    "one long row": lambda names: {names[0]: [0.1] * 300_000, names[1]: [0.1]},
+    "nested": lambda names: None,
+    "a long number": lambda names: None,
+    "twice in an answer": lambda names: None,
+    "twice": lambda names: None,
+    "twice by folder": lambda names: {f"{names[0]}.png": "x", f"sub/{names[0]}.png": "y"},
+}  # fmt: skip
+TEXTS = {
+    "nested": "[" * 10**6, "a long number": '{"0-0": [1' + "0" * 10**6 + "]}",
+    "twice in an answer": '{"0-0": {"a": 0.1, "a": 0.9}}', "twice": '{"0-0": "x", "0-0": "y"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HUGE)
+def test_answers_that_are_refused(what, tmp_path):
+    queries = queries_of(20_000)
+    (tmp_path / "a.json").write_text(TEXTS.get(what) or json.dumps(HUGE[what](every(queries))))
+    with pytest.raises(RadiotagError, match=r"a\.json"):
+        read_answers(tmp_path / "a.json", queries)
+
+
+def test_one_answer_of_many_numbers_among_many_questions(tmp_path):
+    """The table has as many columns as are kept, whatever the file's only row has."""
+    queries = queries_of(20_000)
+    (tmp_path / "a.json").write_text(json.dumps({"0-0": [0.001] * 200_000}))
+    assert read_answers(tmp_path / "a.json", queries)[0].shape == (4, 20_000, KEPT)
+
+
+def test_a_header_of_many_columns_of_which_the_last_repeats(tmp_path):
+    names = [f"c{i}" for i in range(200_000)]
+    (tmp_path / "a.csv").write_text(",".join(["file", *names, names[-1]]))
+    with pytest.raises(RadiotagError, match="two columns 'c199999'"):
+        read_answers(tmp_path / "a.csv", queries_of(2))
