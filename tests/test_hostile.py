@@ -13,7 +13,10 @@ import torch
 from radiotag.answers import KEPT, read_answers
 from radiotag.blackbox import Queries
 from radiotag.errors import RadiotagError
-from radiotag.networks import read_checkpoint
+from radiotag.keys import new_key
+from radiotag.manifest import marked_rows, recorded_classes
+from radiotag.networks import marking_weights, read_checkpoint
+from radiotag.pairing import marked_classes
 from radiotag.pickles import check_pickles
 
 # ---------------------------------------------------------------- pickles, written by hand
@@ -299,3 +302,53 @@ def test_a_header_of_many_columns_of_which_the_last_repeats(tmp_path):
     (tmp_path / "a.csv").write_text(",".join(["file", *names, names[-1]]))
     with pytest.raises(RadiotagError, match="two columns 'c199999'"):
         read_answers(tmp_path / "a.csv", queries_of(2))
+
+
+# ---------------------------------------------------------------- manifests
+
+
+ROW = {"path": "ant/0.png", "class": "ant", "row": 0, "status": "marked", "sha256_out": "00", "output": "ant/0.png"}
+WRONG_ROWS = {
+    "no status": {"status": None}, "another status": {"status": "kept"}, "no class": {"class": None},
+    "no hash": {"sha256_out": None}, "no row": {"row": None}, "row -1": {"row": -1}, "row 0.5": {"row": 0.5},
+    "row true": {"row": True}, "row as text": {"row": "0"}, "row beyond": {"row": 7}, "a class twice": {"row": 1},
+    "a row twice": {"class": "cow"}, "a number for a class": {"class": 3}, "a list for a status": {"status": [1]},
+    "elsewhere": {"output": "../../k"}, "from the root": {"path": "/etc/passwd"}, "quality": {"psnr": "good"},
+}  # fmt: skip
+
+
+def lines_of(key, *rows):
+    return "".join(json.dumps(row) + "\n" for row in ({"radiotag": 1, "fingerprint": key.fingerprint}, *rows))
+
+
+@pytest.fixture(scope="module")
+def key():
+    return new_key(*marking_weights("builtin"), ["ant", "bee", "cow"])
+
+
+@pytest.mark.parametrize("rank", ["", ".rank1"])
+@pytest.mark.parametrize("what", WRONG_ROWS)
+def test_a_wrong_row_is_named_by_its_line(what, rank, key, tmp_path):
+    row = {k: v for k, v in (ROW | {"path": "ant/1.png"} | WRONG_ROWS[what]).items() if v is not None}
+    path = tmp_path / "m.jsonl"
+    path.write_text(lines_of(key, ROW))
+    before = [ROW] if not rank else []
+    (tmp_path / f"m.jsonl{rank}").write_text(lines_of(key, *before, row))
+    with pytest.raises(RadiotagError, match=rf"m\.jsonl{rank}, line {3 if not rank else 2}: "):
+        marked_rows(path)
+        marked_classes(key, path)
+
+
+def test_journals_of_an_interrupted_run_are_read(key, tmp_path):
+    (tmp_path / "m.jsonl").write_text(lines_of(key, ROW))
+    bee = ROW | {"path": "bee/0.png", "class": "bee", "row": 1}
+    torn = lines_of(key, bee, bee | {"status": "copied", "class": "cow", "row": 2}) + '{"path": "bee/1'
+    (tmp_path / "m.jsonl.rank1").write_text(torn)
+    assert marked_classes(key, tmp_path / "m.jsonl") == {"ant": 0, "bee": 1}
+    assert recorded_classes(tmp_path / "m.jsonl") == {"ant": 0, "bee": 1, "cow": 2}
+
+
+def test_a_line_that_names_a_thing_twice(key, tmp_path):
+    (tmp_path / "m.jsonl").write_text(lines_of(key) + '{"path": "a", "row": 0, "row": 1}\n')
+    with pytest.raises(RadiotagError, match=r"m\.jsonl is not a radiotag manifest: line 2: 'row' is there twice"):
+        marked_rows(tmp_path / "m.jsonl")
