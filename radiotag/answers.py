@@ -1,7 +1,7 @@
 """A suspect's answers to queries, from a function or from a CSV or JSON file: labels, probabilities or logits."""
 
 import csv
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from radiotag import plainjson
 from radiotag.blackbox import Queries, shown
 from radiotag.errors import RadiotagError
 from radiotag.keys import Key
 from radiotag.suspect import Batching
+
+KEPT = 1000  # outputs that are looked at, at most, if there are not more classes: those that a class has most often
 
 
 class NotAnswered(RadiotagError):
@@ -42,8 +44,8 @@ def ask_function(classify: Callable[[Any], Any], queries: Queries, key: Key, bat
         batching.tell("questions", done, count)
     whole = np.concatenate(all_answers)
     if whole.ndim == 1:
-        _, labels = np.unique(whole.astype(str), return_inverse=True)
-        values = F.one_hot(torch.from_numpy(labels)).double()
+        names, labels = np.unique(whole.astype(str), return_inverse=True)
+        values = _one_hot(labels, np.tile(queries.rows, len(queries.names)), len(names))
     else:
         values = torch.from_numpy(whole.astype(np.float64))
     if not bool(values.isfinite().all()):
@@ -99,11 +101,60 @@ def read_answers(path: Path, queries: Queries) -> tuple[Tensor, list[str]]:
     if len(answered) < len(positions):
         warnings.append(f"{len(positions) - len(answered)} of {len(positions)} exported images have no answer")
     names = _output_names(answered.values(), path)
+    places = [positions[name] for name in answered]
+    found = _probabilities(answered, names, np.array([queries.rows[i] for _, i in places]), path)
+    answers = torch.full((len(queries.names), len(queries.rows), found.shape[1]), float("nan"), dtype=torch.float64)
+    which = torch.tensor(places)
+    answers[which[:, 0], which[:, 1]] = found
+    return answers, warnings
+
+
+def _probabilities(answered: dict[str, Any], names: Sequence[str], rows: NDArray[Any], path: Path) -> Tensor:
+    """(n, C') probabilities of the n answers that were given; `rows` (n,) are the classes of their images.
+
+    Memory grows with the file, not with its square: of more than KEPT outputs, only some are kept.
+    """
     column = {name: i for i, name in enumerate(names)}
-    answers = torch.full((len(queries.names), len(queries.rows), len(names)), float("nan"), dtype=torch.float64)
-    for name, value in answered.items():
-        answers[positions[name]] = _numbers(value, column, f"{path}: {name}")
-    return to_probabilities(answers, str(path)), warnings
+    if isinstance(next(iter(answered.values())), str):
+        labels = np.array([column[value] for value in answered.values()])
+        return to_probabilities(_one_hot(labels, rows, len(names)), str(path))
+    for name, value in answered.items():  # before there is a table of them all
+        if len(value) != len(names):
+            raise _incomplete(f"{path}: {name}", len(names))
+    table = torch.stack([_numbers(value, column, f"{path}: {name}") for name, value in answered.items()])
+    probabilities = to_probabilities(table, str(path))
+    if len(names) <= KEPT:
+        return probabilities
+    means = np.stack([probabilities[torch.from_numpy(rows == row)].mean(0).numpy() for row in np.unique(rows)])
+    ranks = np.argsort(np.argsort(-means, axis=1, kind="stable"), axis=1).min(0)
+    return probabilities[:, torch.from_numpy(_best(ranks, len(means)))]
+
+
+def _one_hot(labels: NDArray[Any], rows: NDArray[Any], count: int) -> Tensor:
+    """(n, C') float64 from labels (n,) in range(count) and the classes `rows` (n,) of their images.
+
+    C' is `count`; if that is more than KEPT, only labels that some class has most often have a column, whatever the
+    key of the question, and an answer with another label is zeros.
+    """
+    columns = np.arange(count)
+    if count > KEPT:
+        pairs, times = np.unique(np.stack([rows, labels]), axis=1, return_counts=True)
+        pairs = pairs[:, np.lexsort((pairs[1], -times, pairs[0]))]  # by class, most frequent first
+        starts = np.searchsorted(pairs[0], pairs[0])
+        ranks = np.full(count, count)
+        np.minimum.at(ranks, pairs[1], np.arange(len(starts)) - starts)
+        columns = _best(ranks, len(np.unique(rows)))
+    place = np.full(count, -1)
+    place[columns] = np.arange(len(columns))
+    values, found = torch.zeros(len(labels), len(columns), dtype=torch.float64), torch.from_numpy(place[labels])
+    given = found >= 0
+    values[given, found[given]] = 1
+    return values
+
+
+def _best(ranks: NDArray[Any], classes: int) -> NDArray[Any]:
+    """The outputs of the lowest ranks, in their order."""
+    return np.sort(np.argsort(ranks, kind="stable")[: max(KEPT, classes)])
 
 
 def _read_csv(path: Path, classes: Sequence[str]) -> list[tuple[str, Any]]:
@@ -117,7 +168,7 @@ def _read_csv(path: Path, classes: Sequence[str]) -> list[tuple[str, Any]]:
         raise RadiotagError(f"{path} has no header", "begin it with: file,label or file and one column per class")
     header = lines[0]
     if len(set(header)) < len(header):
-        repeated = next(name for name in header if header.count(name) > 1)
+        repeated = Counter(header).most_common(1)[0][0]
         raise RadiotagError(f"{path} has two columns {repeated!r}", "name each class once")
     rows: list[tuple[str, Any]] = []
     for number, line in enumerate(lines[1:], 2):
@@ -137,16 +188,10 @@ def _read_csv(path: Path, classes: Sequence[str]) -> list[tuple[str, Any]]:
     return rows
 
 
-def _parse_int(text: str) -> int:
-    if len(text) > 300:
-        raise ValueError("a number of more than 300 digits")
-    return int(text)
-
-
 def _read_json(path: Path) -> list[tuple[str, Any]]:
     try:
-        data = json.loads(path.read_bytes(), parse_int=_parse_int)
-    except (OSError, ValueError, RecursionError) as error:
+        data = plainjson.parse(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise RadiotagError(f"cannot read {path}: {error}", "give a CSV or JSON file") from error
     if not isinstance(data, dict):
         raise RadiotagError(f"{path} is not an object of file names", 'write {"FILE": ANSWER, ...}')
@@ -177,14 +222,16 @@ def _output_names(values: Iterable[Any], path: Path) -> tuple[str, ...]:
     return tuple(sorted(names, key=int) if numbered else sorted(names))
 
 
-def _numbers(value: Any, column: dict[str, int], source: str) -> Tensor:
-    """(C',) numbers of one answer; one-hot for a label. RadiotagError if numbers are missing or not finite."""
-    if isinstance(value, str):
-        return F.one_hot(torch.tensor(column[value]), len(column)).double()
-    numbers = torch.tensor([float(value.get(name, float("nan"))) for name in column], dtype=torch.float64)
-    if len(value) != len(column) or not bool(numbers.isfinite().all()):
-        raise RadiotagError(f"{source} needs {len(column)} numbers, all finite", "answer for every class, or for none")
+def _numbers(value: dict[str, float], column: dict[str, int], source: str) -> Tensor:
+    """(C',) numbers of one answer. RadiotagError if numbers are missing or not finite."""
+    numbers = torch.tensor([value.get(name, float("nan")) for name in column], dtype=torch.float64)
+    if not bool(numbers.isfinite().all()):
+        raise _incomplete(source, len(column))
     return numbers
+
+
+def _incomplete(source: str, count: int) -> RadiotagError:
+    return RadiotagError(f"{source} needs {count} numbers, all finite", "answer for every class, or for none")
 
 
 def to_probabilities(answers: Tensor, source: str) -> Tensor:

@@ -13,18 +13,22 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
+from radiotag import plainjson
 from radiotag.errors import RadiotagError
 from radiotag.files import fill_atomically
 
 MANIFEST_FORMAT = 1
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # file systems without locks
 WRITTEN = "a manifest is what mark wrote beside its output, OUTPUT.manifest.jsonl"
+STATUSES = ("marked", "copied", "failed")
+TEXTS = ("path", "class", "output", "sha256_in", "sha256_out", "error", "hint")
+QUALITY = ("psnr", "ssim", "linf", "gain")  # of a marked image
 Row = dict[str, Any]
 
 
@@ -64,7 +68,7 @@ class Summary:
         elif row["status"] == "copied":
             self.copied += 1
         else:
-            for name in ("psnr", "ssim", "linf", "gain"):
+            for name in QUALITY:
                 getattr(self, name).append(row[name])
             self.dropped += "dropped" in row
             self.places.append(place)
@@ -107,17 +111,62 @@ def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
             for number, text in enumerate(file):
                 if not text.endswith(b"\n"):
                     break
-                row = dict(json.loads(text))
-                if row["radiotag"] != MANIFEST_FORMAT if number == 0 else not isinstance(row["path"], str):
-                    raise ValueError("a line that does not belong in a manifest")
+                try:
+                    row = _parsed(text, first=number == 0)
+                except ValueError as error:
+                    told = f"{path} is not a radiotag manifest: line {number + 1}: {error}"
+                    raise RadiotagError(told, WRITTEN) from error
                 yield place, row
                 place += len(text)
     except OSError as error:
         raise RadiotagError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RadiotagError(f"{path} is not a radiotag manifest: {error}", WRITTEN) from error
     if not place:
         raise RadiotagError(f"{path} is not a radiotag manifest: it is empty", WRITTEN)
+
+
+def _parsed(text: bytes, first: bool) -> Row:
+    row = plainjson.parse(text)
+    if not isinstance(row, dict):
+        raise ValueError("no row of a manifest")
+    if row.get("radiotag") != MANIFEST_FORMAT if first else not isinstance(row.get("path"), str):
+        raise ValueError("no header that this version knows" if first else "a row without a path")
+    return row
+
+
+def read_rows(path: Path, *needed: str) -> Iterator[tuple[int, Row]]:
+    """(line number, row) of every complete row, which is checked: no reader needs to doubt a status, a row or a path.
+
+    `needed` are further names that a marked image's row must have. RadiotagError names the file and the line.
+    """
+    for number, (place, row) in enumerate(read_lines(path), 1):
+        if not place:
+            continue
+        try:
+            _check_row(row, needed if row.get("status") == "marked" else ())
+        except ValueError as error:
+            raise RadiotagError(f"{path}, line {number}: {error}", WRITTEN) from error
+        yield number, row
+
+
+def _check_row(row: Row, needed: Iterable[str]) -> None:
+    missing = next((name for name in ("status", "class", "row", *needed) if name not in row), None)
+    if missing:
+        raise ValueError(f"a row without {missing!r}")
+    if row["status"] not in STATUSES:
+        raise ValueError(f"the status {str(row['status'])[:100]!r}")
+    if type(row["row"]) is not int or row["row"] < 0:
+        raise ValueError(f"the carrier {str(row['row'])[:100]!r}")
+    damaged = next((name for name in TEXTS if not isinstance(row.get(name, ""), str)), None)
+    damaged = damaged or next((name for name in QUALITY if type(row.get(name, 0)) not in (int, float)), None)
+    if damaged:
+        raise ValueError(f"its {damaged!r} is damaged")
+    if not (_is_inside(row["path"]) and _is_inside(row.get("output") or row["path"])):
+        raise ValueError("a path that leads elsewhere")
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def read_header(path: Path) -> Row:
@@ -146,7 +195,30 @@ def row_at(file: IO[bytes], place: int) -> Row:
 
 def recorded_rows(path: Path) -> list[Row]:
     """All rows of a manifest, and of the journals that an interrupted run of several processes left beside it."""
-    return [row for journal in (path, *rank_journals(path)) for row in read_manifest(journal)[1].values()]
+    journals = (path, *rank_journals(path))
+    return [r for journal in journals for r in {r["path"]: r for _, r in read_rows(journal, "sha256_out")}.values()]
+
+
+def recorded_classes(path: Path, carriers: int | None = None, *, marked: bool = False) -> dict[str, int]:
+    """Class → carrier row of all recorded images, or of the `marked` ones alone.
+
+    RadiotagError, which names file and line, for a class of two rows, two classes of one row, or a row that is not
+    among a key's `carriers`.
+    """
+    row_of, class_of, wanted = dict[str, int](), dict[int, str](), dict[str, int]()
+    for journal in (path, *rank_journals(path)):
+        for number, row in read_rows(journal):
+            name, carrier = row["class"], row["row"]
+            if row_of.setdefault(name, carrier) != carrier or class_of.setdefault(carrier, name) != name:
+                other = f"'{name}' has {row_of[name]}" if row_of[name] != carrier else f"'{class_of[carrier]}' has it"
+                told = f"{journal}, line {number}: class '{name}' and carrier {carrier}, but before {other}"
+                raise RadiotagError(told, WRITTEN)
+            if carriers is not None and carrier >= carriers:
+                told = f"{journal}, line {number}: the carrier {carrier} is beyond the key's {carriers}"
+                raise RadiotagError(told, "give the key that marked the folder")
+            if row["status"] == "marked" or not marked:
+                wanted[name] = carrier
+    return wanted
 
 
 def marked_rows(path: Path | None) -> list[Row]:

@@ -24,7 +24,7 @@ from radiotag.errors import RadiotagError
 from radiotag.files import fill_atomically, hash_or_none, write_atomically
 from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, ssim
 from radiotag.listing import Item
-from radiotag.manifest import Row, Summary
+from radiotag.manifest import QUALITY, Row, Summary
 from radiotag.plan import Plan, check_begun, check_rows, stale_files, with_earlier
 from radiotag.probes import FolderImages
 from radiotag.processes import Team, team
@@ -211,6 +211,8 @@ def _remaining(state: _Run, items: Sequence[Item]) -> list[Item]:
 def row_is_current(plan: Plan, item: Item, row: Row) -> bool:
     """Whether a row records what the plan requires, and still matches the files."""
     if not row.keys() >= {"status", "row", "sha256_in", "sha256_out", "output"}:
+        return False
+    if row["status"] == "marked" and not row.keys() >= set(QUALITY):
         return False
     expected = "marked" if plan.marks(item) else "copied", plan.rows[item.label]
     if (row["status"], row["row"]) != expected or row["sha256_in"] != plan.store.hash(item.path):

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeGuard, cast
 
 import safetensors.torch
 import torch
@@ -32,7 +32,8 @@ from torchvision.models.vgg import VGG
 from radiotag.errors import RadiotagError, first_line, out_of_memory
 from radiotag.files import write_atomically
 from radiotag.foreign import kind_of
-from radiotag.programs import check_pickles, grown, read_archive
+from radiotag.pickles import TooLarge, check_pickles
+from radiotag.programs import grown, read_archive
 
 SMALL_IMAGE = 64  # pixels; networks for inputs up to this size get the small-image stem by default
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback; its use is reported
@@ -270,9 +271,7 @@ def _call_builder(builder: Callable[..., Any], spec: Spec) -> nn.Module:
             module = _build_either_way(builder, spec.classes) if passes_on else builder()
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise RadiotagError(
-            f"{spec.architecture} failed: {reason}", "fix the function, or name another one"
-        ) from error
+        raise RadiotagError(f"{spec.architecture} failed: {reason}", "fix the function, or name another one") from error
     if not isinstance(module, nn.Module):
         raise RadiotagError(f"{spec.architecture} returned {type(module).__name__}, not a torch.nn.Module")
     return module.float()
@@ -459,6 +458,8 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
             raise ValueError("a mapping whose methods the file has replaced")
     except RadiotagError:
         raise
+    except TooLarge as error:
+        raise grown(path) from error
     except Exception as error:  # weights_only raises many types, which mean the same to a user
         if out_of_memory(error):  # caused by the machine, not by the file
             raise
@@ -482,9 +483,16 @@ def _is_tampered(value: object) -> bool:
 
 
 def _refuse_growth(content: Mapping[Any, Any], path: Path) -> None:
-    """RadiotagError if tensors are larger than their file: `weights_only` can be made to allocate any size."""
-    values = [*content.values(), *(v for part in content.values() if isinstance(part, dict) for v in part.values())]
-    sizes = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in values if _is_usable(v)}
+    """RadiotagError if tensors, nested at any depth, are larger than their file."""
+    pending, seen, sizes = list(content.values()), set[int](), dict[int, int]()
+    while pending:
+        value = pending.pop()
+        if _is_usable(value):
+            storage = Tensor.untyped_storage(value)
+            sizes[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            pending += dict.values(value) if isinstance(value, dict) else value
     if sum(sizes.values()) > path.stat().st_size:
         raise grown(path)
 
@@ -492,7 +500,8 @@ def _refuse_growth(content: Mapping[Any, Any], path: Path) -> None:
 def _read_pickles(path: Path) -> Any:
     """Read a file of PyTorch before 1.6: pickles, followed by the weights."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        check_pickles(cast(IO[bytes], mapped), LEGACY_PICKLES)  # a mapped file cannot return more bytes than it has
+        # A mapped file cannot return more bytes than it has.
+        check_pickles(cast(IO[bytes], mapped), LEGACY_PICKLES, len(mapped))
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -506,7 +515,8 @@ def _without(state: State, prefixes: Iterable[str]) -> State:
 
 def clean_state(content: Mapping[Any, Any], path: Path) -> State:
     """The tensors in float32, without wrapper prefixes, int8 weights unpacked. RadiotagError unless all are finite."""
-    state = {k: v.detach() for k, v in content.items() if isinstance(k, str) and _is_usable(v)}
+    plain = Tensor.detach  # not v.detach(): a file can put attributes of any name on a tensor
+    state = {k: plain(v).as_subclass(Tensor) for k, v in content.items() if isinstance(k, str) and _is_usable(v)}
     parts = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state.values()}
     if sum(v.numel() * v.element_size() for v in state.values()) > 4 * sum(parts.values()) + 2**26:
         raise RadiotagError(f"{path}: its tensors are larger than what is stored of them", "save the weights again")
@@ -523,11 +533,11 @@ def clean_state(content: Mapping[Any, Any], path: Path) -> State:
     return state
 
 
-def _is_usable(value: object) -> bool:
+def _is_usable(value: object) -> TypeGuard[Tensor]:
     """Whether a value is a plain tensor of real numbers, not sparse, nested, quantised, complex or without storage."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
-    return not (value.is_nested or value.is_quantized or value.is_complex() or value.dtype in SHELLS)
+    return not (value.is_nested or value.is_quantized or value.dtype.is_complex or value.dtype in SHELLS)
 
 
 def pack(state: Mapping[str, Tensor]) -> State:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from radiotag.errors import RadiotagError
 from radiotag.keys import Key
-from radiotag.manifest import marked_rows, read_header, recorded_rows
+from radiotag.manifest import read_header, recorded_classes
 from radiotag.networks import Spec
 from radiotag.radioactive import output_unknown
 from radiotag.suspect import ComparedClasses, Suspect
@@ -78,7 +78,7 @@ def marked_classes(key: Key, manifest: Path) -> dict[str, int]:
             f"{manifest} was made with key {header.get('fingerprint')}, this is {key.fingerprint}",
             "give the key that marked the folder",
         )
-    return {row["class"]: int(row["row"]) for row in marked_rows(manifest)}
+    return recorded_classes(manifest, len(key.carriers), marked=True)
 
 
 # ---------------------------------------------------------------- without labelled images
@@ -115,7 +115,7 @@ def _unlabelled_pairs(key: Key, spec: Spec, manifest: Path | None) -> list[tuple
 
 def _pairs_of_manifest(spec: Spec, marked: dict[str, int], manifest: Path) -> list[tuple[int, int]]:
     """Pairs of the marked classes: outputs by the suspect's names, else in sorted order of all recorded classes."""
-    rows = {row["class"]: int(row["row"]) for row in recorded_rows(manifest)}
+    rows = recorded_classes(manifest)
     named_by_row = all(name == str(row) for name, row in rows.items())  # as in shards; some classes may be absent
     if named_by_row and not spec.class_names:
         outputs = rows

@@ -246,7 +246,7 @@ def stale_files(plan: Plan) -> Iterator[tuple[Path, str]]:
 
 def _recorded(plan: Plan) -> Iterator[Row]:
     """The rows of the manifest in order; the last row of each path counts."""
-    return (row for place, row in manifest.read_lines(plan.manifest) if place)
+    return (row for _, row in manifest.read_rows(plan.manifest))
 
 
 def _check_links(plan: Plan) -> None:

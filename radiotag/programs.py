@@ -11,16 +11,16 @@ different to two readers.
 import io
 import json
 import pickle
-import pickletools
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from radiotag.errors import RadiotagError, first_line
+from radiotag.pickles import check_pickles
 
 # From the schema of torch.export's archives; complex and 8-bit float weights are of no use here.
 DTYPES = {
@@ -29,11 +29,7 @@ DTYPES = {
 }  # fmt: skip
 WEIGHTS = "_weights_config.json"  # torch.export's since PyTorch 2.8
 OLD_WEIGHTS = "serialized_state_dict.pt"  # before PyTorch 2.8
-FILLED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}  # these fill an existing object
-WORK = 2**24  # limit of steps to build a pickle's objects: a minute or two, and a gigabyte
 LONGEST = 1000  # characters in a submodule's dotted name, at most
-LARGE = 1000  # integers of 2^61 − 1 or more, such as seeds, at most
-ENCODE = "_codecs encode"  # pickles bytes as Latin-1 text
 
 
 def read_archive(path: Path) -> Any:
@@ -47,64 +43,6 @@ def read_archive(path: Path) -> Any:
 def grown(path: Path) -> RadiotagError:
     """The error for a file whose content would take more memory than the file has bytes."""
     return RadiotagError(f"{path} unpacks to more than itself, as no PyTorch file does", "save the weights again")
-
-
-def check_pickles(file: IO[bytes], count: int = 1) -> None:
-    """UnpicklingError for attacks that `weights_only` does not stop; ValueError and others for damaged pickles.
-
-    A `bytearray` can have any size, and so can text that is encoded again and again. Nested tuples, each holding the
-    next one twice, take a few bytes per level, but hashing them takes exponential time and cannot be stopped by Ctrl-C.
-    The same is true of many integers with equal hashes (multiples of 2^61 − 1).
-    """
-    for _ in range(count):
-        start = file.tell()
-        if file.read(1):
-            file.seek(start)
-            _check_pickle(file)
-
-
-def _check_pickle(file: IO[bytes]) -> None:
-    """Simulate a pickle's stack, with the sizes that objects would have if they shared nothing."""
-    stack, marks, memo, work, large_numbers = list[_Cell](), list[int](), dict[object, _Cell](), 0, 0
-    for code, argument, _ in pickletools.genops(file):
-        if code.name == "MARK":
-            marks.append(len(stack))
-        elif code.name in {"PUT", "BINPUT", "LONG_BINPUT"}:
-            memo[argument] = stack[-1]
-        elif code.name in {"GET", "BINGET", "LONG_BINGET"}:
-            stack.append(memo[argument])
-        else:
-            kinds = [kind.name for kind in code.stack_before]
-            first = marks.pop() - kinds.index("mark") if "mark" in kinds else len(stack) - len(kinds)
-            parts = stack[first:]
-            del stack[first:]
-            made = parts.pop(0) if code.name in FILLED else _Cell(1, argument, parts)
-            size = sum(cell.size for cell in parts)
-            too_late = made.placed and code.name != "BUILD" and size > 0  # its holder has been measured already
-            encodes = code.name == "REDUCE" and parts[0].value == ENCODE and parts[1].value[1:] != ("latin1",)
-            large_numbers += isinstance(argument, int) and abs(argument) >= 2**61 - 1
-            made.size, work = made.size + size, work + size + 1
-            for cell in parts:
-                cell.placed = True
-            stack += [made] * len(code.stack_after)
-            if too_late or encodes or large_numbers > LARGE or code.proto > 3 or "bytearray" in str(argument):
-                raise pickle.UnpicklingError(f"weights_only: {code.name} {argument}")
-        if work > WORK:
-            raise pickle.UnpicklingError("weights_only: objects in objects")
-
-
-class _Cell:
-    """An object on a pickle's stack.
-
-    size: number of objects in it, shared ones counted each time; value: its argument, or the parts of a tuple; placed:
-    whether another object already holds it.
-    """
-
-    __slots__ = ("placed", "size", "value")
-
-    def __init__(self, size: int, argument: object, parts: "Sequence[_Cell]") -> None:
-        self.size, self.placed = size, False
-        self.value: Any = tuple(part.value for part in parts) if parts else argument
 
 
 def _content(file: Path | io.BytesIO, path: Path, nested: bool = False) -> Any:
@@ -177,7 +115,7 @@ HINTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollis
 
 def _saved_by_torch(archive: zipfile.ZipFile, names: Sequence[str], path: Path, program: bool) -> Any:
     pickle_name = next(name for name in names if name.endswith("/data.pkl"))
-    check_pickles(io.BytesIO(_bytes(archive, pickle_name, path)))
+    check_pickles(io.BytesIO(_bytes(archive, pickle_name, path)), limit=path.stat().st_size)
     root, buffer = pickle_name.removesuffix("data.pkl"), io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as copy:  # without constants.pkl and code, which would mark it as a program
         for name in names:

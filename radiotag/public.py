@@ -15,7 +15,7 @@ from typing import Any
 from radiotag.errors import RadiotagError
 from radiotag.files import file_hash
 from radiotag.keys import Key, weights_digest
-from radiotag.manifest import recorded_rows
+from radiotag.manifest import recorded_classes
 from radiotag.probes import UnmarkedImages
 
 PUBLIC_FORMAT = 2
@@ -162,7 +162,7 @@ def _check_manifest(public: Public, manifest: Path) -> None:
         raise RadiotagError(f"{public.path} says nothing about a manifest", "give the marked set's SRC-marked.pub")
     if file_hash(manifest) != public.manifest:
         raise RadiotagError(f"{manifest} is not the manifest that {public.path} commits to", REPUBLISH)
-    rows = {row["class"]: row["row"] for row in recorded_rows(manifest)}
+    rows = recorded_classes(manifest)
     if any(public.carriers is None or public.carriers.get(name) != row for name, row in rows.items()):
         raise RadiotagError(f"{manifest} pairs classes and carriers otherwise than {public.path}", REPUBLISH)
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from radiotag.errors import RadiotagError
 from radiotag.networks import load_network, read_checkpoint
-from radiotag.programs import _Module, check_pickles
+from radiotag.pickles import check_pickles
+from radiotag.programs import _Module
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 KINDS = ("scripted", "traced", "exported", "exported before 2.8")
