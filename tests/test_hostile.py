@@ -5,19 +5,23 @@ import io
 import json
 import pickle
 import struct
+import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
 from radiotag.answers import KEPT, read_answers
 from radiotag.blackbox import Queries
 from radiotag.errors import RadiotagError
+from radiotag.images import png
 from radiotag.keys import new_key
 from radiotag.manifest import marked_rows, recorded_classes
 from radiotag.networks import marking_weights, read_checkpoint
 from radiotag.pairing import marked_classes
 from radiotag.pickles import check_pickles
+from radiotag.shards import list_shards
 
 # ---------------------------------------------------------------- pickles, written by hand
 
@@ -352,3 +356,64 @@ def test_a_line_that_names_a_thing_twice(key, tmp_path):
     (tmp_path / "m.jsonl").write_text(lines_of(key) + '{"path": "a", "row": 0, "row": 1}\n')
     with pytest.raises(RadiotagError, match=r"m\.jsonl is not a radiotag manifest: line 2: 'row' is there twice"):
         marked_rows(tmp_path / "m.jsonl")
+
+
+# ---------------------------------------------------------------- shards
+
+
+def shard(name, content=b"", kind=tarfile.REGTYPE, pax=None):
+    """A shard with one image, one class, and one more member."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT) as tar:
+        for member, data in (("0.png", PNG), ("0.cls", b"ant"), (name, content)):
+            info = tarfile.TarInfo(member)
+            info.size = len(data) if member != name or kind == tarfile.REGTYPE else 0
+            if member == name:
+                info.type, info.linkname, info.pax_headers = kind, "/etc/passwd", pax or {}
+            tar.addfile(info, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def with_size(data, field):
+    """The shard whose last member's header has another size."""
+    start = data.rindex(b"1.png")
+    block = (
+        data[start : start + 124] + field + data[start + 136 : start + 148] + b" " * 8 + data[start + 156 : start + 512]
+    )
+    return data[:start] + block[:148] + b"%06o\0 " % sum(block) + block[156:] + data[start + 512 :]
+
+
+PNG = png(np.zeros((8, 8, 3), np.uint8))
+NO_IMAGES = {
+    **{name: shard(name, PNG) for name in (".", "..", "/", "//", "", "./", "a/..", "a/", ".png", "..png", "...", "1.")},
+    "a directory": shard("1.png", kind=tarfile.DIRTYPE), "a link": shard("1.png", kind=tarfile.SYMTYPE),
+    "a hard link": shard("1.png", kind=tarfile.LNKTYPE), "a device": shard("1.png", kind=tarfile.CHRTYPE),
+    "sparse name": shard("1.png", PNG, pax={"GNU.sparse.map": "0,1", "GNU.sparse.size": "1", "GNU.sparse.name": ".."}),
+    "a pipe": shard("1.png", kind=tarfile.FIFOTYPE), "a block device": shard("1.png", kind=tarfile.BLKTYPE),
+}  # fmt: skip
+LEADS_ASTRAY = {
+    **{name: shard(name, PNG) for name in ("/1.png", "../1.png", "a/../../1.png")},
+    "nul": shard("x", PNG, pax={"path": "a\0b.png"}), "deep": shard("a/" * 10**5 + "1.png", PNG),
+    "long": shard("a" * 10**6 + ".png", PNG), "sparse map": shard("1.png", PNG, pax={"GNU.sparse.map": "0,1,x"}),
+    "sparse": shard("1.png", PNG, pax={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+    "a size": shard("1.png", PNG, pax={"size": "-5"}),
+    "huge": with_size(shard("1.png", PNG), b"\x80" + b"\xff" * 11),
+    "beyond": with_size(shard("1.png", PNG), b"77777777777\0"),
+    "below": with_size(shard("1.png", PNG), b"-0000000001\0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_IMAGES)
+def test_members_that_are_no_images_are_passed_over(what, tmp_path):
+    (tmp_path / "s.tar").write_bytes(NO_IMAGES[what])
+    archive, listing = list_shards(tmp_path / "s.tar")
+    assert list(archive.members) == ["s.tar/0.png"]
+    assert listing.names == ["ant"]
+
+
+@pytest.mark.parametrize("what", LEADS_ASTRAY)
+def test_members_that_lead_astray_are_refused(what, tmp_path):
+    (tmp_path / "s.tar").write_bytes(LEADS_ASTRAY[what])
+    with pytest.raises(RadiotagError, match=r"s\.tar: (the member|not a tar file)") as error:
+        list_shards(tmp_path / "s.tar")
+    assert len(str(error.value)) < 1000
