@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from radiotag import plainjson
 from radiotag.cosines import PATTERN_DIMENSION, pattern_images
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
@@ -41,6 +43,7 @@ QUERIES_FORMAT = 2  # version of the file of queries
 DECOYS, MOST_DECOYS = 23, 99_999
 IMAGES = 480  # shown under each key, at most, and at most EACH per class
 EACH = 48
+MOST_QUESTIONS = 10**7  # in a file of queries
 QUESTIONS = 180_000  # in total, about: a single class needs so many decoys that few images can be shown under each
 LARGEST = 256  # pixels on the longer side of a query
 QUERY = Marking(min_psnr=28.0)  # dB: queries need not be imperceptible, only equally strong under all keys
@@ -184,18 +187,33 @@ def load_queries(path: Path, key: Key) -> Queries:
     """Read a file of queries. RadiotagError if it is damaged, OfAnotherKey if it belongs to another key."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = json.loads((file.metadata() or {})["radiotag"])
-            rows, labels = tuple(metadata["rows"]), tuple(metadata["labels"])
-            images = tuple(file.get_tensor(f"{i}") for i in range(len(rows)))
-        belongs = metadata["format"] == QUERIES_FORMAT and metadata["fingerprint"] == key.fingerprint
-        decoys = metadata.get("decoys", 1)
-        if type(decoys) is not int or not 1 <= decoys <= MOST_DECOYS or len(rows) > IMAGES + len(key.carriers):
-            raise ValueError("its numbers of decoys or images are damaged")
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            metadata = plainjson.parse((file.metadata() or {})["radiotag"])
+            belongs = metadata["format"] == QUERIES_FORMAT and metadata["fingerprint"] == key.fingerprint
+            rows, labels, decoys = metadata["rows"], metadata["labels"], metadata.get("decoys", 1)
+            if belongs:
+                _check_queries(rows, labels, decoys, key)
+            images = tuple(file.get_tensor(f"{i}") for i in range(len(rows))) if belongs else ()
+        if any(image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3 for image in images):
+            raise ValueError("its images are none")
+        if any(not 1 <= side <= LARGEST for image in images for side in image.shape[1:]):
+            raise ValueError("its images are of no size that was asked with")
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise RadiotagError(f"{path} is damaged: {error}", "remove it, it will be made again") from error
     if not belongs:
         raise OfAnotherKey(f"{path} belongs to another key or version", "remove it, it will be made again")
     return make(key, images, rows, labels, decoys)
+
+
+def _check_queries(rows: Any, labels: Any, decoys: Any, key: Key) -> None:
+    """ValueError for a description that no file of this key's queries has."""
+    if type(decoys) is not int or not 1 <= decoys <= MOST_DECOYS or not isinstance(rows, list):
+        raise ValueError("its number of decoys, or its rows are damaged")
+    if not 1 <= len(rows) <= IMAGES + len(key.carriers) or 2 * (decoys + 1) * len(rows) > MOST_QUESTIONS:
+        raise ValueError("its numbers of decoys or images are damaged")
+    if not all(type(row) is int and 0 <= row < len(key.carriers) for row in rows):
+        raise ValueError("its rows are damaged")
+    if not isinstance(labels, list) or len(labels) != len(rows) or not all(isinstance(name, str) for name in labels):
+        raise ValueError("its classes are damaged")
 
 
 def check_export(folder: Path) -> None:

@@ -605,7 +605,9 @@ def verify(
         list[Path] | None, typer.Argument(metavar="MODEL", help="suspects: .pt, .pth, .th, .safetensors or .pt2")
     ] = None,
     arch: Annotated[
-        str | None, suspect_option(metavar="NAME|FILE.py:FUNCTION", help="the suspect's network, if not recognised")
+        str | None, suspect_option(
+            metavar="NAME|FILE.py:FUNCTION", help="the suspect's network, if not recognised; a FILE.py is run"
+        ),
     ] = None,
     image_size: Annotated[
         int | None,
@@ -674,6 +676,7 @@ def verify(
     """Test whether models were trained on data marked with this key; exit 0 if all were detected, 3 if not.
 
     A suspect's file is hostile input: it is read as weights alone, not run.
+    --arch FILE.py:FUNCTION runs that file: name only code that you trust.
     There is no --seed: a choice made after seeing a suspect would void p.
     """
     with reporting("verify", json_, quiet) as report:
@@ -693,6 +696,8 @@ def verify(
             if report_.exists() and not force:
                 raise RadiotagError(f"{report_} exists", "choose another name, or overwrite it with --force")
         secret = load_key(key)
+        if arch and ":" in arch:
+            report.note(f"note: --arch runs the code in {arch.rpartition(':')[0]}")
         options = verification.VerifyOptions(
             architecture=arch, image_size=image_size, mean=_triple(mean, "--mean"), std=_triple(std, "--std"),
             manifest=marked, public=public, alpha=alpha, calibrate=calibrate, black_box=black_box, decoys=decoys,

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from radiotag import plainjson
 from radiotag.cosines import PATTERN_DIMENSION
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
@@ -42,6 +43,7 @@ STATISTICS = {
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
 DECLARED = ("format", "statistic", "network", "dimension", "classes", "class_names", "beacon")  # carriers follow
 LARGEST = 1_000_000  # classes, or dimensions
+MOST_NUMBERS = 2**27  # in all carriers: 21,841 classes of 4096 dimensions, and a gigabyte while they are drawn
 PATTERNED = 0.25  # share of a class with the pattern: if all had it, networks would learn it and not the pictures
 
 
@@ -82,10 +84,7 @@ class Key:
 
     def network(self, device: str = "cpu") -> Network:
         """The marking network φ, ready to run. RadiotagError if it is not described, or its weights do not fit."""
-        spec = spec_from(self.metadata["network"])
-        if spec is None:
-            raise RadiotagError("the key's marking network is not described")
-        return from_state(unpack(self.weights), spec).to(device)
+        return _network(self.weights, self.metadata).to(device)
 
 
 def null_carriers(key: Key, digest: Callable[[int], bytes]) -> tuple[Tensor, Tensor]:
@@ -163,6 +162,8 @@ def new_key(
     metadata = json.loads(json.dumps(metadata))  # as it is read from the file: without tuples
     if metadata["classes"] < 1:
         raise RadiotagError("a key needs at least one class")
+    if metadata["classes"] * dimension > MOST_NUMBERS:
+        raise RadiotagError(f"{metadata['classes']} carriers of {dimension} numbers are too many", "give fewer classes")
     if names is not None and len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise RadiotagError(f"the class '{twice}' is there twice", "give each class one name")
@@ -209,7 +210,7 @@ def load_key(path: Path) -> Key:
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = json.loads((file.metadata() or {})["radiotag"])
+            metadata = plainjson.parse((file.metadata() or {})["radiotag"])
             _check_format(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         seed = bytes(tensors.pop("seed").tolist())
@@ -218,17 +219,16 @@ def load_key(path: Path) -> Key:
             raise RadiotagError(f"{path} can be read by others", f"chmod 600 {path}")
     except FileNotFoundError as error:
         raise RadiotagError(f"no key at {path}", f"check the path; {NEW_KEY}") from error
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = "it is a folder" if path.is_dir() else str(error)
         hint = "give the secret half: --key k.safetensors" if path.suffix == ".pub" else f"check the path; {NEW_KEY}"
         raise RadiotagError(f"{path} is not a radiotag key: {reason}", hint) from error
     weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
-    key = key_from(seed, weights, metadata, path)
     try:
-        _check_network(key)
+        _check_network(weights, metadata)
     except RadiotagError as error:
         raise RadiotagError(f"{path} is not a radiotag key: {error}", f"check the path; {NEW_KEY}") from error
-    return key
+    return key_from(seed, weights, metadata, path)
 
 
 def _check_format(path: Path, metadata: Any) -> None:
@@ -257,6 +257,8 @@ def _check_content(metadata: dict[str, Any], tensors: State, seed: bytes) -> Non
         or len(names) != classes or len(set(names)) < len(names)
     ):  # fmt: skip
         raise ValueError("its class names are damaged, or one is there twice")
+    if classes * dimension > MOST_NUMBERS or not isinstance(metadata["network"], dict):
+        raise ValueError("its carriers are too many, or its network is not described")
     if not isinstance(metadata["beacon"], str | None) or not isinstance(metadata["created"], str):
         raise ValueError("its beacon or its date is damaged")
     if len(seed) != 32:
@@ -266,13 +268,20 @@ def _check_content(metadata: dict[str, Any], tensors: State, seed: bytes) -> Non
         raise ValueError(f"it holds {strange!r}, which no key has: carriers follow from the seed")
 
 
-def _check_network(key: Key) -> None:
+def _network(weights: State, metadata: dict[str, Any]) -> Network:
+    spec = spec_from(metadata["network"])
+    if spec is None:
+        raise RadiotagError("the key's marking network is not described")
+    return from_state(unpack(weights), spec)
+
+
+def _check_network(weights: State, metadata: dict[str, Any]) -> None:
     """RadiotagError for a marking network that does not fit, is not finite, or whose class rows tell nothing apart."""
-    if any(value.is_floating_point() and not value.isfinite().all() for value in key.weights.values()):
+    if any(value.is_floating_point() and not value.isfinite().all() for value in weights.values()):
         raise RadiotagError("its network's weights are not finite")
-    network = key.network()
-    if network.head is None or network.dimension != key.metadata["dimension"]:
-        raise RadiotagError(f"its network has not {key.metadata['dimension']} features")
+    network = _network(weights, metadata)
+    if network.head is None or network.dimension != metadata["dimension"]:
+        raise RadiotagError(f"its network has not {metadata['dimension']} features")
     rows = network.head.weight.detach().double()
     spread = rows - rows.mean(0) if len(rows) > 1 else rows
     if not bool((spread.norm(dim=1) > 1e-6 * rows.norm(dim=1).max()).all()):

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import VGG
 
+from radiotag import plainjson
 from radiotag.errors import RadiotagError, first_line, out_of_memory
 from radiotag.files import write_atomically
 from radiotag.foreign import kind_of
@@ -441,7 +442,7 @@ def read_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
 def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = json.loads((file.metadata() or {}).get("radiotag", "{}"))
+            metadata = plainjson.parse((file.metadata() or {}).get("radiotag", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise RadiotagError(f"{path} is not a whole safetensors file: {first_line(error)}", "copy it again") from error

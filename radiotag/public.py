@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from radiotag import plainjson
 from radiotag.errors import RadiotagError
 from radiotag.files import file_hash
 from radiotag.keys import Key, weights_digest
@@ -21,6 +22,7 @@ from radiotag.probes import UnmarkedImages
 PUBLIC_FORMAT = 2
 TITLE = f"radiotag public key, format {PUBLIC_FORMAT}"
 MARKED_TITLE = f"radiotag public key of a marked set, format {PUBLIC_FORMAT}"
+LONGEST = 2**26  # characters
 REPUBLISH = "give the files that belong to this public half, or leave out --public"
 
 
@@ -99,10 +101,14 @@ class Checked:
 def read_public(path: Path) -> Public:
     """Read a public half. RadiotagError for what is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if len(lines) > 100_000 or not lines or lines[0] not in {TITLE, MARKED_TITLE}:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+        lines = text.split("\n")  # not splitlines: a class's name may hold other separators
+        if len(text) > LONGEST or len(lines) > 1000 or not lines or lines[0] not in {TITLE, MARKED_TITLE}:
             raise ValueError("its first line is another")
         values = dict(line.split(": ", 1) for line in lines[1:] if line)
+        if len(values) < sum(map(bool, lines[1:])):
+            raise ValueError("a line is there twice")
         carriers = _table(values["carriers"]) if "carriers" in values else None
         return Public(
             path=path, fingerprint=_digest(values["fingerprint"]), carriers=carriers,
@@ -111,7 +117,7 @@ def read_public(path: Path) -> Public:
         )  # fmt: skip
     except OSError as error:
         raise RadiotagError(f"cannot read {path}: {error.strerror}", "check the path") from error
-    except (ValueError, KeyError, RecursionError) as error:
+    except (ValueError, KeyError) as error:
         hint = "give k.pub, from keygen, or SRC-marked.pub, from mark"
         raise RadiotagError(f"{path} is no public half of a key: {error}", hint) from error
 
@@ -124,7 +130,7 @@ def _digest(text: str) -> str:
 
 
 def _table(text: str) -> dict[str, int]:
-    table = json.loads(text)
+    table = plainjson.parse(text)
     if not isinstance(table, dict) or not all(type(row) is int and row >= 0 for row in table.values()):
         raise ValueError("its carriers are no table")
     return table

@@ -20,6 +20,9 @@ from radiotag.listing import Item, Listing
 BLOCK = 512
 CHUNK = 2**20
 CLASSES = 1_000_000  # most classes that a key can have
+LONGEST = 4096  # bytes of a member's name
+# What Python's reader raises for sizes and sparse maps of any kind, besides its own errors.
+DAMAGED = (OSError, tarfile.TarError, ValueError, LookupError, ArithmeticError, TypeError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ def list_shards(source: Path) -> tuple[Archive, Listing]:
     for shard in shards:
         try:
             index.add(shard)
-        except (OSError, tarfile.TarError) as error:
+        except DAMAGED as error:
             raise RadiotagError(f"{shard}: not a tar file that can be read ({error})", "replace the file") from error
     if not index.members:
         raise RadiotagError(f"no images in {source}", f"members are taken by suffix: {' '.join(sorted(SUFFIXES))}")
@@ -109,7 +112,7 @@ def finished_archive(output: Path) -> Archive | None:
             readable = _Index()
             try:
                 readable.add(shard)
-            except (OSError, tarfile.TarError, RadiotagError):
+            except (*DAMAGED, RadiotagError):
                 continue  # damaged: it will be assembled again
             index.members |= readable.members
     return index.archive(output.parent if output.is_file() else output) if index.members else None
@@ -146,7 +149,8 @@ class _Index:
             for info in tar:
                 tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps every header in memory
                 name = PurePosixPath(info.name)
-                if not info.isreg() or any(part.startswith(".") and part != ".." for part in name.parts):
+                hidden = any(part.startswith(".") and part != ".." for part in name.parts)
+                if not info.isreg() or hidden or name.name in {"", ".."}:
                     continue
                 path = f"{shard.name}/{name}"
                 sample = str(name.with_name(name.name.split(".")[0]))
@@ -187,6 +191,8 @@ def _check_end(shard: Path, end: int) -> None:
 def _check_member(shard: Path, info: tarfile.TarInfo, repeated: bool) -> None:
     """RadiotagError for a member with an unsafe or repeated name, or of a kind that cannot be rewritten."""
     name = PurePosixPath(info.name)
+    if "\0" in info.name or len(info.name.encode("utf-8", "surrogatepass")) > LONGEST:
+        raise RadiotagError(f"{shard}: the member {info.name[:50]!r}… has a name that no file can have", "rename it")
     if name.is_absolute() or ".." in name.parts:
         raise RadiotagError(f"{shard}: the member {info.name!r} has a name that leads elsewhere", "rename it")
     if repeated:

@@ -1661,6 +1661,7 @@ def test_a_network_from_the_user_s_own_file(world, tmp_path):
     own = f"{tmp_path / 'mine.py'}:net"
     assert "--arch" in verify(world, tmp_path / "m.pth").err
     result = verify(world, tmp_path / "m.pth", more=["--arch", own, "--image-size", 32, "--json"])
+    assert f"note: --arch runs the code in {own.rpartition(':')[0]}" in result.err
     assert result.code == 3, result.err
     (suspect,) = result.json["suspects"]
     assert suspect["architecture"] == own

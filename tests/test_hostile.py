@@ -1,23 +1,30 @@
 """Files made to harm whoever reads them: they ask for gigabytes, for ever, or for a place outside."""
 
 import collections
+import contextlib
 import io
 import json
 import pickle
 import struct
+import tarfile
 import zipfile
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from radiotag.answers import KEPT, read_answers
-from radiotag.blackbox import Queries
+from radiotag.blackbox import QUERIES_FORMAT, OfAnotherKey, Queries, load_queries
 from radiotag.errors import RadiotagError
-from radiotag.keys import new_key
+from radiotag.images import png
+from radiotag.keys import load_key, new_key
 from radiotag.manifest import marked_rows, recorded_classes
 from radiotag.networks import marking_weights, read_checkpoint
 from radiotag.pairing import marked_classes
 from radiotag.pickles import check_pickles
+from radiotag.public import public_half, read_public
+from radiotag.shards import list_shards
 
 # ---------------------------------------------------------------- pickles, written by hand
 
@@ -352,3 +359,184 @@ def test_a_line_that_names_a_thing_twice(key, tmp_path):
     (tmp_path / "m.jsonl").write_text(lines_of(key) + '{"path": "a", "row": 0, "row": 1}\n')
     with pytest.raises(RadiotagError, match=r"m\.jsonl is not a radiotag manifest: line 2: 'row' is there twice"):
         marked_rows(tmp_path / "m.jsonl")
+
+
+# ---------------------------------------------------------------- shards
+
+
+def shard(name, content=b"", kind=tarfile.REGTYPE, pax=None):
+    """A shard with one image, one class, and one more member."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT) as tar:
+        for member, data in (("0.png", PNG), ("0.cls", b"ant"), (name, content)):
+            info = tarfile.TarInfo(member)
+            info.size = len(data) if member != name or kind == tarfile.REGTYPE else 0
+            if member == name:
+                info.type, info.linkname, info.pax_headers = kind, "/etc/passwd", pax or {}
+            tar.addfile(info, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def with_size(data, field):
+    """The shard whose last member's header has another size."""
+    start = data.rindex(b"1.png")
+    block = (
+        data[start : start + 124] + field + data[start + 136 : start + 148] + b" " * 8 + data[start + 156 : start + 512]
+    )
+    return data[:start] + block[:148] + b"%06o\0 " % sum(block) + block[156:] + data[start + 512 :]
+
+
+PNG = png(np.zeros((8, 8, 3), np.uint8))
+NO_IMAGES = {
+    **{name: shard(name, PNG) for name in (".", "..", "/", "//", "", "./", "a/..", "a/", ".png", "..png", "...", "1.")},
+    "a directory": shard("1.png", kind=tarfile.DIRTYPE), "a link": shard("1.png", kind=tarfile.SYMTYPE),
+    "a hard link": shard("1.png", kind=tarfile.LNKTYPE), "a device": shard("1.png", kind=tarfile.CHRTYPE),
+    "sparse name": shard("1.png", PNG, pax={"GNU.sparse.map": "0,1", "GNU.sparse.size": "1", "GNU.sparse.name": ".."}),
+    "a pipe": shard("1.png", kind=tarfile.FIFOTYPE), "a block device": shard("1.png", kind=tarfile.BLKTYPE),
+}  # fmt: skip
+LEADS_ASTRAY = {
+    **{name: shard(name, PNG) for name in ("/1.png", "../1.png", "a/../../1.png")},
+    "nul": shard("x", PNG, pax={"path": "a\0b.png"}), "deep": shard("a/" * 10**5 + "1.png", PNG),
+    "long": shard("a" * 10**6 + ".png", PNG), "sparse map": shard("1.png", PNG, pax={"GNU.sparse.map": "0,1,x"}),
+    "sparse": shard("1.png", PNG, pax={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+    "a size": shard("1.png", PNG, pax={"size": "-5"}),
+    "huge": with_size(shard("1.png", PNG), b"\x80" + b"\xff" * 11),
+    "beyond": with_size(shard("1.png", PNG), b"77777777777\0"),
+    "below": with_size(shard("1.png", PNG), b"-0000000001\0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_IMAGES)
+def test_members_that_are_no_images_are_passed_over(what, tmp_path):
+    (tmp_path / "s.tar").write_bytes(NO_IMAGES[what])
+    archive, listing = list_shards(tmp_path / "s.tar")
+    assert list(archive.members) == ["s.tar/0.png"]
+    assert listing.names == ["ant"]
+
+
+@pytest.mark.parametrize("what", LEADS_ASTRAY)
+def test_members_that_lead_astray_are_refused(what, tmp_path):
+    (tmp_path / "s.tar").write_bytes(LEADS_ASTRAY[what])
+    with pytest.raises(RadiotagError, match=r"s\.tar: (the member|not a tar file)") as error:
+        list_shards(tmp_path / "s.tar")
+    assert len(str(error.value)) < 1000
+
+
+# ---------------------------------------------------------------- keys, public halves, queries
+
+
+def key_file(path, key, change=None, text=None, tensors=None):
+    """A key's file whose description differs."""
+    weights = {f"network.{name}": value for name, value in key.weights.items()}
+    weights["seed"] = torch.tensor(list(key.seed), dtype=torch.uint8)
+    metadata = json.loads(json.dumps(key.metadata))
+    if change:
+        change(metadata)
+    safetensors.torch.save_file(weights | (tensors or {}), path, {"radiotag": text or json.dumps(metadata)})
+    path.chmod(0o600)
+    return path
+
+
+STRANGE = {
+    "deep": "[" * 10**5, "deep objects": '{"a":' * 10**5 + "1" + "}" * 10**5,
+    "digits": '{"format": ' + "9" * 10**5 + "}",
+    "twice": '{"format": 2, "format": 1}', "a list": "[]", "a text": '"x"', "null": "null", "nothing": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_keys_whose_description_is_none(what, key, tmp_path):
+    with pytest.raises(RadiotagError, match=r"k\.safetensors is not a radiotag key"):
+        load_key(key_file(tmp_path / "k.safetensors", key, text=STRANGE[what] or " "))
+
+
+VALUES = (None, -1, 0, 1.5, 10**6, 10**30, True, "x", [], {}, [[1]], {"a": 1}, "9" * 1000, float("nan"))
+
+
+@pytest.mark.parametrize(
+    "name", ["format", "statistic", "network", "dimension", "classes", "class_names", "beacon", "created"]
+)
+def test_keys_of_wrong_types_are_refused(name, key, tmp_path):
+    for value in VALUES:
+        path = key_file(tmp_path / "k.safetensors", key, lambda metadata, value=value: metadata.update({name: value}))
+        texts, empty = ("beacon", "created"), ("beacon", "class_names")
+        if (name in texts and isinstance(value, str)) or (name in empty and value is None):
+            load_key(path)
+            continue
+        with pytest.raises(RadiotagError, match=r"k\.safetensors"):
+            load_key(path)
+
+
+@pytest.mark.parametrize("field", ["architecture", "classes", "image_size", "mean", "std", "small_stem", "class_names"])
+def test_networks_of_wrong_types_in_a_key(field, key, tmp_path):
+    for value in VALUES:
+        path = key_file(tmp_path / "k.safetensors", key, lambda m, value=value: m["network"].update({field: value}))
+        with contextlib.suppress(RadiotagError):
+            load_key(path)
+
+
+def test_a_key_of_more_carriers_than_memory_holds_is_refused_at_once(key, tmp_path):
+    """12 bytes of text would ask for gigabytes."""
+    path = key_file(tmp_path / "k.safetensors", key, lambda m: m.update(classes=10**6, class_names=None))
+    with pytest.raises(RadiotagError, match="too many"):
+        load_key(path)
+    with pytest.raises(RadiotagError, match="too many"):
+        new_key(*marking_weights("builtin"), 10**6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [*lines, lines[1]], lambda lines: [*lines, "x"], lambda lines: ["x", *lines[1:]],
+        lambda lines: [lines[0], "fingerprint: sha256:00"], lambda lines: [*lines, "carriers: " + "[" * 10**5],
+        lambda lines: [*lines, 'carriers: {"a": -1}'], lambda lines: [*lines, 'carriers: {"a": 0, "a": 1}'],
+        lambda lines: [*lines, "manifest: sha256:zz"], lambda lines: [*lines, *map("{0}: x".format, range(2000))],
+    ],
+)  # fmt: skip
+def test_public_halves_that_are_none(change, key, tmp_path):
+    lines = public_half(key).splitlines()
+    (tmp_path / "k.pub").write_text("\n".join(change(lines)))
+    with pytest.raises(RadiotagError, match=r"k\.pub is no public half"):
+        read_public(tmp_path / "k.pub")
+
+
+def test_a_class_s_name_may_hold_a_separator_of_lines(tmp_path):
+    odd = new_key(*marking_weights("builtin"), ["a\u2028b", "c\x85: d"])
+    (tmp_path / "k.pub").write_text(public_half(odd), encoding="utf-8")
+    assert read_public(tmp_path / "k.pub").fingerprint == odd.fingerprint
+
+
+def test_queries_of_wrong_types_are_damaged(key, tmp_path):
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    path, good = tmp_path / "q.safetensors", {
+        "format": QUERIES_FORMAT, "fingerprint": key.fingerprint, "rows": [0, 1], "labels": ["ant", "bee"], "decoys": 2
+    }  # fmt: skip
+
+    def load(metadata, images=(image, image)):
+        text = metadata if isinstance(metadata, str) else json.dumps(metadata)
+        safetensors.torch.save_file({f"{i}": one.clone() for i, one in enumerate(images)}, path, {"radiotag": text})
+        return load_queries(path, key)
+
+    assert load(good).decoys == 2
+    wrong = [
+        good | {name: value}
+        for name in ("rows", "labels", "decoys")
+        for value in VALUES
+        if (name, value) != ("decoys", 1)
+    ]
+    wrong += [good | {"rows": [0, value]} for value in (-1, 3, 0.0, True, None, "0")]
+    wrong += [good | {"labels": ["ant", 1]}, good | {"labels": ["ant"]}, "[" * 10**5, "3", '{"format": 2, "format": 3}']
+    for metadata in wrong:
+        with pytest.raises(RadiotagError, match="is damaged"):
+            load(metadata)
+    for images in (
+        (image,),
+        (image, image.float()),
+        (image, image[0]),
+        (image, torch.zeros(3, 2000, 8, dtype=torch.uint8)),
+    ):
+        with pytest.raises(RadiotagError, match="is damaged"):
+            load(good, images)
+    for name in ("format", "fingerprint"):
+        with pytest.raises(OfAnotherKey):
+            load(good | {name: [[]]})
