@@ -20,7 +20,7 @@ from radiotag.answers import read_answers
 from radiotag.blackbox import Queries
 from radiotag.errors import RadiotagError
 from radiotag.images import decode, png
-from radiotag.keys import load_key, new_key, save_key
+from radiotag.keys import new_key, save_key
 from radiotag.pairing import Pairing, pair_unlabelled
 from radiotag.probes import synthetic_images
 from radiotag.suspect import ClassVectors
@@ -93,8 +93,7 @@ def test_a_key_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatc
     with pytest.raises(OSError, match="no space"):
         save_key(path, small_key(3), exclusive=exclusive)
     assert tree(tmp_path) == before
-    if not exclusive:
-        assert len(load_key(path).carriers) == 2
+
 
 
 # ---------------------------------------------------------------- answers
