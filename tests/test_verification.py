@@ -233,7 +233,9 @@ def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
 
 
 @pytest.mark.parametrize("data", [False, True])
-def test_of_the_classes_that_are_not_compared_those_count_that_the_suspect_knows(place, monkeypatch, data):
+def test_of_the_classes_that_are_not_compared_those_count_that_the_suspect_knows(
+    place, monkeypatch, few_synthetic, data
+):
     """φ answers for a network that knows what the suspect does, and not for its own hundred other classes."""
     theirs, seen = ("bird", "cat", "airplane", "ant"), {}
     model = suspect(place, "known.pt", (3, None, 1), theirs, classes=4)
