@@ -4,8 +4,9 @@ How to read the package, from the science to the command line:
 
 - `radioactive`: carriers and patterns, the marking loss and its steps, exact p-values; read it with the paper
 - `suspect`: the vectors computed from a suspect, behind a wall: it cannot use carriers
-- `keys`: key files, their public half, the random choices that only a key's owner can repeat
+- `keys`: key files, and the random choices that only a key's owner can repeat
 - `pairing`: pairs a suspect's outputs with classes and carriers
+- `public`: what is published of a key and of a marked set, and checked by others
 - `verification`: tests suspects and gives verdicts, with `probes`, `calibration`, `blackbox` and `answers`
 - `stores`: where images are read from and written to, a folder or tar shards; `images` handles single files
 - `plan`, `marking_run`: mark a data set, and continue after an interruption
