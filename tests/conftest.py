@@ -7,9 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import pytest
 import torch
-from helpers import Forks, entropy
+from helpers import SPEC, Forks, entropy
 
 from radiotag import keys, networks, probes, suspect, synthetic
+from radiotag.networks import Network, build, find_head
 
 
 def drawn_from(name):
@@ -40,6 +41,16 @@ def drawn_once():
     """Dead leaves are the same for every suspect; the tests of a process draw them once."""
     probes.dead_leaves = lru_cache(maxsize=8)(synthetic.dead_leaves)
     networks._stock_shapes = lru_cache(maxsize=None)(networks._stock_shapes)  # of all architectures, built once
+
+
+@pytest.fixture(scope="module")
+def network():
+    """An untrained marking network."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Network(build(SPEC), SPEC)
+    network.head, _ = find_head(network)
+    return network
 
 
 @pytest.fixture

@@ -26,20 +26,10 @@ from torch import nn
 from radiotag import keys as keys_module
 from radiotag.errors import RadiotagError
 from radiotag.keys import choose, fingerprint, image_random, key_from, load_key, new_key, patterned, save_key
-from radiotag.networks import Network, build, find_head, pack, save_checkpoint, to_metadata
+from radiotag.networks import build, pack, save_checkpoint, to_metadata
 from radiotag.public import public_half
 
 unhurried = settings(deadline=None)  # the machine may be busy
-
-
-@pytest.fixture(scope="module")
-def network():
-    """An untrained marking network."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = Network(build(SPEC), SPEC)
-    network.head, _ = find_head(network)
-    return network
 
 
 # ---------------------------------------------------------------- keys

@@ -13,7 +13,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from helpers import SPEC, Toy, binomial_limits, by_cosines, entropy, gaussian, linear, unit
+from helpers import Toy, binomial_limits, by_cosines, entropy, gaussian, linear, unit
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
@@ -21,7 +21,6 @@ from scipy import integrate, optimize, stats
 from radiotag import radioactive
 from radiotag.cosines import PATTERN_DIMENSION, pattern_coefficients, pattern_images
 from radiotag.errors import RadiotagError
-from radiotag.networks import Network, build, find_head
 from radiotag.radioactive import (
     ImageToMark,
     Marking,
@@ -432,16 +431,6 @@ def test_default_psnr_rises_with_the_shorter_side():
     sides = [default_psnr(s, s) for s in range(1, 400)]
     assert sides == sorted(sides)
     assert default_psnr(96, 2000) == default_psnr(2000, 96) == pytest.approx(34 + 6 * math.log(1.5) / math.log(3.5))
-
-
-@pytest.fixture(scope="module")
-def network():
-    """An untrained marking network."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = Network(build(SPEC), SPEC)
-    network.head, _ = find_head(network)
-    return network
 
 
 # ---------------------------------------------------------------- marking images
