@@ -76,14 +76,14 @@ def keygen(
     return replace(key, path=path)
 
 
-def show(path: PathLike) -> tuple[str, Path | None]:
-    """Everything public about a key, and where its lost public half was written again, if it was lost."""
+def show(path: PathLike) -> tuple[Key, str, Path | None]:
+    """A key, everything public about it, and where its lost public half was written again, if it was lost."""
     key, public = load_key(path), Path(path).with_suffix(".pub")
     text = public_half(key)
     if public.exists() or public == Path(path):
-        return text, None
+        return key, text, None
     write_atomically(public, text.encode(), mode=0o644)
-    return text, public
+    return key, text, public
 
 
 def _number_or_names(classes: int | Sequence[str]) -> int | list[str]:
@@ -343,7 +343,7 @@ def conditions(key: Key, images: UnmarkedImages | None, options: VerifyOptions) 
     return Conditions(
         checked=check(public, key, options.manifest, images, chosen),
         data=images.name if images else "synthetic",
-        digest=images_digest(images) if images else None,
+        digest=(public.held_out if public else images_digest(images)) if images else None,  # the same, as checked
         images=len(images.labels) if images else None,
         options={name: getattr(options, name) for name in shaping}
         | {"manifest": str(options.manifest) if options.manifest else None},

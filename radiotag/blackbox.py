@@ -34,7 +34,7 @@ from radiotag.cosines import PATTERN_DIMENSION, pattern_images
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
 from radiotag.images import png
-from radiotag.keys import Key
+from radiotag.keys import Key, prefixed
 from radiotag.networks import Network, resized
 from radiotag.radioactive import Floats, Marking, l2_radius, uniform_carriers
 from radiotag.suspect import Batching, log_probabilities
@@ -86,8 +86,8 @@ def question_names(
     image, class, carrier or number changes, or a question is left out, all names change.
     """
     described = [
-        _prefixed(str(i).encode(), str(row).encode(), label.encode("utf-8", "surrogateescape"),
-                  str(tuple(image.shape)).encode(), image.contiguous().numpy().tobytes())
+        prefixed(str(i).encode(), str(row).encode(), label.encode("utf-8", "surrogateescape"),
+                 str(tuple(image.shape)).encode(), image.contiguous().numpy().tobytes())
         for i, (image, row, label) in enumerate(zip(images, rows, labels, strict=True))
     ]  # fmt: skip
     contents = [hashlib.sha256(part).digest() for part in described]
@@ -97,10 +97,6 @@ def question_names(
         tuple(hmac.digest(secret, f"{number}\0".encode() + content, "sha256").hex()[:32] for content in contents)
         for number in range(2 * (decoys + 1))
     )
-
-
-def _prefixed(*parts: bytes) -> bytes:
-    return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
 
 
 def decoy_patterns(key: Key, number: int) -> Tensor:

@@ -184,9 +184,8 @@ def keygen(
 def _show(report: Report, path: Path) -> None:
     from radiotag import api
 
-    text, written = api.show(path)
+    key, text, written = api.show(path)
     report.say(*text.splitlines(), *([f"written      {written}"] if written else []))
-    key = api.load_key(path)
     report.give(key=str(path), fingerprint=key.fingerprint, commitment=key.commitment, beacon=key.beacon, public=text)
 
 

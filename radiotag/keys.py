@@ -98,7 +98,7 @@ def null_carriers(key: Key, digest: Callable[[int], bytes]) -> tuple[Tensor, Ten
 # ---------------------------------------------------------------- what follows from a seed
 
 
-def _prefixed(*parts: bytes) -> bytes:
+def prefixed(*parts: bytes) -> bytes:
     """Byte strings joined so that no two lists of them give the same bytes: each comes after its length."""
     return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
 
@@ -112,32 +112,36 @@ def weights_digest(weights: State) -> bytes:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        digest.update(_prefixed(name.encode(), str(tensor.dtype).encode(), str(tuple(tensor.shape)).encode(), values))
+        digest.update(prefixed(name.encode(), str(tensor.dtype).encode(), str(tuple(tensor.shape)).encode(), values))
     return digest.digest()
 
 
-def derive(seed: bytes, weights: State, metadata: dict[str, Any], purpose: str, count: int) -> bytes:
-    """`count` bytes for one purpose, by SHAKE-256 over the seed and all that the key declares before it is used."""
+def derive(seed: bytes, network: bytes, metadata: dict[str, Any], purpose: str, count: int) -> bytes:
+    """`count` bytes for one purpose, by SHAKE-256 over the seed and all that the key declares before it is used.
+
+    `network` is the `weights_digest` of the marking network.
+    """
     declared = {name: metadata[name] for name in DECLARED}
-    absorbed = _prefixed(b"radiotag", purpose.encode(), seed, weights_digest(weights), _canonical(declared))
+    absorbed = prefixed(b"radiotag", purpose.encode(), seed, network, _canonical(declared))
     return hashlib.shake_256(absorbed).digest(count)
 
 
-def fingerprint(seed: bytes, weights: State, metadata: dict[str, Any]) -> str:
+def fingerprint(seed: bytes, network: bytes, metadata: dict[str, Any]) -> str:
     """SHA-256 over all content of a key, hexadecimal; not over file bytes. It reveals nothing about the seed."""
-    return hashlib.sha256(_prefixed(seed, weights_digest(weights), _canonical(metadata))).hexdigest()
+    return hashlib.sha256(prefixed(seed, network, _canonical(metadata))).hexdigest()
 
 
 def key_from(seed: bytes, weights: State, metadata: dict[str, Any], path: Path | None = None) -> Key:
     """The key of a seed, a network and a description: all else is derived."""
     classes, dimension = metadata["classes"], metadata["dimension"]
+    network = weights_digest(weights)
     carriers, patterns = (
-        uniform_carriers(classes, size, partial(derive, seed, weights, metadata, purpose))
+        uniform_carriers(classes, size, partial(derive, seed, network, metadata, purpose))
         for purpose, size in (("carriers", dimension), ("patterns", PATTERN_DIMENSION))
     )
     return Key(
-        seed=seed, weights=weights, metadata=metadata, fingerprint=fingerprint(seed, weights, metadata),
-        carriers=carriers, patterns=patterns, secret=derive(seed, weights, metadata, "images", 32), path=path,
+        seed=seed, weights=weights, metadata=metadata, fingerprint=fingerprint(seed, network, metadata),
+        carriers=carriers, patterns=patterns, secret=derive(seed, network, metadata, "images", 32), path=path,
     )  # fmt: skip
 
 

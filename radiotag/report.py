@@ -187,7 +187,7 @@ def _verdicts(page: Page) -> list[ET.Element]:
                 "kept too little of them, leave no trace that this test can see.",
             )
         )
-    return [element("h2", "Verdict"), *(_verdict(finding, page) for finding in page.findings), *notes]
+    return [element("h2", "Verdict"), *(_verdict(finding) for finding in page.findings), *notes]
 
 
 def _holm(page: Page) -> str:
@@ -198,7 +198,7 @@ def _holm(page: Page) -> str:
     )
 
 
-def _verdict(finding: Finding, page: Page) -> ET.Element:
+def _verdict(finding: Finding) -> ET.Element:
     parts = [
         element("h3", element("code", finding.path)),
         paragraph(_verdict_word(finding), class_="verdict"),

@@ -94,7 +94,7 @@ def copy_other_file(source: Path, target: Path) -> None:
     """Copy a file that is not an image, or make an empty folder. An identical copy is left as it is."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
-    elif hash_or_none(source) != hash_or_none(target) or not target.exists():
+    elif not target.exists() or hash_or_none(source) != hash_or_none(target):
         copy_atomically(source, with_parent(target))
         copy_mode_and_times(source, target)
 

@@ -175,8 +175,7 @@ def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: in
         std=tuple(max(0.01, round(float(v), 4)) for v in sample.std((0, 2, 3))),
         class_names=data.names if data.names != ("",) else None,
     )
-    with torch.random.fork_rng(devices=[]):  # torchvision initialises from the global generator
-        torch.manual_seed(seed)
+    with _seeded(seed, "cpu"):  # torchvision initialises from the global generator
         return Network(build(spec), spec)
 
 
@@ -194,8 +193,7 @@ def initialised_from(path: Path, data: Dataset, *, seed: int) -> Network:
         message = f"{path} does not end in a linear layer, so its classes cannot be changed"
         raise RadiotagError(message, "choose another --init, or data with its classes")
     network.spec = replace(network.spec, classes=len(data.names), class_names=names)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed, "cpu"):
         fresh = nn.Linear(network.head.in_features, len(data.names))
     name = next(n for n, m in network.module.named_modules() if m is network.head)
     network.module.set_submodule(name, fresh.requires_grad_(False))

@@ -481,7 +481,7 @@ def test_nothing_in_an_export_tells_true_from_decoy(place, exported):
     files = sorted(exported.iterdir())
     assert len(files) == 240
     assert all(len(f.stem) == 32 and f.suffix == ".png" and f.stat().st_mtime == 0 for f in files)
-    queries = blackbox.load_queries(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
+    queries = queries_of(place)
     true = {*queries.names[0], *queries.names[1]}
     ranks = [i for i, f in enumerate(files) if f.stem in true]
     assert len(ranks) == 48 and 80 < np.mean(ranks) < 160  # 119.5 ± 9: spread over the order of names
@@ -588,7 +588,7 @@ def test_a_label_may_be_any_number(place, answers, tmp_path):
 
 
 def test_an_export_is_written_in_no_order_that_tells(place, tmp_path, monkeypatch):
-    queries = blackbox.load_queries(next(place.glob("k.queries-*.safetensors")), load_key(place / "k.safetensors"))
+    queries = queries_of(place)
     rows = {name: number for number, names in enumerate(queries.names) for name in names}
     orders, key = set(), load_key(place / "k.safetensors")
     for attempt in range(4):
