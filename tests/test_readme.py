@@ -116,6 +116,19 @@ def test_the_demonstration_is_a_run_of_it():
     assert (run["marked"], run["images"]) == (size.images * size.fraction, size.images) and version(run) == SHIPPED
 
 
+def test_what_the_three_commands_print_is_a_run_of_them():
+    run = MEASURED["evidence"]["commands"]
+    (suspect,) = run["verify"]["suspects"]
+    for said in (
+        f"fingerprint  sha256:{run['keygen']['fingerprint'][:12]}…",
+        f"({suspect['architecture']}, {suspect['classes_used']} classes used,",
+        f" used, alignment R² {suspect['alignment_r2']:.2f})",
+        f"MARK DETECTED: log10 p = {suspect['log10_p']:.2f} (threshold p ≤ 0.0001)",
+    ):
+        assert said in README
+    assert run["verify"]["fingerprint"] == run["keygen"]["fingerprint"]
+
+
 @pytest.mark.parametrize("seed", [2, 3])
 def test_the_null_is_measured(seed):
     """Clean suspects under 20,000 fresh keys: none of their p-values may be smaller more often than it says."""
