@@ -1,6 +1,7 @@
 """A suspect's answers to queries, from a function or from a CSV or JSON file: labels, probabilities or logits."""
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
@@ -16,8 +17,9 @@ from radiotag import plainjson
 from radiotag.blackbox import Queries, shown
 from radiotag.errors import RadiotagError
 from radiotag.keys import Key
-from radiotag.suspect import Batching
+from radiotag.suspect import Batching, finite_rows
 
+NOT_FINITE = "{} answers are not finite: they were left out"
 KEPT = 1000  # outputs that are looked at, at most, if there are not more classes: those that a class has most often
 
 
@@ -29,8 +31,8 @@ def ask_function(classify: Callable[[Any], Any], queries: Queries, key: Key, bat
     """A function's answers to all queries: (2(K + 1), N, C') probabilities.
 
     `classify` takes a (B, H, W, 3) uint8 array of images of one size. It returns an array-like of (B, C') probabilities
-    or logits, or of (B,) labels, class names or numbers. RadiotagError for other shapes, FloatingPointError for values
-    that are not finite.
+    or logits, or of (B,) labels, class names or numbers. Answers that are not finite are NaN. RadiotagError for other
+    shapes, FloatingPointError if no answer is finite.
     """
     images = (image for number in range(len(queries.names)) for image in shown(queries, key, number))
     all_answers: list[NDArray[Any]] = []
@@ -48,8 +50,8 @@ def ask_function(classify: Callable[[Any], Any], queries: Queries, key: Key, bat
         values = _one_hot(labels, np.tile(queries.rows, len(queries.names)), len(names))
     else:
         values = torch.from_numpy(whole.astype(np.float64))
-    if not bool(values.isfinite().all()):
-        raise FloatingPointError("its outputs are not finite for some images")
+    if not bool(finite_rows(values).any()):
+        raise FloatingPointError("its outputs are not finite for any image")
     return to_probabilities(values, "the suspect").view(len(queries.names), len(queries.rows), -1)
 
 
@@ -103,6 +105,8 @@ def read_answers(path: Path, queries: Queries) -> tuple[Tensor, list[str]]:
     names = _output_names(answered.values(), path)
     places = [positions[name] for name in answered]
     found = _probabilities(answered, names, np.array([queries.rows[i] for _, i in places]), path)
+    if broken := int(found.isnan().any(1).sum()):
+        warnings.append(NOT_FINITE.format(broken))
     answers = torch.full((len(queries.names), len(queries.rows), found.shape[1]), float("nan"), dtype=torch.float64)
     which = torch.tensor(places)
     answers[which[:, 0], which[:, 1]] = found
@@ -122,10 +126,13 @@ def _probabilities(answered: dict[str, Any], names: Sequence[str], rows: NDArray
         if len(value) != len(names):
             raise _incomplete(f"{path}: {name}", len(names))
     table = torch.stack([_numbers(value, column, f"{path}: {name}") for name, value in answered.items()])
+    if not bool(finite_rows(table).any()):
+        raise RadiotagError(f"{path}: no answer is finite", "write probabilities or logits")
     probabilities = to_probabilities(table, str(path))
     if len(names) <= KEPT:
         return probabilities
-    means = np.stack([probabilities[torch.from_numpy(rows == row)].mean(0).numpy() for row in np.unique(rows)])
+    means = np.stack([probabilities[torch.from_numpy(rows == row)].nanmean(0).numpy() for row in np.unique(rows)])
+    means = np.nan_to_num(means)
     ranks = np.argsort(np.argsort(-means, axis=1, kind="stable"), axis=1).min(0)
     return probabilities[:, torch.from_numpy(_best(ranks, len(means)))]
 
@@ -223,23 +230,23 @@ def _output_names(values: Iterable[Any], path: Path) -> tuple[str, ...]:
 
 
 def _numbers(value: dict[str, float], column: dict[str, int], source: str) -> Tensor:
-    """(C',) numbers of one answer. RadiotagError if numbers are missing or not finite."""
-    numbers = torch.tensor([value.get(name, float("nan")) for name in column], dtype=torch.float64)
-    if not bool(numbers.isfinite().all()):
+    """(C',) numbers of one answer. RadiotagError if numbers are missing."""
+    if value.keys() != column.keys():
         raise _incomplete(source, len(column))
-    return numbers
+    return torch.tensor([value[name] for name in column], dtype=torch.float64)
 
 
 def _incomplete(source: str, count: int) -> RadiotagError:
-    return RadiotagError(f"{source} needs {count} numbers, all finite", "answer for every class, or for none")
+    return RadiotagError(f"{source} needs {count} numbers", "answer for every class, or for none")
 
 
 def to_probabilities(answers: Tensor, source: str) -> Tensor:
     """(…, C') answers → probabilities. The answers are numbers from 0 to 1, per cent, or else logits.
 
-    The kind is determined for all answers together. Taken alone, an answer that rounding left with a sum of 0.97 would
-    look like logits.
+    An answer that is not finite becomes NaN. The kind is determined for all answers together. Taken alone, an answer
+    that rounding left with a sum of 0.97 would look like logits.
     """
+    answers = answers.masked_fill(~answers.isfinite().all(-1, keepdim=True), math.nan)
     rows = answers[~answers.isnan().any(-1)]  # (n, C')
     smallest, largest, median_sum = (float(x) for x in (rows.min(), rows.max(), rows.sum(1).median()))
     if answers.shape[-1] == 1 and smallest >= 0 and 1.01 < largest < 101:

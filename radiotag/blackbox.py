@@ -37,7 +37,7 @@ from radiotag.images import png
 from radiotag.keys import Key, prefixed
 from radiotag.networks import Network, resized
 from radiotag.radioactive import Floats, Marking, l2_radius, uniform_carriers
-from radiotag.suspect import Batching, log_probabilities
+from radiotag.suspect import Batching, finite_rows, log_probabilities
 
 QUERIES_FORMAT = 2  # version of the file of queries
 DECOYS, MOST_DECOYS = 23, 99_999
@@ -241,7 +241,10 @@ def export(queries: Queries, key: Key, folder: Path, progress: Callable[[int, in
 
 @torch.no_grad()
 def ask(suspect: Network, queries: Queries, key: Key, batching: Batching) -> Tensor:
-    """The suspect's probabilities for all queries, (2(K + 1), N, C') float64 on the CPU, at its own input size."""
+    """The suspect's probabilities for all queries, (2(K + 1), N, C') float64 on the CPU, at its own input size.
+
+    Answers that are not finite are NaN. FloatingPointError if none is finite.
+    """
     device, size, count = suspect.device, suspect.spec.image_size, len(queries.names) * len(queries.rows)
     images = (image for number in range(len(queries.names)) for image in shown(queries, key, number))
     answers: list[Tensor] = []
@@ -249,6 +252,8 @@ def ask(suspect: Network, queries: Queries, key: Key, batching: Batching) -> Ten
         pixels = torch.cat([resized(image[None].float() / 255, size) for image in batch])
         answers.append(log_probabilities(suspect(pixels.to(device)).cpu().double()).exp())
         batching.tell("questions", min(count, len(answers) * batching.size), count)
+    if not bool(finite_rows(torch.cat(answers)).any()):
+        raise FloatingPointError("its outputs are not finite for any image")
     return torch.cat(answers).view(len(queries.names), len(queries.rows), -1)
 
 

@@ -89,6 +89,12 @@ class Network(nn.Module):
         pixels = resized(pixels, self.spec.image_size)
         return ((pixels - self.mean) / self.std).contiguous(memory_format=self.layout)  # type: ignore[operator]
 
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take another normalisation, for pixels in [0, 1]."""
+        self.spec = replace(self.spec, mean=tuple(mean), std=tuple(std))
+        self.get_buffer("mean").copy_(torch.tensor(mean).view(1, -1, 1, 1))
+        self.get_buffer("std").copy_(torch.tensor(std).view(1, -1, 1, 1))
+
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] → logits (B, C)."""
         logits: Tensor = self.module(self.prepare(pixels))

@@ -45,6 +45,13 @@ class Pairing:
         )
 
 
+    def image_rows(self, labels: Sequence[str]) -> dict[str, int]:
+        """Class → carrier row of the labelled images; images of no class are of the only class that was marked."""
+        if self.labels is not None:
+            return dict(zip(self.names, self.rows, strict=True))
+        return {"": self.rows[0]} if "" in labels and len(set(self.rows)) == 1 else {}
+
+
 def pair(key: Key, suspect: Suspect, labels: Sequence[str], manifest: Path | None) -> Pairing:
     """Pair a suspect's outputs with carriers; labels (N,) are the images' class names ("" for none), or empty.
 

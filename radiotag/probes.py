@@ -10,13 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from radiotag.cosines import pattern_coefficients
 from radiotag.errors import RadiotagError
 from radiotag.files import file_hash
 from radiotag.images import decode
 from radiotag.listing import list_folder
 from radiotag.manifest import marked_hashes, marked_rows
 from radiotag.networks import SMALL_IMAGE, Network, resized
-from radiotag.suspect import FEW_IMAGES, MANY_IMAGES, Reference
+from radiotag.suspect import (
+    FEW_IMAGES,
+    MANY_IMAGES,
+    Batching,
+    ClassVectors,
+    Reference,
+    center_over_classes,
+    whitening,
+)
 from radiotag.synthetic import dead_leaves, inverted
 
 ALIGNMENT_IMAGES = 2000  # upper limit for the alignment of two feature spaces; with many classes, up to MANY_IMAGES
@@ -105,6 +114,29 @@ class ArrayImages:
         return self._images[i].float()
 
 
+def class_means(reference: Reference, names: Sequence[str], batching: Batching) -> ClassVectors:
+    """The vectors of the images themselves, one row per class: the means of their features and low frequencies.
+
+    Whoever shows marked images as unmarked shows it here. The parts that classes share are removed, and directions in
+    which images vary most get less weight, as in a suspect's vectors.
+    """
+    labels = torch.tensor([names.index(name) if name in names else -1 for name in reference.labels])
+    chosen, labels = labels >= 0, labels[labels >= 0]
+    phi = reference.features(batching)[chosen]  # (N, d)
+    waves = pattern_coefficients(reference.pixels[chosen])  # (N, m)
+    return ClassVectors(
+        features=_whitened_means(phi, labels, len(names)), pattern=_whitened_means(waves, labels, len(names))
+    )
+
+
+def _whitened_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """(N, d) values of N labelled images → (C, d): their means over each class, centred and whitened."""
+    count = torch.bincount(labels, minlength=classes).clamp_min(1)[:, None]  # (C, 1)
+    means = values.new_zeros(classes, values.shape[1]).index_add_(0, labels, values) / count
+    deviations = values - means[labels]
+    return center_over_classes(means) @ whitening(deviations.T @ deviations / max(1, len(deviations)))
+
+
 def real_images(data: UnmarkedImages, size: int, tell: Tell) -> tuple[Tensor, list[str]]:
     """(N, 3, size, size) in [0, 1] and class names of at most ALIGNMENT_IMAGES images at even intervals.
 
@@ -135,5 +167,5 @@ class References:
                 tell("drawing images", 0, 1)
                 self._last = Reference(self.marker, synthetic_images(size))
             else:
-                self._last = Reference(self.marker, *real_images(self.data, size, tell))
+                self._last = Reference(self.marker, *real_images(self.data, size, tell), self.data.name)
         return self._last

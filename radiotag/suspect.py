@@ -36,6 +36,7 @@ TOP_IMAGES = 400  # upper limit of images per class without labels: further imag
 # Penalty of the ridge alignment, and its weight relative to the response. Synthetic images align feature spaces worse.
 RIDGE_LABELLED, RIDGE_UNLABELLED = (0.1, 1.0), (0.5, 0.5)
 RIDGE_REFERENCE = 0.1
+LEFT_OUT = 0.5  # share of the images for which a suspect may be not finite
 
 
 # ---------------------------------------------------------------- what travels
@@ -68,10 +69,11 @@ class ComparedClasses:
 
 
 class Suspect(NamedTuple):
-    """A suspect and its log-probabilities for the reference's images."""
+    """A suspect and what it answers to the reference's images."""
 
     network: Network
     log_probabilities: Tensor  # (N, C')
+    features: Tensor | None = None  # (N, k), the input of its last linear layer, if it has one
 
 
 class Probes(NamedTuple):
@@ -114,11 +116,18 @@ class Reference:
     Values that depend on these alone are computed once: the features φ and the responses of the reference classifier.
     """
 
-    def __init__(self, marker: Network, pixels: Tensor, labels: Sequence[str] = ()) -> None:
-        """pixels: (N, 3, H, W) in [0, 1], unmarked; labels: their class names, or none."""
-        self.marker, self.pixels, self.labels = marker, pixels, tuple(labels)
+    def __init__(
+        self, marker: Network, pixels: Tensor, labels: Sequence[str] = (), name: str = "the images"
+    ) -> None:
+        """pixels: (N, 3, H, W) in [0, 1], unmarked; labels: their class names, or none; name: for messages."""
+        self.marker, self.pixels, self.labels, self.name = marker, pixels, tuple(labels), name
         self._features: Tensor | None = None
         self._responses: dict[ComparedClasses, GradientResponse] = {}
+
+    def only(self, usable: Tensor) -> "Reference":
+        """The reference with some of its images; usable: (N,) bool."""
+        labels = [name for name, kept in zip(self.labels, usable.tolist(), strict=True) if kept] if self.labels else ()
+        return Reference(self.marker, self.pixels[usable], labels, self.name)
 
     def features(self, batching: Batching) -> Tensor:
         """The features φ of the images, (N, d)."""
@@ -164,24 +173,24 @@ def _forward_mode() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _finite(values: Tensor, what: str) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
-        raise FloatingPointError(f"its {what} are not finite for some images")
-    return values
-
-
 @torch.no_grad()
 def features(network: Network, pixels: Tensor, batching: Batching) -> Tensor:
-    """(N, 3, H, W) in [0, 1] → penultimate features (N, d) in float64. FloatingPointError unless all are finite."""
+    """(N, 3, H, W) in [0, 1] → penultimate features (N, d) in float64."""
     device = network.device
     parts = [network.features(x.to(device)).cpu().double() for x in batching.split(pixels, "features")]
-    return _finite(torch.cat(parts), "features")
+    return torch.cat(parts)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """(B, C') logits → log-probabilities; one output alone is a sigmoid's. FloatingPointError unless all are finite."""
+    """(B, C') logits → log-probabilities; one output alone is a sigmoid's. A row that is not finite is all NaN."""
     single = logits.shape[1] == 1
-    return F.pad(_finite(logits, "outputs"), (0, int(single))).log_softmax(1)[:, : logits.shape[1]]
+    found = F.pad(logits, (0, int(single))).log_softmax(1)[:, : logits.shape[1]]
+    return found.masked_fill(~finite_rows(logits)[:, None], math.nan)
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """(N, …) → (N,): whether all values of a row are finite."""
+    return values.flatten(1).isfinite().all(1)
 
 
 def log_odds(logits: Tensor, outputs: Tensor) -> Tensor:
@@ -190,7 +199,9 @@ def log_odds(logits: Tensor, outputs: Tensor) -> Tensor:
     The gradient has the same direction as that of log p, but it does not vanish where rounding makes 1 − p zero. An
     adversary could silence log p: it is enough to multiply the last layer by a constant, which changes no decision.
     """
-    scores = F.pad(_finite(logits, "outputs"), (0, int(logits.shape[1] == 1)))  # (B, C') or (B, 2)
+    if not bool(logits.isfinite().all()):
+        raise FloatingPointError("its outputs are not finite for some images")
+    scores = F.pad(logits, (0, int(logits.shape[1] == 1)))  # (B, C') or (B, 2)
     rest = scores.scatter(1, outputs[:, None], -math.inf).logsumexp(1)  # (B,)
     return scores.gather(1, outputs[:, None])[:, 0] - rest
 
@@ -203,9 +214,22 @@ def log_answers(network: Network, pixels: Tensor, batching: Batching) -> Tensor:
     return torch.cat(parts)
 
 
-def ask(network: Network, reference: Reference, batching: Batching) -> Suspect:
-    """Show a suspect the reference's images. FloatingPointError if its outputs are not finite."""
-    return Suspect(network, log_answers(network, reference.pixels, batching))
+def ask(network: Network, reference: Reference, batching: Batching) -> tuple[Suspect, Reference]:
+    """Show a suspect the reference's images; returns the reference without those for which it is not finite.
+
+    Such images are left out, which depends on the suspect alone. Otherwise a suspect that overflows on one public image
+    could not be tested. FloatingPointError if they are more than half.
+    """
+    answers = log_answers(network, reference.pixels, batching)  # (N, C')
+    psi = None if network.head is None else features(network, reference.pixels, batching)  # (N, k)
+    for what, values in (("outputs", answers), ("features", psi)):
+        broken = 0 if values is None else int((~finite_rows(values)).sum())
+        if broken > LEFT_OUT * len(answers):
+            raise FloatingPointError(f"its {what} are not finite for {broken} of {len(answers)} images")
+    usable = finite_rows(answers) if psi is None else finite_rows(answers) & finite_rows(psi)
+    if bool(usable.all()):
+        return Suspect(network, answers, psi), reference
+    return Suspect(network, answers[usable], None if psi is None else psi[usable]), reference.only(usable)
 
 
 # ---------------------------------------------------------------- alignment (section 4.4)
@@ -415,7 +439,7 @@ def class_vectors(
 
     The alignment uses all images, the response only the probes (`choose_probes`). The part that the classes share is
     removed (`center_over_classes`), the pattern is whitened, and the response of a reference classifier is removed
-    class by class. FloatingPointError if the suspect's outputs or features are not finite.
+    class by class. FloatingPointError if the suspect's outputs are not finite.
     """
     batching = batching or Batching()
     classifier = reference_classifier(reference, suspect, classes, batching)
@@ -441,9 +465,8 @@ def _head_vectors(
     reference: Reference, suspect: Suspect, classes: ComparedClasses, batching: Batching
 ) -> tuple[Tensor, Tensor, float]:
     """The last layer's rows in the space of φ: by ridge regression, centred; by least squares; R² of the latter."""
-    network, phi = suspect.network, reference.features(batching)
-    assert network.head is not None
-    psi = features(network, reference.pixels, batching)  # (N, k)
+    network, psi, phi = suspect.network, suspect.features, reference.features(batching)
+    assert network.head is not None and psi is not None
     weight = network.head.weight.cpu().double()[list(classes.outputs)]  # (C, k)
     paper, r2 = aligned_rows(phi, psi, weight, 0.0)
     penalty = (RIDGE_UNLABELLED if classes.labels is None else RIDGE_LABELLED)[0]

@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from radiotag import blackbox
-from radiotag.answers import NotAnswered, ask_function, read_answers
+from radiotag.answers import NOT_FINITE, NotAnswered, ask_function, read_answers
 from radiotag.calibration import Calibration, calibrate
 from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.files import file_hash
 from radiotag.keys import Key
 from radiotag.manifest import marked_rows
-from radiotag.networks import Network, check_file, load_network, wrap_module
+from radiotag.networks import Network, check_file, load_network, resized, wrap_module
+from radiotag.normalisation import better_normalisation
 from radiotag.pairing import Pairing, class_rows, match_outputs, pair
-from radiotag.probes import FolderImages, References, UnmarkedImages
+from radiotag.probes import FolderImages, References, UnmarkedImages, class_means
 from radiotag.radioactive import Evidence, evidence, holm, output_unknown, resampled_log_p
-from radiotag.suspect import Batching, ClassVectors, ask, class_vectors
+from radiotag.suspect import Batching, ClassVectors, Reference, ask, class_vectors
 
 LOG10 = math.log(10)
 T = TypeVar("T")
@@ -36,6 +37,7 @@ Progress = Callable[[str, str, int, int], None]  # (suspect, activity, number do
 Classify = Callable[[NDArray[np.uint8]], Any]  # (B, H, W, 3) images → (B, C') numbers or (B,) labels
 Model = Path | nn.Module | Classify  # a suspect; a function can only be tested as a black box
 POOR_R2 = 0.1
+LOOKS_MARKED = -4.0  # log10 p of images that were given as unmarked
 LARGEST_UNASKED = 640  # pixels, the most that a suspect's file may ask for: time and memory grow with the square
 ASSUMED_PAIRING = (
     "outputs, classes and carriers were paired in order, or by names in the suspect's file: unless that is certain, "
@@ -95,6 +97,7 @@ class Finding:
     calibration: Calibration | None = None
     decoys: int | None = None  # number of decoy keys; black-box only
     questions: str | None = None  # SHA-256 over the questions' names; black-box only
+    images_log10_p: float | None = None  # of the real images themselves: small if they are marked
     classes: tuple[ClassResult, ...] = ()  # white-box only
 
 
@@ -186,22 +189,62 @@ class Examined(NamedTuple):
     network: Network
     pairing: Pairing
     vectors: ClassVectors
+    left_out: int  # images for which the suspect is not finite
 
 
-def examine(network: Network, key: Key, references: References, options: VerifyOptions, batching: Batching) -> Examined:
+def input_size(network: Network, references: References) -> int:
+    """The size (pixels) of the images for a suspect: the larger one of its own input and the marking network's."""
+    return max(network.spec.image_size, references.marker.spec.image_size)
+
+
+def examine(network: Network, key: Key, reference: Reference, options: VerifyOptions, batching: Batching) -> Examined:
     """Show a suspect images, pair its outputs with classes and carriers, and compute its class vectors.
 
-    RadiotagError if it knows none of the classes, FloatingPointError if its outputs or features are not finite.
+    RadiotagError if it knows none of the classes, FloatingPointError if it is not finite for most of the images.
     """
-    size = max(network.spec.image_size, references.marker.spec.image_size)
-    reference = references.at(size, batching.tell)
-    suspect = ask(network, reference, batching)
-    pairing = pair(key, suspect, reference.labels, options.manifest)
+    suspect, usable = ask(network, reference, batching)
+    pairing = pair(key, suspect, usable.labels, options.manifest)
     if not pairing.outputs:
-        place = references.data.name if references.data else "the images"
-        raise RadiotagError(f"it knows none of the classes in {place}", "check --image-size, --mean and --std")
-    compared = pairing.compared(references.marker.spec.class_names or ())
-    return Examined(network, pairing, class_vectors(reference, suspect, compared, batching))
+        raise RadiotagError(f"it knows none of the classes in {reference.name}", "check --image-size, --mean and --std")
+    compared = pairing.compared(reference.marker.spec.class_names or ())
+    vectors, left_out = class_vectors(usable, suspect, compared, batching), len(reference.pixels) - len(usable.pixels)
+    return Examined(network, pairing, vectors, left_out)
+
+
+def settle_normalisation(
+    network: Network, reference: Reference, options: VerifyOptions, batching: Batching
+) -> list[str]:
+    """Give a suspect another normalisation if labelled images show that its own is false, unless the caller stated it.
+
+    Returns a warning then.
+    """
+    found = better_normalisation(network, reference.pixels, reference.labels, batching)
+    if found is None:
+        return []
+    text = f"it knows {found.known_as_stated:.0%} of the images with the normalisation stated, {found.known:.0%} with"
+    if options.mean or options.std:
+        return [f"{text} {found}: --mean and --std may be wrong"]
+    network.normalise_by(found.mean, found.std)
+    return [f"{text} {found}, which was used"]
+
+
+def images_log10_p(reference: Reference, rows: dict[str, int], key: Key, batching: Batching) -> float | None:
+    """log10 p of the images' own class means, which are marked if it is small; None for images without known classes.
+
+    rows: class → carrier row. The p-value is exact, like a suspect's.
+    """
+    if not rows:
+        return None
+    vectors = class_means(reference, list(rows), batching)
+    alive = bool(vectors.features.any()) or (vectors.pattern is not None and bool(vectors.pattern.any()))
+    return evidence(vectors, list(rows.values()), key.carriers, key.patterns).log_p / LOG10 if alive else None
+
+
+def _disguised(log10_p: float | None) -> list[str]:
+    """A warning about images that look marked."""
+    if log10_p is None or log10_p > LOOKS_MARKED:
+        return []
+    return [f"the images shown look marked under this key (log10 p {log10_p:.1f}), which voids the result: show others"]
 
 
 def verify(
@@ -224,10 +267,15 @@ def verify(
         batching = _batching(name, options, progress)
         folder = data.folder if isinstance(data, FolderImages) else None
         with _naming(name, folder, options.manifest):
-            examination = partial(examine, load_suspect(model, options), key, references, options)
-            examined = _in_memory(examination, batching)
+            network = load_suspect(model, options)
+            reference = references.at(input_size(network, references), batching.tell)
+            restated = _in_memory(partial(settle_normalisation, network, reference, options), batching)
+            examined = _in_memory(partial(examine, network, key, reference, options), batching)
             result = evidence(examined.vectors, examined.pairing.rows, key.carriers, key.patterns)
+            rows = examined.pairing.image_rows(reference.labels)
+            own = _in_memory(partial(images_log10_p, reference, rows, key), batching)
         finding = _white_box_finding(model, examined, result, options)
+        finding = replace(finding, images_log10_p=own, warnings=(*_disguised(own), *restated, *finding.warnings))
         if options.calibrate:
             arguments = examined.vectors, examined.pairing.rows, key, result.log_p, options.calibrate, batching.tell
             finding = replace(finding, calibration=calibrate(*arguments))
@@ -283,8 +331,10 @@ def _assumed_input(network: Network, options: VerifyOptions) -> list[str]:
 
 
 def _warnings(examined: Examined, result: Evidence, options: VerifyOptions) -> list[str]:
-    network, pairing, vectors = examined
+    network, pairing, vectors, left_out = examined
     texts = _assumed_input(network, options)
+    if left_out:
+        texts.append(NOT_FINITE.format(left_out))
     if vectors.r2 is not None and vectors.r2 < POOR_R2:
         texts.append(f"poor alignment (R² {vectors.r2:.2f}): a mark may be missed, an accusation is not made likelier")
     if network.head is None:
@@ -349,7 +399,8 @@ def verify_black_box(
 ) -> list[Finding]:
     """Test every suspect by its answers alone (see `blackbox`). RadiotagError names one that cannot be tested."""
     check_suspects(models, options)
-    baseline = marker_answers(queries, key, options, progress)
+    baseline, shown = marker_answers(queries, key, options, progress), asked_about(queries, key, options)
+    own = _asked_log10_p(queries, shown, key, options, progress)
     findings = []
     for model in models:
         name, architecture, assumed = suspect_name(model), "unknown", list[str]()
@@ -357,14 +408,33 @@ def verify_black_box(
             if isinstance(model, Path | nn.Module):
                 network = load_suspect(model, options)
                 architecture, assumed = network.spec.architecture, _assumed_input(network, options)
+                settle = partial(settle_normalisation, network, shown, options)
+                assumed += _in_memory(settle, _batching(name, options, progress))
                 answers = _ask_all(name, network, queries, key, options, progress)
             else:
                 answers = ask_function(model, queries, key, _batching(name, options, progress))
+            if broken := int(answers.isnan().any(2).sum()):
+                assumed = [*assumed, NOT_FINITE.format(broken)]
             finding = _black_box_finding(name, queries, answers, baseline, options)
         findings.append(replace(
-            finding, sha256=suspect_digest(model), architecture=architecture, warnings=(*assumed, *finding.warnings)
+            finding, sha256=suspect_digest(model), architecture=architecture, images_log10_p=own,
+            warnings=(*_disguised(own), *assumed, *finding.warnings),
         ))  # fmt: skip
     return corrected(findings, options.alpha)
+
+
+def asked_about(queries: blackbox.Queries, key: Key, options: VerifyOptions) -> Reference:
+    """The images of the questions, without any pattern, at the marking network's size."""
+    marker = key.network(options.device)
+    pixels = torch.cat([resized(image[None].float() / 255, marker.spec.image_size) for image in queries.images])
+    return Reference(marker, pixels, queries.labels)
+
+
+def _asked_log10_p(
+    queries: blackbox.Queries, shown: Reference, key: Key, options: VerifyOptions, progress: Progress
+) -> float | None:
+    rows = dict(zip(queries.labels, queries.rows, strict=True))
+    return _in_memory(partial(images_log10_p, shown, rows, key), _batching("the images", options, progress))
 
 
 def _ask_all(
@@ -407,7 +477,9 @@ def verify_predictions(
         finding = _black_box_finding(
             os.fspath(path), queries, answers, marker_answers(queries, key, options, progress), options
         )
-        finding = replace(finding, sha256=file_hash(path), warnings=(*warnings, *finding.warnings))
+        own = _asked_log10_p(queries, asked_about(queries, key, options), key, options, progress)
+        told = (*_disguised(own), *warnings, *finding.warnings)
+        finding = replace(finding, sha256=file_hash(path), images_log10_p=own, warnings=told)
         return corrected([finding], options.alpha)
     raise failure or RadiotagError(f"{path} answers nothing")
 

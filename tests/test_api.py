@@ -872,6 +872,20 @@ def test_answers_that_are_none_are_refused_clearly(world, answer, said):
     assert error.value.hint
 
 
+def test_answers_that_are_not_finite_are_left_out_and_counted(world):
+    logits, seen = logits_of(world.marked), []
+
+    def sometimes(images):
+        answers = np.array(logits(images))
+        answers[len(seen) :: 9] = np.inf
+        seen.append(1)
+        return answers
+
+    found = ask(world, sometimes)
+    assert any("answers are not finite: they were left out" in warning for warning in found.warnings)
+    assert found.log10_p == pytest.approx(ask(world, logits).log10_p, abs=1.5)
+
+
 def test_what_a_function_raises_itself_is_not_hidden(world):
     def classify(images):
         raise ConnectionError("the interface is down")

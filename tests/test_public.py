@@ -4,6 +4,7 @@ Every attack here made a detection of radiotag 0.4 out of chance. Now either the
 over many keys are those of chance.
 """
 
+import hashlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,18 +13,21 @@ import numpy as np
 import pytest
 import torch
 from helpers import bad, call, entropy, good
+from PIL import Image
 from scipy import stats
 
-from radiotag import blackbox, keys, public, synthetic
+from radiotag import api, blackbox, keys, public, synthetic
 from radiotag.answers import NotAnswered, read_answers
 from radiotag.errors import RadiotagError
 from radiotag.images import png
-from radiotag.keys import KEY_FORMAT, key_from, load_key, new_key, save_key
+from radiotag.keys import KEY_FORMAT, key_from, load_key, new_key, null_carriers, save_key
 from radiotag.networks import marking_weights
-from radiotag.probes import ArrayImages, FolderImages
+from radiotag.plan import MarkOptions
+from radiotag.probes import ArrayImages, FolderImages, class_means, real_images
 from radiotag.public import Checked, check, images_digest, public_half, read_public
 from radiotag.radioactive import evidence
-from radiotag.suspect import ClassVectors
+from radiotag.suspect import Batching, ClassVectors, Reference
+from radiotag.verification import images_log10_p
 
 NAMES = ("ant", "bee", "cat")
 KEYS = 200
@@ -147,6 +151,43 @@ def test_the_digest_of_images_is_of_their_classes_and_contents(tmp_path):
         (tmp_path / place / "a").mkdir(parents=True)
         (tmp_path / place / "a" / f"{name}.png").write_bytes(png(pixels[0].permute(1, 2, 0).numpy()))
     assert images_digest(FolderImages(tmp_path / "one")) == images_digest(FolderImages(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("kept", ["copied", "JPEG"])
+def test_marked_images_shown_as_unmarked_are_noticed(place, tmp_path, few_synthetic, kept):
+    """Copied and saved again, they are in no manifest's list; a suspect's guilt would hide behind them."""
+    model = tmp_path / "m.pt"
+    good("train-demo", place / "imgs", "-o", model, "--arch", "resnet10", "--epochs", 1, "--batch-size", 6)
+    images, labels = synthetic.demo_images(500, 32, seed=8)
+    images, labels = images[labels < 3].numpy(), [NAMES[label] for label in labels[labels < 3]]
+    marked = api.mark(images, place / "k.safetensors", labels=labels, options=MarkOptions(steps=1))
+    for i, (pixels, label) in enumerate(zip(np.moveaxis(marked.images, 1, -1), labels, strict=True)):
+        target = tmp_path / "disguised" / label / f"{i}.{'jpg' if kept == 'JPEG' else 'png'}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(target, quality=95)
+    more = ["--black-box", "--decoys", 3] if kept == "JPEG" else []
+    given = ["verify", model, "--key", place / "k.safetensors", "--json", *more, "--data"]
+    disguised, honest = (call(*given, folder) for folder in (tmp_path / "disguised", place / "held-out"))
+    assert disguised.json["suspects"][0]["images_log10_p"] < -4 < honest.json["suspects"][0]["images_log10_p"]
+    warned = ["look marked" in " ".join(each.json["suspects"][0]["warnings"]) for each in (disguised, honest)]
+    assert warned == [True, False]
+
+
+def test_the_images_own_test_is_exact(place):
+    """Under keys that never touched them, unmarked images have uniform p-values."""
+    key = load_key(place / "k.safetensors")
+    pixels, labels = real_images(FolderImages(place / "held-out"), 32, lambda *_: None)
+    reference = Reference(key.network(), pixels, labels)
+    vectors = class_means(reference, NAMES, Batching())
+    nulls = [null_carriers(key, hashlib.shake_256(number.to_bytes(8)).digest) for number in range(1000)]
+    found = [evidence(vectors, range(3), *null).log_p for null in nulls]
+    assert stats.kstest(np.exp(found), "uniform").pvalue > 1e-4
+    other = replace(key, carriers=nulls[0][0], patterns=nulls[0][1])
+    rows = {"ant": 0, "bee": 1, "cat": 2}
+    assert images_log10_p(reference, rows, other, Batching()) * np.log(10) == pytest.approx(found[0])
+    assert images_log10_p(reference, {}, key, Batching()) is None
+    one = Reference(key.network(), pixels, [""] * len(labels))
+    assert np.isfinite(images_log10_p(one, {"": 0}, key, Batching()))
 
 
 # ---------------------------------------------------------------- 3. carriers that were not drawn at random

@@ -34,7 +34,8 @@ def vectors_of(marker, network, pixels, outputs, batch_size=64, *, labels=None, 
     """Class vectors of a suspect that is asked with these images."""
     reference, batching = reference or Reference(marker, pixels), Batching(size=batch_size)
     classes = compared(outputs, labels, known, besides)
-    return class_vectors(reference, ask(network, reference, batching), classes, batching)
+    asked, reference = ask(network, reference, batching)
+    return class_vectors(reference, asked, classes, batching)
 
 
 def compared(outputs, labels=None, known=None, besides=()):
@@ -47,7 +48,7 @@ def compared(outputs, labels=None, known=None, besides=()):
 def reference_of(marker, suspect, pixels, outputs, labels=None, known=None, besides=()):
     reference, batching = Reference(marker, pixels), Batching(size=7)
     return reference_classifier(
-        reference, ask(suspect, reference, batching), compared(outputs, labels, known, besides), batching
+        reference, ask(suspect, reference, batching)[0], compared(outputs, labels, known, besides), batching
     )
 
 
@@ -409,6 +410,30 @@ def test_what_is_not_finite_is_said_to_be(part):
         suspect.forward = lambda x: x.flatten(1)[:, :3]
     with pytest.raises(FloatingPointError, match=part):
         vectors_of(marker, suspect, images_in_unit_range(50), [0], 7)
+
+
+@pytest.mark.parametrize("part", ["outputs", "features"])
+def test_images_for_which_a_suspect_is_not_finite_are_left_out(part):
+    """Else one output that overflows on one public image would end the test."""
+    marker, suspect, pixels = toys(seed=1), toys(seed=2), images_in_unit_range(50)
+    labels = torch.arange(50) % 2
+    broken = torch.zeros(50, dtype=torch.bool)
+    broken[[3, 10, 11, 40]] = True
+    usable = vectors_of(marker, suspect, pixels[~broken], [0, 1], 7, labels=labels[~broken])
+    pixels[broken, 0, 0, 0] = 1.0  # no other image has this
+    plain = suspect.forward if part == "outputs" else suspect.features
+
+    def overflows(x):
+        return plain(x).masked_fill((x[:, 0, 0, 0] == 1)[:, None], math.inf)
+
+    setattr(suspect, "forward" if part == "outputs" else "features", overflows)
+    asked, reference = ask(suspect, Reference(marker, pixels, ["a", "b"] * 25), Batching(size=7))
+    assert len(asked.log_probabilities) == len(asked.features) == len(reference.pixels) == 46
+    assert asked.log_probabilities.isfinite().all() and asked.features.isfinite().all()
+    assert reference.labels == tuple("ab"[i % 2] for i in range(50) if not broken[i])
+    found = class_vectors(reference, asked, compared([0, 1], labels[~broken]), Batching(size=7))
+    assert found.features.numpy() == pytest.approx(usable.features.numpy(), abs=1e-12)
+    assert found.pattern.numpy() == pytest.approx(usable.pattern.numpy(), abs=1e-12)
 
 
 def test_a_gradient_that_overflows_tells_nothing():

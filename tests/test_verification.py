@@ -120,12 +120,14 @@ def examine(path, key, folder, marker=None):
     """Everything computed from a suspect before any carrier is read."""
     references = References(marker or key.network(), FolderImages(folder) if folder else None)
     options = VerifyOptions()
-    return verification.examine(verification.load_suspect(path, options), key, references, options, Batching())
+    network, batching = verification.load_suspect(path, options), Batching()
+    reference = references.at(verification.input_size(network, references), batching.tell)
+    return verification.examine(network, key, reference, options, batching)
 
 
 def rows_by_carrier(place, path):
     key, marker = key_and_marker(place)
-    _, pairing, vectors = examine(path, key, place / "few", marker)
+    _, pairing, vectors, _ = examine(path, key, place / "few", marker)
     return dict(zip(pairing.rows, vectors.features, strict=True))
 
 
@@ -224,7 +226,7 @@ def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
     """An owner of few images marks a single class; nothing is chosen, so nothing is corrected."""
     key = new_key(*marking_weights("builtin"), NAMES[1:2])
     for model in (suspect(place, "plain.pt", (0, 1, 2), NAMES), suspect(place, "permuted.pt", (2, 0, 1))):
-        _, pairing, vectors = examine(model, key, place / "few")
+        _, pairing, vectors, _ = examine(model, key, place / "few")
         assert pairing.rows == (0,) and len(vectors.features) == 1
         every = rows_by_carrier(place, model)
         near = {row: float(torch.cosine_similarity(vectors.features[0], every[row], dim=0)) for row in every}
@@ -610,6 +612,14 @@ def test_partial_and_foreign_answers_are_counted(place, answers, tmp_path):
                         "20 of 240 exported images have no answer",
                         "p cannot be below 8.0e-03 with 4 decoys and 3 of the classes: ask with more "
                         "--decoys"]  # fmt: skip
+
+
+def test_numbers_that_are_not_finite_are_left_out_and_counted(place, answers, tmp_path):
+    whole = write_csv(tmp_path / "w.csv", ["file", *NAMES], [[file, *p] for file, p in answers.items()])
+    rows = [[file, *(("inf", *p[1:]) if i in (3, 50) else p)] for i, (file, p) in enumerate(answers.items())]
+    found = predictions(place, write_csv(tmp_path / "p.csv", ["file", *NAMES], rows)).json["suspects"][0]
+    assert "2 answers are not finite: they were left out" in found["warnings"]
+    assert found["log10_p"] == pytest.approx(predictions(place, whole).json["suspects"][0]["log10_p"], abs=0.7)
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,8 @@ def verified(model: Path, key_files: list[Path], held_out: Path) -> list[dict[st
     owners, options = [keys.load_key(path) for path in key_files], verification.VerifyOptions()
     references = References(owners[0].network(), FolderImages(held_out))
     suspect = verification.load_suspect(model, options)
-    _, pairing, vectors = verification.examine(suspect, owners[0], references, options, Batching())
+    reference = references.at(verification.input_size(suspect, references), Batching().tell)
+    _, pairing, vectors, _ = verification.examine(suspect, owners[0], reference, options, Batching())
     found = [radioactive.evidence(vectors, pairing.rows, key.carriers, key.patterns) for key in owners]
     return [
         {

@@ -39,13 +39,16 @@ import torch.nn.functional as F
 from evidence import machine, step, unpacked, verdict
 from PIL import Image
 from tables import BENCHMARKS, FOLDER, Makers, Results, Run, lines, log_p, median, number, percent, write
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from radiotag import networks, training
+from radiotag.cosines import pattern_coefficients, pattern_images
 from radiotag.images import decode, png
 from radiotag.manifest import read_manifest
 from radiotag.networks import Network
+from radiotag.probes import synthetic_images
+from radiotag.suspect import Batching, features, log_answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,13 @@ def resized(image: Image.Image) -> Image.Image:
     return image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
 
 
+def without_patterns(image: Image.Image) -> Image.Image:
+    """Less its projection onto the space of the patterns, which is public."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()  # (1, 3, H, W)
+    kept = pixels - pattern_images(pattern_coefficients(pixels), *pixels.shape[2:])
+    return Image.fromarray(kept[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+
+
 PUBLISHED: dict[str, Callable[[Image.Image], Image.Image]] = {
     "JPEG 90": lambda image: compressed(image, 90),
     "JPEG 75": lambda image: compressed(image, 75),
@@ -96,6 +106,8 @@ PUBLISHED: dict[str, Callable[[Image.Image], Image.Image]] = {
     "cropped": lambda image: v2.RandomCrop([side * 7 // 8 for side in image.size[::-1]])(image).resize(image.size),
     "colours": v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
 }
+REMOVED = "cosines removed"  # the patterns', by somebody who knows the code
+PUBLISHED[REMOVED] = without_patterns
 TRAINED = ("mixup", "label smoothing", "AdamW")
 
 
@@ -125,7 +137,45 @@ def averaged(network: Network, other: Network, data: training.Dataset) -> None:
     network.eval()
 
 
-AFTERWARDS = ("fine-tuned", "pruned", "8 bits", "averaged")
+def misstated(network: Network) -> None:
+    """The file states a normalisation with three times the true standard deviation."""
+    network.spec = replace(network.spec, std=tuple(3 * value for value in network.spec.std))
+
+
+def overflowing(network: Network) -> None:
+    """A further output is very negative for all images that a test without real ones shows, and infinite for one."""
+    shown = features(network, synthetic_images(network.spec.image_size), Batching())  # (N, k)
+    total = shown.sum(1)  # (N,); features are not negative
+    first, second = total.topk(2).values.tolist()
+    scale = 2.0**128 / ((first + second) / 2)
+    extend(network, torch.full((1, shown.shape[1]), -scale), torch.zeros(1))
+    broken = ~log_answers(network, synthetic_images(network.spec.image_size), Batching()).isfinite().all(1)
+    assert int(broken.sum()) == 1
+
+
+def split(network: Network) -> None:
+    """Each class in two outputs, whose rows differ by a random direction in opposite senses."""
+    assert network.head is not None
+    rows, generator = network.head.weight.clone(), torch.Generator().manual_seed(0)
+    noise = torch.randn(rows.shape, generator=generator)
+    noise *= 3 * rows.norm() / noise.norm()
+    network.head.weight += noise
+    extend(network, rows - noise, network.head.bias.clone())
+
+
+def extend(network: Network, rows: Tensor, bias: Tensor) -> None:
+    """Add outputs to a network that ends in a linear layer."""
+    head = network.head
+    assert head is not None
+    head.weight = nn.Parameter(torch.cat([head.weight, rows]), requires_grad=False)
+    head.bias = nn.Parameter(torch.cat([head.bias, bias]), requires_grad=False)
+    network.spec = replace(network.spec, classes=len(head.weight), class_names=None)
+
+
+EVASIONS: dict[str, Callable[[Network], None]] = {
+    "a false normalisation": misstated, "an overflowing output": overflowing, "classes in two outputs": split,
+}  # fmt: skip
+AFTERWARDS = ("fine-tuned", "pruned", "8 bits", "averaged", *EVASIONS)
 
 
 def train_otherwise(network: Network, data: training.Dataset, how: str, epochs: int, seed: int) -> None:
@@ -296,7 +346,7 @@ def changed(work: Path, e: Experiment, log: Path, model: str) -> None:
         other = networks.load_network(work / run(work, f"scratch/clean{more}")["model"])
         averaged(network, other, training.load_folder(work / subset(work, e.data, e.images), None))
     else:
-        {"pruned": pruned, "8 bits": quantised}[e.afterwards](network)
+        {"pruned": pruned, "8 bits": quantised, **EVASIONS}[e.afterwards](network)
     save(network, work / model)
 
 
