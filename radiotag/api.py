@@ -24,10 +24,10 @@ from radiotag.images import psnr as image_psnr
 from radiotag.keys import Key, new_key, save_key, with_beacon
 from radiotag.manifest import Summary
 from radiotag.marking_run import THREADS, run
-from radiotag.networks import marking_weights
+from radiotag.networks import available_device, marking_weights
 from radiotag.plan import MarkOptions, Plan, carrier_rows, choose_images, make_plan
 from radiotag.probes import ArrayImages, FolderImages, UnmarkedImages
-from radiotag.public import Conditions, check, images_digest, public_half, read_public
+from radiotag.public import Checked, Conditions, Public, check, images_digest, public_half, read_public
 from radiotag.verification import Finding, Model, Progress, VerifyOptions
 
 PathLike = str | os.PathLike[str]
@@ -173,6 +173,7 @@ def mark(
     """
     options = options or MarkOptions()
     _check_options(options)
+    options = replace(options, device=available_device(options.device))
     secret = key if isinstance(key, Key) else load_key(key)
     if not isinstance(source, str | os.PathLike):
         if output is not None:
@@ -294,7 +295,7 @@ def verify(
     if not models:
         raise RadiotagError("there is no suspect", "give a model, or a list of them")
     images, secret = unmarked_images(data, labels, secret, options)
-    conditions(secret, images, options)
+    check_public(secret, images, options)
     if not options.black_box:
         findings = verification.verify(models, secret, options, images, progress)
     elif images is None:
@@ -334,18 +335,25 @@ def unmarked_images(
     return ArrayImages(pixels, names), key
 
 
-def conditions(key: Key, images: UnmarkedImages | None, options: VerifyOptions) -> Conditions:
+FREE = ("architecture", "image_size", "mean", "std", "decoys")  # options that shape a result
+
+
+def check_public(key: Key, images: UnmarkedImages | None, options: VerifyOptions) -> tuple[Checked, Public | None]:
     """Compare a test with the publication in `options.public`. RadiotagError where anything differs."""
-    free = ("architecture", "image_size", "mean", "std", "decoys")
-    chosen = tuple(name for name in free if getattr(options, name) is not None)
+    chosen = tuple(name for name in FREE if getattr(options, name) is not None)
     public = read_public(options.public) if options.public else None
-    shaping = (*free, "black_box", "alpha", "calibrate")
+    return check(public, key, options.manifest, images, chosen), public
+
+
+def conditions(key: Key, images: UnmarkedImages | None, options: VerifyOptions) -> Conditions:
+    """Under which conditions a test is made, compared with the publication. RadiotagError where anything differs."""
+    checked, public = check_public(key, images, options)
     return Conditions(
-        checked=check(public, key, options.manifest, images, chosen),
+        checked=checked,
         data=images.name if images else "synthetic",
         digest=(public.held_out if public else images_digest(images)) if images else None,  # the same, as checked
         images=len(images.labels) if images else None,
-        options={name: getattr(options, name) for name in shaping}
+        options={name: getattr(options, name) for name in (*FREE, "black_box", "alpha", "calibrate")}
         | {"manifest": str(options.manifest) if options.manifest else None},
     )
 
@@ -379,7 +387,8 @@ def _plain_options(options: VerifyOptions) -> VerifyOptions:
     manifest = None if options.manifest is None else Path(options.manifest)
     public = None if options.public is None else Path(options.public)
     mean, std = _triple(options, "mean"), _triple(options, "std")
-    return replace(options, manifest=manifest, public=public, mean=mean, std=std)
+    device = available_device(options.device)
+    return replace(options, manifest=manifest, public=public, mean=mean, std=std, device=device)
 
 
 def _triple(options: VerifyOptions, name: str) -> tuple[float, ...] | None:

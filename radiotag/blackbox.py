@@ -162,8 +162,9 @@ def shrunk(image: Tensor) -> Tensor:
 
 
 def cache_path(key_path: Path, key: Key, queries: Queries) -> Path:
-    """The file for queries, beside the key's file; its name depends on the key, the images and the number of decoys."""
-    digest = hashlib.sha256(f"{QUERIES_FORMAT}\0{key.fingerprint}\0{queries.decoys}\0{list(queries.rows)}".encode())
+    """The file for queries, beside the key's file; its name depends on key, images, their classes and the decoys."""
+    asked = [QUERIES_FORMAT, key.fingerprint, queries.decoys, list(queries.rows), list(queries.labels)]
+    digest = hashlib.sha256(json.dumps(asked).encode())
     for image in queries.images:
         digest.update(f"\0{tuple(image.shape)}\0".encode() + image.contiguous().numpy().tobytes())
     return key_path.with_name(f"{key_path.stem}.queries-{digest.hexdigest()[:16]}.safetensors")

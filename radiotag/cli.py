@@ -22,7 +22,6 @@ from radiotag.processes import launched
 from radiotag.terminal import AGAIN, DETECTED, ERROR, NO_EVIDENCE, Report, is_aside, progress_bar, reporting
 
 if TYPE_CHECKING:
-
     from radiotag.blackbox import Queries
     from radiotag.keys import Key
     from radiotag.manifest import Summary
@@ -81,16 +80,11 @@ DeviceOption = Annotated[str, runtime_option(metavar="auto|cpu|cuda|mps", help="
 
 def choose_device(name: str) -> str:
     """The device that `--device` names, or the best there is; RadiotagError if it is not there."""
-    import torch
+    from radiotag.networks import DEVICES, available_device
 
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
-    if name not in there:
-        raise typer.BadParameter(f"--device is one of auto, {', '.join(there)}, not {name}")
-    if not there[name]:
-        raise RadiotagError(f"the device '{name}' is not available", "use --device auto")
-    return name
+    if name not in DEVICES:
+        raise typer.BadParameter(f"--device is one of {', '.join(DEVICES)}, not {name}")
+    return available_device(name)
 
 
 def _version(wanted: bool) -> None:
@@ -604,7 +598,8 @@ def verify(
         list[Path] | None, typer.Argument(metavar="MODEL", help="suspects: .pt, .pth, .th, .safetensors or .pt2")
     ] = None,
     arch: Annotated[
-        str | None, suspect_option(
+        str | None,
+        suspect_option(
             metavar="NAME|FILE.py:FUNCTION", help="the suspect's network, if not recognised; a FILE.py is run"
         ),
     ] = None,
@@ -724,9 +719,7 @@ class Tested:
     conditions: "Conditions"
 
 
-def _test(
-    report: Report, asked: "Asked", secret: "Key", options: "VerifyOptions", progress: "ShowProgress"
-) -> Tested:
+def _test(report: Report, asked: "Asked", secret: "Key", options: "VerifyOptions", progress: "ShowProgress") -> Tested:
     from radiotag import api, verification
 
     images, _ = api.unmarked_images(asked.data, None, secret, options)
@@ -739,8 +732,12 @@ def _test(
         test = partial(verification.verify_black_box, queries=queries, key=secret, options=options, progress=progress)
     else:
         test = partial(verification.verify, key=secret, options=options, data=images, progress=progress)
-    controls = test(asked.controls) if asked.controls else []
-    return Tested(findings=test(asked.models), controls=controls, conditions=conditions)
+    findings = test([*asked.controls, *asked.models])  # in one run, which draws and reads the images once
+    controls, suspects = (
+        verification.corrected(part, options.alpha)
+        for part in (findings[: len(asked.controls)], findings[len(asked.controls) :])
+    )
+    return Tested(findings=suspects, controls=controls, conditions=conditions)
 
 
 def _write_page(
@@ -813,7 +810,7 @@ def _export(report: Report, secret: "Key", data: Path, options: "VerifyOptions",
     from radiotag.probes import FolderImages
 
     images = FolderImages(data, options.manifest)
-    api.conditions(secret, images, options)
+    api.check_public(secret, images, options)
     queries = _queries(report, secret, images, options)
     with progress_bar(report, "images") as bar:
         task = bar.add_task("exporting", total=None, detail="")

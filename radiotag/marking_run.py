@@ -109,7 +109,7 @@ def _finish(state: _Run, processes: Team, journal: IO[bytes]) -> Summary:
 
 def _publish(plan: Plan) -> None:
     """Write the marked set's public half."""
-    held_out = FolderImages(plan.options.held_out, plan.manifest) if plan.options.held_out else None
+    held_out = FolderImages(plan.options.held_out) if plan.options.held_out else None
     today = datetime.now(UTC).date().isoformat()
     text = marked_half(plan.key, plan.manifest, plan.rows, held_out, today)
     data = text.encode("utf-8", "surrogateescape")

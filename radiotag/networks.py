@@ -46,6 +46,7 @@ BARE = "save the bare weights: torch.save(model.state_dict(), FILE), or a safete
 CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "weights", "model_ema", "ema")  # of a state dict
 NO_CLASSIFIER = "radiotag tests image classifiers alone; if it is one, name it with --arch FILE.py:FUNCTION"
 CHECKPOINTS = "a checkpoint of train-demo or of a torchvision classifier"  # what keygen accepts as a marking network
+DEVICES = ("auto", "cpu", "cuda", "mps")
 SHELLS = {getattr(torch, "float4_e2m1fn_x2", None)}  # types that PyTorch stores but cannot convert
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -126,6 +127,17 @@ class Network(nn.Module):
         if self.head is None:
             raise RadiotagError(f"{self.spec.architecture} does not end in a linear layer")
         return self.head.in_features
+
+
+def available_device(name: str) -> str:
+    """The device of a name in DEVICES, the best there is for "auto". RadiotagError if it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    kind = name.split(":", maxsplit=1)[0]  # cuda:1 for one
+    if not there.get(kind, False):
+        raise RadiotagError(f"the device '{name}' is not available", f"use one of {', '.join(DEVICES)}")
+    return name
 
 
 def mixed_precision(device: str) -> torch.autocast:
@@ -587,7 +599,7 @@ def spec_from(metadata: Mapping[str, Any]) -> Spec | None:
         )
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError):
         return None
-    sane = 1 <= spec.image_size <= 2048 and 1 <= spec.classes <= 10**6 and len(spec.mean) == len(spec.std) == 3
+    sane = 1 <= spec.image_size <= 2048 and 1 <= spec.classes <= 10**6
     sane = sane and all(map(math.isfinite, spec.mean)) and all(1e-6 < s < 1e6 for s in spec.std)
     sane = sane and (spec.class_names is None or len(spec.class_names) == spec.classes)
     return spec if sane else None

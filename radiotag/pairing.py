@@ -13,7 +13,7 @@ from torch import Tensor
 
 from radiotag.errors import RadiotagError
 from radiotag.keys import Key
-from radiotag.manifest import read_header, recorded_classes
+from radiotag.manifest import read_lines, recorded_classes
 from radiotag.networks import Spec
 from radiotag.radioactive import output_unknown
 from radiotag.suspect import ComparedClasses, Suspect
@@ -44,7 +44,6 @@ class Pairing:
             marker_besides=tuple(position[name] for name in self.besides if name in position) if complete else (),
         )
 
-
     def image_rows(self, labels: Sequence[str]) -> dict[str, int]:
         """Class → carrier row of the labelled images; images of no class are of the only class that was marked."""
         if self.labels is not None:
@@ -58,9 +57,8 @@ def pair(key: Key, suspect: Suspect, labels: Sequence[str], manifest: Path | Non
     If some labels are classes that the key knows, the images decide which output is which class. RadiotagError if key
     and suspect do not fit. The pairing is empty if the suspect knows none of the images' classes.
     """
-    spec = suspect.network.spec
-    rows = class_rows(key, [name for name in labels if name], manifest, spec.class_names)
-    if rows:
+    spec, named = suspect.network.spec, [name for name in labels if name]
+    if named and (rows := class_rows(key, named, manifest, spec.class_names)):
         return _pair_labelled(key, suspect, labels, manifest, rows)
     pairs = pair_unlabelled(key, spec, manifest)
     class_names = spec.class_names or (tuple(key.class_names) if key.class_names else ())
@@ -79,7 +77,7 @@ def pair(key: Key, suspect: Suspect, labels: Sequence[str], manifest: Path | Non
 
 def marked_classes(key: Key, manifest: Path) -> dict[str, int]:
     """Class → carrier row of the images that a manifest records as marked. RadiotagError for another key's manifest."""
-    header = read_header(manifest)
+    _, header = next(read_lines(manifest))
     if header.get("fingerprint") != key.fingerprint:
         raise RadiotagError(
             f"{manifest} was made with key {header.get('fingerprint')}, this is {key.fingerprint}",

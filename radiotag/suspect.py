@@ -116,9 +116,7 @@ class Reference:
     Values that depend on these alone are computed once: the features φ and the responses of the reference classifier.
     """
 
-    def __init__(
-        self, marker: Network, pixels: Tensor, labels: Sequence[str] = (), name: str = "the images"
-    ) -> None:
+    def __init__(self, marker: Network, pixels: Tensor, labels: Sequence[str] = (), name: str = "the images") -> None:
         """pixels: (N, 3, H, W) in [0, 1], unmarked; labels: their class names, or none; name: for messages."""
         self.marker, self.pixels, self.labels, self.name = marker, pixels, tuple(labels), name
         self._features: Tensor | None = None

@@ -75,6 +75,11 @@ class Dataset:
     labels: Tensor  # (N,) int64
     names: tuple[str, ...]  # of the classes, in label order
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names; None for a flat folder, whose class has none."""
+        return self.names if self.names != ("",) else None
+
 
 def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | None = None) -> Dataset:
     """Decode a folder of class sub-folders; each image is resized and centre-cropped to S×S pixels.
@@ -173,7 +178,7 @@ def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: in
         image_size=size,
         mean=tuple(round(float(v), 4) for v in sample.mean((0, 2, 3))),
         std=tuple(max(0.01, round(float(v), 4)) for v in sample.std((0, 2, 3))),
-        class_names=data.names if data.names != ("",) else None,
+        class_names=data.class_names,
     )
     with _seeded(seed, "cpu"):  # torchvision initialises from the global generator
         return Network(build(spec), spec)
@@ -185,7 +190,7 @@ def initialised_from(path: Path, data: Dataset, *, seed: int) -> Network:
     RadiotagError if it needs a new last layer but does not end in a linear layer.
     """
     network = load_network(path, image_size=int(data.images.shape[-1]))
-    names = data.names if data.names != ("",) else None
+    names = data.class_names
     if network.spec.classes == len(data.names):
         network.spec = replace(network.spec, class_names=names)
         return network

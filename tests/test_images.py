@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
+from helpers import encoded, png_chunk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -33,12 +34,6 @@ def smooth(height=48, width=40, channels=3):
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def saved(image, format, **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 def opened(data):
@@ -82,7 +77,7 @@ LOSSLESS = {
 def test_lossless_rgb_is_exact(kind, before, data):
     format, options = LOSSLESS[kind]
     after = data.draw(hnp.arrays(np.float32, before.shape, elements=st.floats(-9, 265, width=32)))
-    picture = images.decode(saved(Image.fromarray(before), format, **options), "x")
+    picture = images.decode(encoded(Image.fromarray(before), format, **options), "x")
     assert np.array_equal(picture.rgb, before)
     assert picture.rgb.dtype == np.float32
     file = images.encode(picture, after)
@@ -97,7 +92,7 @@ def test_lossless_rgb_is_exact(kind, before, data):
 def test_alpha_is_untouched_and_colours_under_it_exact(format, options):
     before, after = noise(9, 7, 4), noise(9, 7, 3, seed=1)
     before[:3, :, 3], before[3:5, :, 3] = 0, 255
-    picture = images.decode(saved(Image.fromarray(before), format, exact=True, **options), "x")
+    picture = images.decode(encoded(Image.fromarray(before), format, exact=True, **options), "x")
     file = images.encode(picture, after)
     assert opened(file).mode == "RGBA"
     assert np.array_equal(np.asarray(opened(file)), np.dstack([after, before[..., 3]]))
@@ -106,7 +101,7 @@ def test_alpha_is_untouched_and_colours_under_it_exact(format, options):
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_grey_with_alpha(format):
     before = noise(5, 6, 2)
-    picture = images.decode(saved(Image.fromarray(before), format), "x")
+    picture = images.decode(encoded(Image.fromarray(before), format), "x")
     assert np.array_equal(picture.rgb, np.repeat(before[..., :1], 3, axis=2))
     file = images.encode(picture, picture.rgb + np.array([0, 3, 9]))  # the mean of the channels is 4 more
     assert opened(file).mode == "LA"
@@ -118,7 +113,7 @@ def test_grey_with_alpha(format):
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "BMP"])
 def test_grey_takes_the_mean(format):
     before = noise(5, 6) // 2
-    picture = images.decode(saved(Image.fromarray(before), format), "x")
+    picture = images.decode(encoded(Image.fromarray(before), format), "x")
     file = images.encode(picture, picture.rgb + np.array([0, 2, 7]))
     assert opened(file).mode == "L"
     assert np.array_equal(np.asarray(opened(file)), before + 3)
@@ -128,7 +123,7 @@ def test_grey_takes_the_mean(format):
 def test_16_bit_grey_stays_16_bit(format, options):
     before = np.random.default_rng(0).integers(0, 65536, (8, 9)).astype(np.uint16)
     before[0, :2] = 0, 65535
-    picture = images.decode(saved(Image.fromarray(before), format, **options), "x")
+    picture = images.decode(encoded(Image.fromarray(before), format, **options), "x")
     assert picture.rgb.min() == 0
     assert picture.rgb.max() == 255
     assert np.allclose(picture.rgb[..., 1], before / 257.0, atol=1e-4)
@@ -143,7 +138,7 @@ def test_16_bit_grey_stays_16_bit(format, options):
 def test_big_endian_16_bit_tiff():
     before = np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
     image = Image.frombytes("I;16B", (4, 3), before.astype(">u2").tobytes())
-    picture = images.decode(saved(image, "TIFF"), "x")
+    picture = images.decode(encoded(image, "TIFF"), "x")
     assert np.allclose(picture.rgb[..., 0], before / 257.0, atol=1e-4)
     assert np.array_equal(np.asarray(opened(images.encode(picture, picture.rgb))), before)
 
@@ -152,7 +147,7 @@ def test_big_endian_16_bit_tiff():
 def test_shallow_grey_png_keeps_its_depth(bits):
     step = 255 // (2**bits - 1)
     before = (noise(6, 5) >> (8 - bits)) * step
-    data = saved(Image.fromarray(before), "PNG", bits=bits)
+    data = encoded(Image.fromarray(before), "PNG", bits=bits)
     picture = images.decode(data, "x")
     assert np.array_equal(picture.rgb[..., 0], before)
     file = images.encode(picture, picture.rgb + step * 0.4)
@@ -165,7 +160,7 @@ def test_shallow_grey_png_keeps_its_depth(bits):
 
 def test_bilevel():
     before = noise(9, 11) > 127
-    picture = images.decode(saved(Image.fromarray(before), "PNG"), "x")
+    picture = images.decode(encoded(Image.fromarray(before), "PNG"), "x")
     assert np.array_equal(picture.rgb[..., 2], before * 255.0)
     file = images.encode(picture, np.where(picture.rgb > 0, 130, 120))
     assert opened(file).mode == "1"
@@ -178,7 +173,7 @@ def test_bilevel():
 
 def test_palette_stays_a_palette():
     before = Image.fromarray(smooth(60, 60)).quantize(64)
-    _, wanted, file = rewrite(saved(before, "PNG"))
+    _, wanted, file = rewrite(encoded(before, "PNG"))
     assert opened(file).mode == "P"
     assert images.psnr(images.decode(file, "x").rgb, wanted) > 45  # 64 colours moved by 3 fit in 256
 
@@ -188,7 +183,7 @@ def test_palette_stays_a_palette():
 def test_few_colours_are_exact_in_a_palette(format, colours):
     table = noise(colours, 3, seed=colours)
     after = table[np.random.default_rng(1).integers(0, colours, (20, 30))]
-    picture = images.decode(saved(Image.fromarray(smooth(20, 30)).quantize(256), format), "x")
+    picture = images.decode(encoded(Image.fromarray(smooth(20, 30)).quantize(256), format), "x")
     file = images.encode(picture, after.astype(np.float32))
     assert opened(file).mode == "P"
     assert np.array_equal(images.decode(file, "x").rgb, after)
@@ -199,7 +194,7 @@ def test_palette_alpha_is_exact(levels):
     before = Image.fromarray(smooth(32, 32)).quantize(256)
     before.putdata(list(range(256)) * 4)
     alpha = bytes(levels[i % len(levels)] for i in range(256))
-    data = saved(before, "PNG", transparency=alpha)
+    data = encoded(before, "PNG", transparency=alpha)
     want = np.asarray(opened(data).convert("RGBA"))[..., 3]
     picture, wanted, file = rewrite(data)
     assert opened(file).mode == "P"
@@ -218,7 +213,7 @@ def test_a_transparent_colour_becomes_alpha(mode, key, out):
     image = Image.fromarray(before).convert(mode)
     if mode == "L":
         image.paste(17, (2, 2, 4, 4))
-    data = saved(image, "PNG", transparency=key)
+    data = encoded(image, "PNG", transparency=key)
     alpha = np.asarray(opened(data).convert("RGBA"))[..., 3]
     assert 0 < (alpha == 0).sum() < alpha.size
     _, _, file = rewrite(data)
@@ -228,7 +223,7 @@ def test_a_transparent_colour_becomes_alpha(mode, key, out):
 
 def test_a_transparent_grey_of_a_shallow_png():
     before = np.repeat(np.arange(16, dtype=np.uint8)[None] * 17, 3, axis=0)
-    data = saved(Image.fromarray(before), "PNG", bits=4, transparency=5)  # level 5 of 16, in the file's own units
+    data = encoded(Image.fromarray(before), "PNG", bits=4, transparency=5)  # level 5 of 16, in the file's own units
     file = images.encode(images.decode(data, "x"), np.repeat(before[..., None], 3, axis=2))
     assert np.array_equal(np.asarray(opened(file))[..., 1] == 0, before == 85)
 
@@ -241,7 +236,7 @@ def test_a_transparent_grey_of_a_shallow_png():
 def test_jpeg_keeps_how_it_was_made(subsampling, progressive):
     app13 = b"Photoshop 3.0\0" + b"8BIM\x04\x04\0\0\0\0\0\x09\x1c\x02\x78\0\x04capt\0"
     extra = b"\xff\xed" + struct.pack(">H", len(app13) + 2) + app13
-    data = saved(
+    data = encoded(
         Image.fromarray(smooth()), "JPEG", quality=83, subsampling=subsampling, progressive=progressive, dpi=(300, 300),
         exif=exif(), icc_profile=ICC, xmp=b"<x:xmpmeta/>", comment=b"a comment", extra=extra,
     )  # fmt: skip
@@ -262,28 +257,28 @@ def test_jpeg_keeps_how_it_was_made(subsampling, progressive):
 @pytest.mark.parametrize("tables", [1, 2, 3])
 def test_jpeg_keeps_its_own_tables(tables):
     wanted = [[1 + (7 * t + i) % 200 for i in range(64)] for t in range(tables)]
-    data = saved(Image.fromarray(smooth()), "JPEG", qtables=wanted, subsampling=0)
+    data = encoded(Image.fromarray(smooth()), "JPEG", qtables=wanted, subsampling=0)
     _, _, file = rewrite(data)
     assert {key: list(table) for key, table in opened(file).quantization.items()} == dict(enumerate(wanted))
     assert [layer[3] for layer in opened(file).layer] == [layer[3] for layer in opened(data).layer]
 
 
 def test_an_unchanged_jpeg_is_almost_unchanged():
-    data = saved(Image.fromarray(smooth()), "JPEG", quality=90, subsampling=0)
+    data = encoded(Image.fromarray(smooth()), "JPEG", quality=90, subsampling=0)
     picture = images.decode(data, "x")
     assert images.linf(images.roundtrip(picture, picture.rgb), picture.rgb) <= 2
 
 
 def test_jpeg_stored_as_rgb_stays_so():
-    data = saved(Image.fromarray(smooth()), "JPEG", keep_rgb=True)
+    data = encoded(Image.fromarray(smooth()), "JPEG", keep_rgb=True)
     _, _, file = rewrite(data)
     assert [layer[0] for layer in opened(file).layer] == list(b"RGB")
-    _, _, ordinary = rewrite(saved(Image.fromarray(smooth()), "JPEG"))
+    _, _, ordinary = rewrite(encoded(Image.fromarray(smooth()), "JPEG"))
     assert [layer[0] for layer in opened(ordinary).layer] == [1, 2, 3]
 
 
 def test_jpeg_without_density_gets_none():
-    data = saved(Image.fromarray(smooth()), "JPEG", exif=exif())
+    data = encoded(Image.fromarray(smooth()), "JPEG", exif=exif())
     _, _, file = rewrite(data)
     assert opened(file).info["jfif_unit"] == opened(data).info["jfif_unit"] == 0
 
@@ -304,7 +299,7 @@ def segments(data):
 
 def as_cameras_write(image, *more, **options):
     """A JPEG with EXIF and no JFIF segment, and more segments behind it."""
-    data = saved(image, "JPEG", **options)
+    data = encoded(image, "JPEG", **options)
     assert data[2:4] == b"\xff\xe0"
     body = data[4 + int.from_bytes(data[4:6], "big") :]
     return data[:2] + segment(0xE1, exif()) + b"".join(segment(*each) for each in more) + body
@@ -330,7 +325,7 @@ def test_every_segment_of_a_jpeg_travels_as_it_is():
 
 @pytest.mark.parametrize("odd", [b"\0", b"\xff\xff", b"\xff\xe4\0\0", b"\xff\xfe\0\0"])
 def test_what_lies_between_segments_costs_none_of_them(odd):
-    data = saved(Image.fromarray(smooth()), "JPEG", exif=exif(), icc_profile=ICC)
+    data = encoded(Image.fromarray(smooth()), "JPEG", exif=exif(), icc_profile=ICC)
     place = data.index(b"\xff\xe1")
     data = data[:place] + odd + data[place:]
     _, wanted, file = rewrite(data)
@@ -343,19 +338,19 @@ def test_what_lies_between_segments_costs_none_of_them(odd):
 @pytest.mark.parametrize("optimize", [False, True])
 def test_jpeg_keeps_optimised_tables_optimised(mode, optimize):
     image = Image.fromarray(smooth()).convert(mode)
-    data = saved(image, "JPEG", optimize=optimize)
+    data = encoded(image, "JPEG", optimize=optimize)
     _, _, file = rewrite(data)
 
     def huffman(data):
         return [body for marker, body in segments(data) if marker == 0xC4]
 
-    plain = huffman(saved(image, "JPEG"))
+    plain = huffman(encoded(image, "JPEG"))
     assert (huffman(file) == plain) is (huffman(data) == plain) is (not optimize)
 
 
 def test_a_jpeg_with_nothing_to_compress_can_be_optimised():
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
-    data = saved(Image.fromarray(noise), "JPEG", qtables=[[1] * 64], subsampling=0)
+    data = encoded(Image.fromarray(noise), "JPEG", qtables=[[1] * 64], subsampling=0)
     picture = images.decode(data, "x")
     picture.options["optimize"] = True
     assert len(images.encode(picture, picture.rgb)) > noise.size
@@ -363,7 +358,7 @@ def test_a_jpeg_with_nothing_to_compress_can_be_optimised():
 
 def test_only_the_first_picture_of_a_telephones_jpeg_is_marked():
     first, second = Image.fromarray(smooth()), Image.fromarray(smooth()[::-1])
-    data = saved(first, "MPO", save_all=True, append_images=[second], exif=exif())
+    data = encoded(first, "MPO", save_all=True, append_images=[second], exif=exif())
     assert opened(data).n_frames == 2
     picture, wanted, file = rewrite(data)
     assert (picture.format, picture.dropped) == ("JPEG", 1)
@@ -377,11 +372,11 @@ def test_only_the_first_picture_of_a_telephones_jpeg_is_marked():
 @pytest.mark.parametrize("listed", [False, True])
 def test_what_lies_behind_a_jpeg_is_known_to_be_dropped(listed):
     """A gain map or a film, which Pillow may not count as a picture."""
-    data = saved(Image.fromarray(smooth()), "JPEG")
+    data = encoded(Image.fromarray(smooth()), "JPEG")
     assert images.decode(data + bytes(40), "x").dropped == 0  # filling
     more = data + b"ftypmp42"
     if listed:
-        pictures = saved(Image.fromarray(smooth()), "MPO", save_all=True, append_images=[Image.fromarray(smooth())])
+        pictures = encoded(Image.fromarray(smooth()), "MPO", save_all=True, append_images=[Image.fromarray(smooth())])
         gain = segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<x hdrgm:Version="1.0"/>')
         more = pictures[:2] + gain + pictures[2:]
         assert not hasattr(opened(more), "n_frames")
@@ -393,7 +388,7 @@ def test_what_lies_behind_a_jpeg_is_known_to_be_dropped(listed):
 
 def test_a_jpeg_whose_colours_are_named_rgb_but_are_not():
     """JFIF means YCbCr, independent of the components' names."""
-    data = bytearray(saved(Image.fromarray(smooth()), "JPEG", subsampling=0))
+    data = bytearray(encoded(Image.fromarray(smooth()), "JPEG", subsampling=0))
     frame = data.index(b"\xff\xc0")
     scan = data.index(b"\xff\xda")
     for n in range(3):
@@ -404,7 +399,7 @@ def test_a_jpeg_whose_colours_are_named_rgb_but_are_not():
 
 def test_what_a_png_keeps_of_a_jpeg():
     profile = {"exif": exif(), "icc_profile": ICC, "xmp": "<x:xmpmeta>é</x:xmpmeta>".encode(), "dpi": (300, 300)}
-    picture = images.decode(saved(Image.fromarray(smooth()), "JPEG", **profile), "x")
+    picture = images.decode(encoded(Image.fromarray(smooth()), "JPEG", **profile), "x")
     new = opened(images.encode(picture, picture.rgb, "png"))
     assert new.info["XML:com.adobe.xmp"] == profile["xmp"].decode()
     assert new.info["icc_profile"] == ICC
@@ -416,12 +411,12 @@ def test_a_resolution_beyond_all_measure_is_left_out():
     tags = Image.Exif()
     tags[282] = tags[283] = 110000000.0
     tags[296] = 2  # an inch
-    picture = images.decode(saved(Image.fromarray(smooth()), "JPEG", exif=tags), "x")
+    picture = images.decode(encoded(Image.fromarray(smooth()), "JPEG", exif=tags), "x")
     assert "dpi" not in opened(images.encode(picture, picture.rgb, "png")).info
 
 
 def test_grey_jpeg():
-    data = saved(Image.fromarray(smooth()[..., 0]), "JPEG", quality=70)
+    data = encoded(Image.fromarray(smooth()[..., 0]), "JPEG", quality=70)
     _, wanted, file = rewrite(data)
     assert opened(file).mode == "L"
     assert opened(file).quantization == opened(data).quantization
@@ -430,7 +425,7 @@ def test_grey_jpeg():
 
 def test_cmyk_jpeg_keeps_black_and_tables():
     before = np.dstack([smooth(), np.full((48, 40), 60, np.uint8)])
-    data = saved(Image.fromarray(before, "CMYK"), "JPEG", quality=92, icc_profile=ICC)
+    data = encoded(Image.fromarray(before, "CMYK"), "JPEG", quality=92, icc_profile=ICC)
     picture, wanted, file = rewrite(data, change=1.0)
     new = opened(file)
     assert (new.mode, new.quantization) == ("CMYK", opened(data).quantization)
@@ -448,7 +443,7 @@ def test_cmyk_jpeg_keeps_black_and_tables():
 @given(inks=hnp.arrays(np.uint8, (6, 5, 4)), after=hnp.arrays(np.uint8, (6, 5, 3)))
 @example(inks=np.full((6, 5, 4), 8, np.uint8), after=np.full((6, 5, 3), 200, np.uint8))
 def test_cmyk_tiff_is_exact(inks, after):
-    picture = images.decode(saved(Image.fromarray(inks, "CMYK"), "TIFF"), "x")
+    picture = images.decode(encoded(Image.fromarray(inks, "CMYK"), "TIFF"), "x")
     file = images.encode(picture, after)
     assert opened(file).mode == "CMYK"
     assert np.array_equal(np.asarray(opened(file).convert("RGB")), after)
@@ -457,7 +452,7 @@ def test_cmyk_tiff_is_exact(inks, after):
 
 
 def test_jpeg_with_other_subsampling_can_only_become_png():
-    data = saved(Image.fromarray(smooth()), "JPEG", subsampling=0)
+    data = encoded(Image.fromarray(smooth()), "JPEG", subsampling=0)
     at = data.index(b"\xff\xc0") + 11
     assert data[at] == 0x11
     picture = images.decode(data[:at] + b"\x12" + data[at + 1 :], "odd.jpg")  # luminance 1x2: not one of Pillow's three
@@ -477,7 +472,7 @@ def test_png_chunks_are_copied_as_they_are():
     info.add_text("Long", "text " * 50, zip=True)
     info.add(b"gAMA", struct.pack(">I", 45455))
     info.add(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000))
-    data = saved(Image.fromarray(smooth()), "PNG", pnginfo=info, exif=exif(), icc_profile=ICC, dpi=(72, 144))
+    data = encoded(Image.fromarray(smooth()), "PNG", pnginfo=info, exif=exif(), icc_profile=ICC, dpi=(72, 144))
     picture, wanted, file = rewrite(data)
     old, new = opened(data), opened(file)
     assert new.text == old.text == {"Title": "a title", "Note": "näheres", "Long": "text " * 50}
@@ -489,19 +484,19 @@ def test_png_chunks_are_copied_as_they_are():
 @pytest.mark.parametrize("lossless", [False, True])
 def test_webp_keeps_its_kind_and_metadata(lossless):
     metadata = {"exif": exif(), "icc_profile": ICC, "xmp": b"<x:xmpmeta/>"}
-    data = saved(Image.fromarray(smooth()), "WEBP", lossless=lossless, **metadata)
+    data = encoded(Image.fromarray(smooth()), "WEBP", lossless=lossless, **metadata)
     _, wanted, file = rewrite(data)
     assert (b"VP8L" in file, b"VP8 " in file) == (lossless, not lossless)
     for key in ("exif", "icc_profile", "xmp"):
         assert opened(file).info[key] == opened(data).info[key], key
     assert images.psnr(images.decode(file, "x").rgb, wanted) > (99 if lossless else 30)
-    _, _, plain = rewrite(saved(Image.fromarray(smooth()), "WEBP", lossless=lossless))
+    _, _, plain = rewrite(encoded(Image.fromarray(smooth()), "WEBP", lossless=lossless))
     assert (plain[12:16] == b"VP8L") is lossless  # without the extended header
 
 
 def test_lossy_webp_keeps_alpha_exactly():
     before = np.dstack([smooth(), noise(48, 40)])
-    _, _, file = rewrite(saved(Image.fromarray(before), "WEBP"))
+    _, _, file = rewrite(encoded(Image.fromarray(before), "WEBP"))
     assert b"VP8 " in file
     assert np.array_equal(np.asarray(opened(file))[..., 3], before[..., 3])
 
@@ -510,7 +505,7 @@ def test_tiff_keeps_tags():
     tags = Image.Exif()
     tags[0x010E], tags[0x013B] = "a description", "an artist"
     tags.get_ifd(0x8769)[0x9003] = "2020:01:02 03:04:05"
-    data = saved(Image.fromarray(smooth()), "TIFF", exif=tags.tobytes(), dpi=(300, 150), icc_profile=ICC)
+    data = encoded(Image.fromarray(smooth()), "TIFF", exif=tags.tobytes(), dpi=(300, 150), icc_profile=ICC)
     picture, wanted, file = rewrite(data)
     new = opened(file)
     assert [new.tag_v2[tag] for tag in (0x010E, 0x013B)] == ["a description", "an artist"]
@@ -524,7 +519,7 @@ def test_tiff_keeps_tags():
 
 def test_compressed_tiff_keeps_predictor_and_plain_tags():
     tags = {317: 2, 0x010E: "words"}
-    data = saved(Image.fromarray(smooth()), "TIFF", compression="tiff_lzw", tiffinfo=tags, dpi=(99, 99))
+    data = encoded(Image.fromarray(smooth()), "TIFF", compression="tiff_lzw", tiffinfo=tags, dpi=(99, 99))
     assert opened(data).tag_v2[317] == 2
     _, wanted, file = rewrite(data)
     assert opened(file).tag_v2[317] == 2
@@ -537,7 +532,7 @@ def test_compressed_tiff_keeps_predictor_and_plain_tags():
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
 def test_tiff_orientation(orientation, compression):
     """Pillow shows the picture upright; the file keeps its tag and the layout of what is stored."""
-    data = saved(Image.fromarray(smooth()), "TIFF", compression=compression, tiffinfo={274: orientation})
+    data = encoded(Image.fromarray(smooth()), "TIFF", compression=compression, tiffinfo={274: orientation})
     picture, wanted, file = rewrite(data)
     assert picture.rgb.shape == ((40, 48, 3) if orientation > 4 else (48, 40, 3))
     assert np.array_equal(np.asarray(opened(file)), np.rint(wanted))
@@ -551,7 +546,7 @@ def test_tiff_orientation(orientation, compression):
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
 def test_nested_exif_of_a_compressed_tiff(compression):
-    data = saved(Image.fromarray(smooth()), "TIFF", exif=exif(orientation=1))
+    data = encoded(Image.fromarray(smooth()), "TIFF", exif=exif(orientation=1))
     if compression == "tiff_lzw":  # Pillow cannot write such a file, so give the plain one an LZW strip
         strip, whole = lzw_of(smooth().tobytes()), bytearray(data)
         for entry in range(10, 10 + 12 * data[8], 12):
@@ -575,14 +570,14 @@ def test_nested_exif_of_a_compressed_tiff(compression):
 def lzw_of(pixels):
     """The LZW strip that Pillow writes for these pixels, on its own."""
     image = Image.frombytes("RGB", (40, 48), pixels)
-    data = saved(image, "TIFF", compression="tiff_lzw", strip_size=1 << 20)
+    data = encoded(image, "TIFF", compression="tiff_lzw", strip_size=1 << 20)
     tags = opened(data).tag_v2
     assert len(tags[273]) == 1
     return data[tags[273][0] :][: tags[279][0]]
 
 
 def test_lossy_tiff_can_only_become_png():
-    picture = images.decode(saved(Image.fromarray(smooth()), "TIFF", compression="jpeg"), "lossy.tif")
+    picture = images.decode(encoded(Image.fromarray(smooth()), "TIFF", compression="jpeg"), "lossy.tif")
     with pytest.raises(RadiotagError, match=r"lossy\.tif.*jpeg"):
         images.encode(picture, picture.rgb)
     assert np.array_equal(images.roundtrip(picture, picture.rgb, "png"), picture.rgb)
@@ -600,14 +595,14 @@ def test_bmp_with_alpha_can_only_become_png():
 
 
 def test_bmp_keeps_resolution():
-    data = saved(Image.fromarray(smooth()), "BMP", dpi=(200, 100))
+    data = encoded(Image.fromarray(smooth()), "BMP", dpi=(200, 100))
     _, _, file = rewrite(data)
     assert opened(file).info["dpi"] == opened(data).info["dpi"]
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP"])
 def test_png_on_request_keeps_profile_and_exif(format):
-    data = saved(Image.fromarray(smooth()), format, exif=exif(), icc_profile=ICC)
+    data = encoded(Image.fromarray(smooth()), format, exif=exif(), icc_profile=ICC)
     _, wanted, file = rewrite(data, "png")
     assert (opened(file).format, opened(file).info["icc_profile"]) == ("PNG", ICC)
     assert dict(opened(file).getexif()) == dict(opened(data).getexif())
@@ -621,12 +616,9 @@ def test_png_on_request_keeps_profile_and_exif(format):
 def png(depth, colour, samples):
     """A 2 x 2 PNG, by hand: Pillow cannot write these depths."""
 
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     row = b"\0" + bytes(2 * samples * depth // 8)
-    header = chunk(b"IHDR", struct.pack(">2I5B", 2, 2, depth, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(row * 2)) + chunk(b"IEND", b"")
+    header = png_chunk(b"IHDR", struct.pack(">2I5B", 2, 2, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(row * 2)) + png_chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(("colour", "samples"), [(2, 3), (6, 4), (4, 2)])
@@ -638,7 +630,7 @@ def test_16_bit_colour_png_is_refused(colour, samples):
 
 def test_float_and_16_bit_colour_tiff_are_refused():
     with pytest.raises(RadiotagError, match=r"f\.tif.*32 bits"):
-        images.decode(saved(Image.fromarray(np.ones((3, 3), np.float32)), "TIFF"), "f.tif")
+        images.decode(encoded(Image.fromarray(np.ones((3, 3), np.float32)), "TIFF"), "f.tif")
     entries = [(256, 4, 1), (257, 4, 1), (258, 3, 16), (259, 3, 1), (262, 3, 2), (277, 3, 3), (278, 4, 1), (279, 4, 6)]
     body = b"".join(struct.pack("<2HII", tag, kind, 1, value) for tag, kind, value in entries[:2])
     body += struct.pack("<2HII", 258, 3, 3, 122)  # three shorts, after the directory
@@ -655,7 +647,7 @@ def test_float_and_16_bit_colour_tiff_are_refused():
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_truncated_files_are_named(format, share):
-    data = saved(Image.fromarray(noise(64, 64, 3)), format)
+    data = encoded(Image.fromarray(noise(64, 64, 3)), format)
     assert images.decode(data, "x").rgb.shape == (64, 64, 3)
     with pytest.raises(RadiotagError, match=r"dir/broken file") as caught:
         images.decode(data[: int(len(data) * share)], "dir/broken file")
@@ -672,7 +664,7 @@ def test_what_is_no_image_is_named(data):
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), format=st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "BMP"]))
 def test_damaged_files_give_an_image_or_a_clear_error(data, format):
-    whole = bytearray(saved(Image.fromarray(smooth(16, 16)), format))
+    whole = bytearray(encoded(Image.fromarray(smooth(16, 16)), format))
     for _ in range(data.draw(st.integers(1, 6))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -684,7 +676,7 @@ def test_damaged_files_give_an_image_or_a_clear_error(data, format):
 
 @pytest.mark.parametrize("limit", [900, 500])  # Pillow warns over its limit and refuses over twice that
 def test_decompression_bombs_are_errors(monkeypatch, limit):
-    data = saved(Image.fromarray(smooth(32, 32)), "PNG")
+    data = encoded(Image.fromarray(smooth(32, 32)), "PNG")
     assert images.decode(data, "x").rgb.shape == (32, 32, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(RadiotagError, match=r"b\.png.*bomb") as caught:
@@ -695,15 +687,15 @@ def test_decompression_bombs_are_errors(monkeypatch, limit):
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
 def test_several_frames_are_refused(format):
     frames = [Image.fromarray(noise(8, 8, 3, seed=n)) for n in range(3)]
-    data = saved(frames[0], format, save_all=True, append_images=frames[1:])
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
     with pytest.raises(RadiotagError, match=r"moving\.x.*several"):
         images.decode(data, "moving.x")
 
 
 def test_gif_and_wrong_use_are_refused():
     with pytest.raises(RadiotagError, match=r"a\.png"):
-        images.decode(saved(Image.fromarray(smooth()), "GIF"), "a.png")
-    picture = images.decode(saved(Image.fromarray(smooth()), "PNG"), "x")
+        images.decode(encoded(Image.fromarray(smooth()), "GIF"), "a.png")
+    picture = images.decode(encoded(Image.fromarray(smooth()), "PNG"), "x")
     with pytest.raises(ValueError, match="gif"):
         images.encode(picture, picture.rgb, "gif")
     with pytest.raises(ValueError, match="pixels"):
@@ -711,7 +703,7 @@ def test_gif_and_wrong_use_are_refused():
 
 
 def test_an_encoder_that_fails_names_the_file(monkeypatch):
-    picture = images.decode(saved(Image.fromarray(smooth()), "JPEG"), "big.jpg")
+    picture = images.decode(encoded(Image.fromarray(smooth()), "JPEG"), "big.jpg")
     picture.options["comment"] = bytes(70000)
     with pytest.raises(RadiotagError, match=r"big\.jpg: cannot be written") as caught:
         images.encode(picture, picture.rgb)

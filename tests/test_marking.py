@@ -29,7 +29,18 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import torch
-from helpers import Result, brute_ssim, call, environment, leftovers, measured_psnr, pixels, tree, wait_for_files
+from helpers import (
+    Result,
+    brute_ssim,
+    call,
+    environment,
+    leftovers,
+    measured_psnr,
+    pixels,
+    png_chunk,
+    tree,
+    wait_for_files,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -1379,11 +1390,9 @@ def test_folders_that_loaders_would_count_as_classes_are_told(world, tmp_path):
 def bomb(side):
     """A PNG file that claims to be this many pixels wide and high."""
 
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    body = png_chunk(b"IDAT", zlib.compress(bytes(99))) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + body
 
 
 def test_each_of_several_broken_files_is_named_and_the_rest_marked(world, tmp_path):

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import pickle
 import struct
 import time
@@ -16,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from helpers import Bomb
 from PIL import Image
 from torch import nn
 
@@ -604,14 +604,6 @@ def test_only_what_was_packed_is_unpacked():
 
 
 # ---------------------------------------------------------------- hostile files
-
-
-class Bomb:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

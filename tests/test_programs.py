@@ -3,7 +3,6 @@
 import codecs
 import io
 import json
-import os
 import pickle
 import struct
 import warnings
@@ -13,6 +12,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
+from helpers import Bomb
 from torch import nn
 
 from radiotag.errors import RadiotagError
@@ -123,14 +123,6 @@ def test_what_is_not_counted_is_not_read_either(kind, tmp_path):
             file.writestr(name, data, zipfile.ZIP_DEFLATED if name == read else zipfile.ZIP_STORED)
     with pytest.raises(RadiotagError, match="unpacks to more than itself"):
         load_network(tmp_path / "m.pt")
-
-
-class Bomb:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
 
 
 @pytest.mark.parametrize("kind", KINDS)

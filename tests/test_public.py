@@ -213,9 +213,7 @@ def test_seeds_give_an_innocent_model_chance_and_no_more(innocent):
 
 
 def test_a_beacon_changes_all_carriers_and_keeps_the_commitment(place, tmp_path):
-    good(
-        "keygen", "-o", tmp_path / "b.safetensors", "--committed", place / "k.safetensors", "--beacon", "block 900000"
-    )
+    good("keygen", "-o", tmp_path / "b.safetensors", "--committed", place / "k.safetensors", "--beacon", "block 900000")
     before, after = load_key(place / "k.safetensors"), load_key(tmp_path / "b.safetensors")
     assert (before.commitment, before.class_names) == (after.commitment, after.class_names)
     assert not (before.carriers == after.carriers).any() and before.fingerprint != after.fingerprint

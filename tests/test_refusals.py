@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import entropy, tree
+from helpers import encoded, entropy, tree
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -55,10 +55,10 @@ def test_a_key_that_fits_is_paired():
     assert pair_unlabelled(small_key(5), SimpleNamespace(classes=3, class_names=None), None) == [(0, 0), (1, 1), (2, 2)]
 
 
-def warnings_of(**vectors):
+def warnings_of(left_out=0, **vectors):
     network = SimpleNamespace(assumed=False, head=vectors.pop("head", "a layer"))
     examined = verification.Examined(
-        network, Pairing(outputs=(0, 1), rows=(0, 1)), ClassVectors(features=torch.ones(2, 4), **vectors)
+        network, Pairing(outputs=(0, 1), rows=(0, 1)), ClassVectors(features=torch.ones(2, 4), **vectors), left_out
     )
     return verification._warnings(examined, SimpleNamespace(log_p=-99.0), VerifyOptions())
 
@@ -68,6 +68,7 @@ def test_what_weakens_a_test_is_said():
     assert warnings_of(r2=0.09) == [
         "poor alignment (R² 0.09): a mark may be missed, an accusation is not made likelier"
     ]
+    assert warnings_of(left_out=3, r2=0.5) == ["3 answers are not finite: they were left out"]
     assert ["no linear last layer" in warning for warning in warnings_of(head=None)] == [True]
 
 
@@ -93,7 +94,6 @@ def test_a_key_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatc
     with pytest.raises(OSError, match="no space"):
         save_key(path, small_key(3), exclusive=exclusive)
     assert tree(tmp_path) == before
-
 
 
 # ---------------------------------------------------------------- answers
@@ -234,12 +234,6 @@ def test_a_shard_that_shrinks_while_it_is_copied():
 # ---------------------------------------------------------------- images
 
 
-def saved(image, format="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_an_image_a_little_beyond_the_largest(monkeypatch):
     """Pillow itself refuses twice as many pixels, and only warns of these."""
@@ -255,15 +249,15 @@ def test_a_text_called_transparency_makes_nothing_transparent():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8))
     text = PngInfo()
     text.add_text("transparency", "none")
-    picture = decode(saved(image, pnginfo=text), "a.png")
+    picture = decode(encoded(image, pnginfo=text), "a.png")
     assert picture.mode == "RGB" and picture.plane is None
     assert (picture.rgb == np.asarray(image)).all()
 
 
 def test_depths_and_layouts_that_cannot_be_kept():
     grey = Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4) * 999)
-    assert decode(saved(grey, "TIFF"), "a.tif").mode == "I;16"
-    inverted = saved(grey, "TIFF", tiffinfo={262: 0})
+    assert decode(encoded(grey, "TIFF"), "a.tif").mode == "I;16"
+    inverted = encoded(grey, "TIFF", tiffinfo={262: 0})
     with pytest.raises(RadiotagError, match="16-bit TIFF in which 0 is white"):
         decode(inverted, "a.tif")
     plain, text = png(np.zeros((4, 4, 3), np.uint8)), b"tEXta\0b"

@@ -255,8 +255,10 @@ def test_a_report_is_a_whole_page_that_no_name_can_break(key, tmp_path):
         finding(path="c.pt", detected=False),
     )  # fmt: skip
     path = tmp_path / "page.html"
-    report.write(path, report.Page(findings=shown, key=key, alpha=1e-4, command=("x", "<&\x1b"), created=CREATED,
-                                   conditions=NOTHING))
+    report.write(
+        path,
+        report.Page(findings=shown, key=key, alpha=1e-4, command=("x", "<&\x1b"), created=CREATED, conditions=NOTHING),
+    )
     page = path.read_text(encoding="utf-8")
     root = tree(page)
     said = words(root)

@@ -65,7 +65,6 @@ def log_answers(network, pixels, batch_size):
     return suspect_module.log_answers(network, pixels, Batching(size=batch_size))
 
 
-
 # ---------------------------------------------------------------- alignment
 
 
