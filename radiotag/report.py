@@ -27,7 +27,7 @@ from radiotag.keys import STATISTICS, Key
 from radiotag.markup import Bar, chart, document, element, facts, group, numbers, paragraph, verbatim
 from radiotag.public import Conditions, public_half, told
 from radiotag.radioactive import NULL
-from radiotag.verification import VOIDS, ClassResult, Finding
+from radiotag.verification import LOOKS_MARKED, VOIDS, ClassResult, Finding
 
 ALARM = 0.001  # if a calibration's p-value is below this, the suspects' p-values cannot be trusted
 SHOWN = 20  # strongest and weakest classes to show if there are more than twice as many
@@ -508,6 +508,7 @@ def _checks(page: Page) -> list[ET.Element]:
         ("Classes and carriers", _state(page.conditions.checked.classes, "are paired as published", page)),
         ("Manifest", _manifest_state(page)),
         *((name.capitalize(), text) for name, text in told(page.conditions) if name in {"data", "chosen"}),
+        ("Images shown", _images(page)),
         ("Questions", _questions(page)),
         ("Controls", _controls(page)),
         ("Other looks", "for the owner to tell: p has to be multiplied by the number of tests made with this key"),
@@ -530,6 +531,16 @@ def _manifest_state(page: Page) -> str:
     if page.conditions.options.get("manifest") is None:
         return "none was used"
     return _state(page.conditions.checked.manifest, "is the one published", page)
+
+
+def _images(page: Page) -> str:
+    """What the images' own test for marks gave; nothing for synthetic images, or if no class was known."""
+    found = [finding.images_log10_p for finding in page.findings if finding.images_log10_p is not None]
+    if not found:
+        return ""
+    if min(found) <= LOOKS_MARKED:
+        return f"LOOK MARKED under this key (log10 p = {min(found):.2f}): the result is void"
+    return f"checked: they do not look marked themselves (log10 p = {min(found):.2f})"
 
 
 def _questions(page: Page) -> str:

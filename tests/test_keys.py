@@ -478,3 +478,25 @@ def test_the_pattern_goes_to_a_quarter_that_is_chosen_first(key):
     assert choose(key, paths, 0.2) < carrying < choose(key, paths, 0.3)
     other = new_key(small_weights(), {}, 4, 3)
     assert abs(sum(patterned(other, path) for path in carrying) / len(carrying) - 0.25) < 0.08
+
+
+def test_a_key_of_this_format_gives_the_same_carriers_for_ever():
+    """Frozen: a key's file outlives the version that made it, and all of it follows from these bytes."""
+    metadata = {
+        "format": 2, "statistic": "pattern or pattern+response+ridge", "network": {"architecture": "toy"},
+        "dimension": 5, "classes": 2, "class_names": ["cat", "dog"], "beacon": "block 900000", "created": "2026-11-30",
+    }  # fmt: skip
+    weights = {
+        "fc.weight": torch.arange(10, dtype=torch.float32).view(2, 5), "fc.bias": torch.zeros(2), "n": torch.tensor(3)
+    }  # fmt: skip
+    key = key_from(bytes(range(32)), weights, metadata)
+    assert key.fingerprint == "2ff6cd6a86fe1c3866522f970a4b0ce55b15b44049966ef0296e0865e121ac52"
+    assert key.commitment == "630dcd2966c4336691125448bbb25b4ff412a49c732db2c8abc1b8581bd710dd"
+    assert key.secret.hex() == "0d208c98a752a3259f3b9d63905849dd8033c65f32f0889df2ad37c0be172e18"
+    carriers = [[-0.4535, 0.6507, 0.4278, -0.0341, 0.4321], [-0.0887, 0.2539, 0.5818, 0.3989, -0.6558]]
+    assert key.carriers.numpy() == pytest.approx(np.array(carriers), abs=6e-5)
+    assert key.patterns[:, :3].numpy() == pytest.approx(
+        np.array([[-0.0640, -0.1947, 0.0356], [0.0204, -0.0405, -0.1175]]), abs=6e-5
+    )
+    names = [f"cat/{i}.png" for i in range(8)]
+    assert sorted(choose(key, names, 0.25)) == [name for name in names if patterned(key, name)] == names[2:4]

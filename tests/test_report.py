@@ -602,3 +602,17 @@ def test_a_report_that_cannot_be_written_costs_no_verdict(place, tmp_path, monke
 def test_the_pages_code_knows_no_terminal():
     for name in ("report.py", "markup.py"):
         assert "rich" not in Path(report.__file__).with_name(name).read_text().split("import ", 1)[1].lower()
+
+
+@pytest.mark.parametrize(
+    ("log10_p", "said"), [(-17.2, "LOOK MARKED under this key"), (-0.3, "they do not look marked"), (None, None)]
+)
+def test_the_page_says_whether_the_images_look_marked(key, log10_p, said):
+    shown = text_of(key, finding(images_log10_p=log10_p))
+    assert ("Images shown" in shown) is (said is not None) and (said or "") in shown
+
+
+def test_the_page_tells_what_was_checked_of_a_control(key):
+    shown = text_of(key, finding(), controls=[finding(path="clean.pt", log10_p=-0.25, detected=False)])
+    assert "clean.pt: log10 p = -0.25" in shown.replace("−", "-")
+    assert "NOT CHECKED against a publication" in shown
