@@ -50,6 +50,23 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def model(place):
+    """A suspect of the unmarked images."""
+    path = place / "m.pt"
+    good("train-demo", place / "imgs", "-o", path, "--arch", "resnet10", "--epochs", 1, "--batch-size", 6)
+    return path
+
+
+@pytest.fixture(scope="module")
+def released(place):
+    """Marked images (N, 32, 32, 3) of the key, and their labels."""
+    images, labels = synthetic.demo_images(500, 32, seed=8)
+    images, labels = images[labels < 3].numpy(), [NAMES[label] for label in labels[labels < 3]]
+    marked = api.mark(images, place / "k.safetensors", labels=labels, options=MarkOptions(steps=1))
+    return np.moveaxis(marked.images, 1, -1), labels
+
+
+@pytest.fixture(scope="module")
 def innocent():
     """An innocent suspect's vectors: anything that was computed without the carriers."""
     rng = np.random.default_rng(3)
@@ -154,14 +171,9 @@ def test_the_digest_of_images_is_of_their_classes_and_contents(tmp_path):
 
 
 @pytest.mark.parametrize("kept", ["copied", "JPEG"])
-def test_marked_images_shown_as_unmarked_are_noticed(place, tmp_path, few_synthetic, kept):
+def test_marked_images_shown_as_unmarked_are_noticed(place, model, released, tmp_path, few_synthetic, kept):
     """Copied and saved again, they are in no manifest's list; a suspect's guilt would hide behind them."""
-    model = tmp_path / "m.pt"
-    good("train-demo", place / "imgs", "-o", model, "--arch", "resnet10", "--epochs", 1, "--batch-size", 6)
-    images, labels = synthetic.demo_images(500, 32, seed=8)
-    images, labels = images[labels < 3].numpy(), [NAMES[label] for label in labels[labels < 3]]
-    marked = api.mark(images, place / "k.safetensors", labels=labels, options=MarkOptions(steps=1))
-    for i, (pixels, label) in enumerate(zip(np.moveaxis(marked.images, 1, -1), labels, strict=True)):
+    for i, (pixels, label) in enumerate(zip(*released, strict=True)):
         target = tmp_path / "disguised" / label / f"{i}.{'jpg' if kept == 'JPEG' else 'png'}"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(target, quality=95)
@@ -282,9 +294,7 @@ def test_a_lost_public_half_is_written_again_and_another_is_left_alone(place, tm
     assert (tmp_path / "k.pub").read_text() == "mine"
 
 
-def test_verify_says_what_was_checked(place, few_synthetic, tmp_path):
-    model = tmp_path / "m.pt"
-    good("train-demo", place / "imgs", "-o", model, "--arch", "resnet10", "--epochs", 1, "--batch-size", 6)
+def test_verify_says_what_was_checked(place, model, few_synthetic, tmp_path):
     given = ["verify", model, "--key", place / "k.safetensors", "--json"]
     bare = call(*given).json
     assert bare["checked"]["public"] is None and bare["data"] == {"kind": "synthetic", "digest": None, "images": None}

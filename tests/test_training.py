@@ -504,6 +504,7 @@ def test_an_attack_is_the_gradients_step_from_a_random_point_of_the_ball():
     assert 0 <= float(dark.min()) < float(dark.max()) <= radius
 
 
+@pytest.mark.slow
 def test_robust_training_withstands_more(monkeypatch):
     monkeypatch.setattr(training, "RADIUS", 0.03)
     images, labels = synthetic.demo_images(200, 16, seed=0)
