@@ -409,7 +409,8 @@ def run_all(a: argparse.Namespace) -> None:
             if e.data == "digits":
                 shared(a.work, "digits", write_digits)
             found = run(a.work, name)
-            print(f"{name}: {found['real']['log10_p']:.2f}, {found['bare']['log10_p']:.2f} bare", flush=True)
+            bare = f"{found['bare']['log10_p']:.2f}" if "bare" in found else "none"
+            print(f"{name}: {found['real']['log10_p']:.2f}, {bare} bare", flush=True)
 
 
 def table(a: argparse.Namespace) -> None:
