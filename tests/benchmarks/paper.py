@@ -444,6 +444,8 @@ def grouped(results: Results) -> tuple[Groups, dict[str, list[Run]]]:
     others: dict[str, list[Run]] = {}
     for found in results["paper"]["runs"]:
         kind, row = re.sub(r", (seed|key) \d$", "", found["experiment"]).split("/")
+        if kind == "evades":
+            continue
         title = TITLES.get(f"{kind}/{row}", f"digits, {row}" if kind == "another set" else row)
         if kind in TITLES or "100 classes" in kind + title:
             name = TITLES.get(kind, title if "100 classes" in title else f"100 classes, {title}")
