@@ -99,8 +99,11 @@ def version(run):
 
 
 def test_all_runs_are_of_the_declared_statistic():
-    assert {run[test]["statistic"] for run in PAPER for test in ("bare", "real")} == {STATISTIC}
-    assert {version(run) for run in (*PAPER, *EVIDENCE, *MARKING["large"])} == {SHIPPED}
+    later = [run for run in PAPER if run["experiment"].startswith("evades/")]
+    rest = [run for run in PAPER if run not in later]
+    assert {run[test]["statistic"] for run in PAPER for test in ("bare", "real") if test in run} == {STATISTIC}
+    assert {version(run) for run in (*rest, *EVIDENCE, *MARKING["large"])} == {SHIPPED}
+    assert {version(run) for run in later} == {"0.5"}
     assert {version(MARKING[name]) for name in ("speed", "step", "scale")} == {SHIPPED}
 
 
