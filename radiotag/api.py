@@ -3,9 +3,11 @@
 import math
 import operator
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -21,13 +23,14 @@ from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
 from radiotag.images import decode, png
 from radiotag.images import psnr as image_psnr
-from radiotag.keys import Key, new_key, save_key, with_beacon
+from radiotag.keys import Key, new_key, order, save_key, with_beacon
 from radiotag.manifest import Summary
 from radiotag.marking_run import THREADS, run
-from radiotag.networks import available_device, marking_weights
-from radiotag.plan import MarkOptions, Plan, carrier_rows, choose_images, make_plan
+from radiotag.networks import Network, available_device, marking_weights
+from radiotag.plan import MarkOptions, Plan, allotted, by_class, carrier_rows, choose_at_random, make_plan
 from radiotag.probes import ArrayImages, FolderImages, UnmarkedImages
 from radiotag.public import Checked, Conditions, Public, check, images_digest, public_half, read_public
+from radiotag.ranking import NOTHING, Choice, by_hardness, choose_hard, features_of
 from radiotag.verification import Finding, Model, Progress, VerifyOptions
 
 PathLike = str | os.PathLike[str]
@@ -216,17 +219,21 @@ def _mark_arrays(
         raise RadiotagError("the key names its classes, and the images have no labels", hint)
     rows = carrier_rows(key, sorted(set(names)))
     paths = [f"{name}/{i:07d}.png".lstrip("/") for i, name in enumerate(names)]
-    chosen = choose_images(key, paths, names, options.fraction)
-    places = [i for i, path in enumerate(paths) if path in chosen]
+    network = key.network(options.device)
+    wanted = allotted(key, dict(Counter(names)), rows, options)
+    choice = _choose(network, pixels, dict(zip(paths, names, strict=True)), wanted, key, options)
+    places = [i for i, path in enumerate(paths) if path in choice.marked]
     marked, psnr = pixels.clone(), np.full(len(pixels), np.nan)
     together = max(1, min(options.batch_size, PIXELS_TOGETHER // pixels[0, 0].numel()))
     with ThreadPoolExecutor(THREADS) as pool:
-        marker = Marker(network=key.network(options.device), marking=options.marking, pool=pool, format="png")
+        marker = Marker(network=network, marking=options.marking, pool=pool, format="png")
         for start in range(0, len(places), together):
             batch = places[start : start + together]
             pictures = [decode(png(pixels[i].permute(1, 2, 0).numpy()), paths[i]) for i in batch]
             requests = [
-                request_for(key, picture, paths[i], rows[names[i]], options.seed)
+                request_for(
+                    key, picture, paths[i], rows[names[i]], seed=options.seed, patterned=paths[i] in choice.patterned
+                )
                 for i, picture in zip(batch, pictures, strict=True)
             ]
             for i, request, seen in zip(batch, requests, _marked_pixels(marker, requests), strict=True):
@@ -234,6 +241,20 @@ def _mark_arrays(
                 psnr[i] = image_psnr(request.picture.rgb, seen)
             progress(Summary(images=len(places), done=start + len(batch)))
     return MarkedImages(images=like(given, marked), chosen=np.isin(np.arange(len(pixels)), places), psnr=psnr)
+
+
+def _choose(
+    network: Network, pixels: Tensor, labels: dict[str, str], wanted: dict[str, int], key: Key, options: MarkOptions
+) -> Choice:
+    """The choice of images (N, 3, H, W) to mark; labels: path → class, in their order; wanted: class → how many."""
+    if options.choose == "random":
+        return choose_at_random(key, by_class(labels.items()), wanted)
+    images = (image.float() for image in pixels)
+    found = features_of(network, images, len(pixels), options.batch_size, lambda _: None)
+    choice = NOTHING
+    for name, paths in by_hardness(labels, found).items():
+        choice |= choose_hard(paths, wanted[name], NOTHING, partial(order, key))
+    return choice
 
 
 def _marked_pixels(marker: Marker, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
@@ -373,6 +394,8 @@ def _check_options(options: MarkOptions | VerifyOptions) -> None:
         value = getattr(options, name, None)
         if value is not None and not least <= value <= most:
             raise RadiotagError(f"{name} is {value:g}, and should be from {least:g} to {most:g}", "correct options")
+    if isinstance(options, MarkOptions) and options.choose not in {"hard", "random"}:
+        raise RadiotagError(f"choose is '{options.choose}', and should be hard or random", "correct options")
     if isinstance(options, MarkOptions) and options.format not in {"keep", "png"}:
         raise RadiotagError(f"format is '{options.format}', and should be keep or png", "correct options")
 

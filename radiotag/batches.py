@@ -18,7 +18,7 @@ from torch import Tensor
 
 from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.images import Picture, decode, encode, psnr, roundtrip
-from radiotag.keys import Key, image_random, patterned
+from radiotag.keys import Key, image_random
 from radiotag.networks import Network, resized
 from radiotag.radioactive import ImageToMark, Marking, mark_images, padded
 
@@ -61,13 +61,13 @@ class Marked:
     gain: float  # of its feature along the carrier
 
 
-def request_for(key: Key, picture: Picture, path: str, row: int, seed: int) -> Request:
-    """The request for an image: the carrier of its class, the pattern if the key chooses so, and its random crops."""
+def request_for(key: Key, picture: Picture, path: str, row: int, *, seed: int, patterned: bool) -> Request:
+    """The request for an image: the carrier of its class, its pattern if it is `patterned`, and its random crops."""
     pattern = key.patterns[row]
     return Request(
         picture=picture,
         carrier=key.carriers[row],
-        pattern=pattern if patterned(key, path) else torch.zeros_like(pattern),
+        pattern=pattern if patterned else torch.zeros_like(pattern),
         draw=image_random(key, path, seed),
     )
 

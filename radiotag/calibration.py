@@ -38,21 +38,22 @@ def calibrate(
 
     Null keys follow from the secret key by a hash (SHAKE-256), so that nobody can draw others until the result suits.
     The Kolmogorov–Smirnov test is weak for the few smallest p-values, which decide about accusations; so these are
-    counted, too. If the best of many outputs counts (Bonferroni), p is conservative; then the test only checks that
+    counted, too. If the best of several tests counts (Bonferroni), p is conservative; then the test only checks that
     small p-values are not too many.
     """
     vectors = replace(vectors, paper=None)  # the paper's statistic is not needed for null keys
     nulls, seed = [], key.secret + b"calibrate"
     for number in range(count):
         carriers, patterns = null_carriers(key, hashlib.shake_256(seed + number.to_bytes(8, "big")).digest)
-        nulls.append(evidence(vectors, rows, carriers, patterns).log_p)
+        nulls.append(evidence(vectors, rows, carriers, patterns, key.tested_order).log_p)
         if number % 10 == 9:
             tell("null keys", number + 1, count)
+    conservative = output_unknown(rows) or (key.nested and len(rows) > 1)  # corrected for a choice
     p = np.exp(nulls)
     tail = [int((p <= level).sum()) for level in TAIL]
     return Calibration(
         n=count,
-        ks_p=float(stats.kstest(p, "uniform", alternative="greater" if output_unknown(rows) else "two-sided").pvalue),
+        ks_p=float(stats.kstest(p, "uniform", alternative="greater" if conservative else "two-sided").pvalue),
         rank=1 + sum(value <= log_p for value in nulls),
         histogram=tuple(np.histogram(p, bins=10, range=(0, 1))[0].tolist()),
         tail=tuple(tail),

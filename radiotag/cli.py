@@ -198,8 +198,17 @@ def mark(
     ],
     key: KeyOption,
     fraction: Annotated[
-        float, marking_option(min=0.0, max=1.0, metavar="SHARE", help="share of each class to mark")
+        float,
+        marking_option(
+            min=0.0, max=1.0, metavar="SHARE", help="share of all images to mark; below 0.1, of few classes"
+        ),
     ] = 1.0,
+    spread: Annotated[
+        bool, marking_option("--spread", metavar="", help="mark every class alike, however few marks there are")
+    ] = False,
+    choose: Annotated[
+        str, marking_option(metavar="hard|random", help="mark images that are hard to tell from other classes, or any")
+    ] = "hard",
     steps: Annotated[int, marking_option(min=1, max=10_000, metavar="N", help="gradient steps an image")] = 20,
     seed: Annotated[int, marking_option(min=0, metavar="N", help="seed of the random crops")] = 0,
     held_out: Annotated[
@@ -247,12 +256,15 @@ def mark(
     with reporting("mark", json_, quiet) as report:
         if format_ not in {"keep", "png"}:
             raise typer.BadParameter(f"--format is keep or png, not {format_}")
+        if choose not in {"hard", "random"}:
+            raise typer.BadParameter(f"--choose is hard or random, not {choose}")
         report.note("planning …")
         from radiotag.plan import MarkOptions
 
         options = MarkOptions(
             fraction=fraction, epsilon=epsilon, min_psnr=min_psnr, steps=steps, format=format_, seed=seed,
             device=choose_device(device), batch_size=batch_size, force=force, strict=strict, held_out=held_out,
+            choose=choose, spread=spread,
         )  # fmt: skip
         plan = _mark_plan(report, source, output, key, options)
         _check_preview(plan, preview, force)
@@ -291,7 +303,9 @@ def _tell_plan(report: Report, plan: "Plan") -> None:
 
     check(plan)
     report.say(*_plan_lines(plan))
-    report.give(**_mark_json(plan, Summary(images=len(plan.items)), dry_run=True, would_mark=len(plan.chosen)))
+    report.give(
+        **_mark_json(plan, Summary(images=len(plan.items)), dry_run=True, would_mark=sum(plan.wanted().values()))
+    )
 
 
 def _mark_run(report: Report, plan: "Plan") -> "Summary":
@@ -302,7 +316,11 @@ def _mark_run(report: Report, plan: "Plan") -> "Summary":
 
         def show(summary: "Summary") -> None:
             done = summary.done + summary.under_way
-            bar.update(task, total=summary.images, completed=done, detail=pace.told(summary))
+            if summary.ranked:
+                bar.update(task, description="ranking", total=summary.images, completed=summary.ranked)
+            else:
+                told = pace.told(summary)
+                bar.update(task, description="marking", total=summary.images, completed=done, detail=told)
 
         return run(plan, show)
 
@@ -358,14 +376,12 @@ def _check_preview(plan: "Plan", preview: Path | None, force: bool) -> None:
 
 
 def _plan_lines(plan: "Plan") -> list[str]:
-    sizes: dict[str, list[int]] = {}
-    for item in plan.items:
-        counts = sizes.setdefault(item.label, [0, 0])
-        counts[0] += 1
-        counts[1] += plan.marks(item)
-    lines = [f"{name or plan.source.name}: {marked} of {total} images" for name, (total, marked) in sizes.items()]
+    wanted = plan.wanted()
+    lines = [
+        f"{name or plan.source.name}: {wanted[name]} of {len(paths)} images" for name, paths in plan.by_class().items()
+    ]
     return [
-        f"would mark {len(plan.chosen)} of {len(plan.items)} images into {plan.output}, less what is done already",
+        f"would mark {sum(wanted.values())} of {len(plan.items)} images into {plan.output}, less what is done already",
         *(f"  {line}" for line in lines),
         *_unmarked_lines(plan),
         f"next         {shlex.join(['radiotag', *(word for word in sys.argv[1:] if word != '--dry-run')])}",
@@ -855,7 +871,7 @@ def _tell(
     for finding in findings:
         report.say(*_finding_lines(finding, options.alpha, len(findings)))
         if finding.calibration:
-            report.say(*pages.histogram(finding.calibration, pages.best_counts(finding)), "")
+            report.say(*pages.histogram(finding.calibration, pages.is_corrected(finding)), "")
     white = all(finding.method == "white-box" for finding in findings)
     holds_if, unless = verification.VOIDS if white else pages.BLACK_BOX_VOIDS
     report.say(
@@ -944,6 +960,9 @@ def _finding_lines(finding: "Finding", alpha: float, count: int) -> list[str]:
         f"suspect      {finding.path} ({finding.architecture}, {finding.classes_used} classes used, {how})",
         f"verdict      {verdict}: log10 p = {finding.log10_p:.2f}{corrected} (threshold p ≤ {alpha:g}){more}",
     ]
+    if finding.sets > 1:
+        strongest = f"the first {finding.first_classes} of {finding.classes_used} classes, in the key's order"
+        lines.append(f"strongest    {strongest}, of {finding.sets} nested sets; p is corrected for the choice")
     if finding.method == "white-box":
         paper = "none" if finding.paper_log10_p is None else f"{finding.paper_log10_p:.2f}"
         lines.append(f"paper's test log10 p = {paper} (information only)")

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,12 +34,15 @@ from radiotag.networks import Network, State, from_state, spec_from, unpack
 from radiotag.radioactive import uniform_carriers
 
 KEY_FORMAT = 2  # version of key files
-STATISTIC = "contrasted pattern or pattern+response+ridge"  # what new keys declare
+CONTRASTED = "contrasted pattern or pattern+response+ridge"
+STATISTIC = f"nested {CONTRASTED}"  # what new keys declare
 STATISTICS = {
-    STATISTIC: "the sum of two unit vectors, response and ridge alignment (the latter at half weight without labelled "
+    CONTRASTED: "the sum of two unit vectors, response and ridge alignment (the latter at half weight without labelled "
     "images), and the whitened pattern; what the classes share and a reference classifier's response are removed "
     "from each; Stouffer over the classes of each; the smaller of the pattern's p and Fisher's of both, corrected for "
-    "the choice"
+    "the choice",
+    STATISTIC: "of the first 1, 2, 5, 10, … classes of an order that only the key knows, and of all: "
+    f"{CONTRASTED}; the smallest p, times the number of these sets",
 }
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
 DECLARED = ("format", "statistic", "network", "dimension", "classes", "class_names", "beacon")  # carriers follow
@@ -58,6 +62,7 @@ class Key:
     carriers: Tensor  # (C, d) float32, unit rows: u
     patterns: Tensor  # (C, m) float32, unit rows: v
     secret: bytes  # 32 bytes that determine which images are marked and how they are augmented
+    class_order: tuple[int, ...]  # carrier rows in a secret order: few marks go into the first classes
     path: Path | None = field(default=None, compare=False)  # the file that it was read from or written to
 
     @property
@@ -65,6 +70,16 @@ class Key:
         """Names in carrier order; None if the key only counts its classes."""
         names: list[str] | None = self.metadata["class_names"]
         return names
+
+    @property
+    def nested(self) -> bool:
+        """Whether the declared statistic tests the first classes of the order alone, too."""
+        return self.statistic == STATISTIC
+
+    @property
+    def tested_order(self) -> tuple[int, ...] | None:
+        """The order whose first classes are tested alone, too; None if the statistic tests all together."""
+        return self.class_order if self.nested else None
 
     @property
     def statistic(self) -> str:
@@ -142,7 +157,14 @@ def key_from(seed: bytes, weights: State, metadata: dict[str, Any], path: Path |
     return Key(
         seed=seed, weights=weights, metadata=metadata, fingerprint=fingerprint(seed, network, metadata),
         carriers=carriers, patterns=patterns, secret=derive(seed, network, metadata, "images", 32), path=path,
+        class_order=_permutation(classes, derive(seed, network, metadata, "classes", 8 * classes)),
     )  # fmt: skip
+
+
+def _permutation(count: int, stream: bytes) -> tuple[int, ...]:
+    """range(count) in the order of uniform numbers of 8 bytes each; equal ones, which are rare, stay as they are."""
+    numbers = np.frombuffer(stream, dtype=">u8")
+    return tuple(np.argsort(numbers, kind="stable").tolist())
 
 
 def new_key(
@@ -295,21 +317,17 @@ def _check_network(weights: State, metadata: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- choices
 
 
-def choose(key: Key, paths: Sequence[str], fraction: float) -> set[str]:
-    """Choose round(fraction·n) of one class's n paths to mark, at least one unless the fraction is 0.
-
-    The order in which paths are taken follows from the secret.
-    """
-    count = min(len(paths), max(1, round(fraction * len(paths)))) if fraction > 0 else 0
-    return set(sorted(paths, key=lambda path: _order(key, path))[:count])
+def choose(key: Key, paths: Sequence[str], count: int) -> set[str]:
+    """Choose `count` of one class's paths to mark. The order in which they are taken follows from the secret."""
+    return set(sorted(paths, key=lambda path: order(key, path))[:count])
 
 
 def patterned(key: Key, path: str) -> bool:
     """Whether a marked image carries its class's pattern: about PATTERNED of all do, which `choose` takes first."""
-    return int.from_bytes(_order(key, path)[:8]) < PATTERNED * 2**64
+    return int.from_bytes(order(key, path)[:8]) < PATTERNED * 2**64
 
 
-def _order(key: Key, path: str) -> bytes:
+def order(key: Key, path: str) -> bytes:
     """Uniform bytes that follow from the secret and the path alone, not from other files in the folder."""
     return hmac.digest(key.secret, os.fsencode(path), "sha256")
 

@@ -26,7 +26,7 @@ from radiotag.files import fill_atomically
 MANIFEST_FORMAT = 1
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # file systems without locks
 WRITTEN = "a manifest is what mark wrote beside its output, OUTPUT.manifest.jsonl"
-STATUSES = ("marked", "copied", "failed")
+STATUSES = ("marked", "copied", "failed", "chosen")  # chosen: to be marked by a run that is not finished
 TEXTS = ("path", "class", "output", "sha256_in", "sha256_out", "error", "hint")
 QUALITY = ("psnr", "ssim", "linf", "gain")  # of a marked image
 Row = dict[str, Any]
@@ -38,6 +38,7 @@ class Summary:
 
     images: int  # expected in total
     skipped: int = 0  # done by an earlier run
+    ranked: int = 0  # of the images, before the first is marked
     done: int = 0
     under_way: float = 0.0  # steps done for the current batch, in images' worth
     copied: int = 0

@@ -18,6 +18,10 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from radiotag import manifest
 from radiotag.batches import Marked, Marker, Request, fits, mark_requests, request_for
 from radiotag.errors import RadiotagError
@@ -25,10 +29,11 @@ from radiotag.files import fill_atomically, hash_or_none, write_atomically
 from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, ssim
 from radiotag.listing import Item
 from radiotag.manifest import QUALITY, Row, Summary
-from radiotag.plan import Plan, check_begun, check_rows, stale_files, with_earlier
+from radiotag.plan import Plan, check_begun, check_rows, choose_ranked, is_settled, stale_files, with_earlier
 from radiotag.probes import FolderImages
 from radiotag.processes import Team, team
 from radiotag.public import marked_half
+from radiotag.ranking import by_hardness, features_of
 from radiotag.stores import copy_other_file
 
 BEST_PSNR = 100.0  # dB, recorded for an unchanged image: JSON has no infinity
@@ -63,6 +68,7 @@ def run(plan: Plan, progress: Callable[[Summary], None] = lambda _: None) -> Sum
         ThreadPoolExecutor(THREADS) as pool,
     ):
         plan = with_earlier(plan)  # after the first process has merged all journals, so that all agree
+        plan = _settle(plan, processes, journal, pool, progress)
         share = slice(processes.rank, None, processes.size)
         items, other_files = plan.items[share], plan.other_files[share]
         state = _Run(plan=plan, pool=pool, summary=Summary(images=len(items)), progress=progress)
@@ -121,6 +127,50 @@ def _publish(plan: Plan) -> None:
 
 def _without_date(half: bytes) -> list[bytes]:
     return [line for line in half.splitlines() if not line.startswith(b"date: ")]
+
+
+# ---------------------------------------------------------------- which images
+
+
+def _settle(
+    plan: Plan, processes: Team, journal: IO[bytes], pool: ThreadPoolExecutor, progress: Callable[[Summary], None]
+) -> Plan:
+    """Choose hard images, and write the choice to the journal before the first mark: a later run repeats it.
+
+    Each process computes the features of its share; then all know all, and choose the same.
+    """
+    if is_settled(plan):
+        return plan
+    mine = plan.items[processes.rank :: processes.size]
+    summary = Summary(images=len(plan.items))
+
+    def tell(done: int) -> None:
+        summary.ranked = min(len(plan.items), done * processes.size)
+        progress(summary)
+
+    with closing(prefetch(pool, partial(_pixels, plan), mine, THREADS)) as images:
+        found = features_of(plan.key.network(plan.options.device), images, len(mine), plan.options.batch_size, tell)
+    shares = processes.gather(found)
+    features = shares[0].new_empty(len(plan.items), shares[0].shape[1])
+    for rank, share in enumerate(shares):
+        features[rank :: processes.size] = share
+    labels = {item.path.as_posix(): item.label for item in plan.items}
+    earlier, plan = plan.choice.marked, choose_ranked(plan, by_hardness(labels, features))
+    if processes.rank == 0:
+        for item in plan.items:
+            if plan.marks(item) and item.path.as_posix() not in earlier:
+                _append(journal, _row(plan, item, "chosen"))
+    processes.gather(None)
+    return plan
+
+
+def _pixels(plan: Plan, item: Item) -> Tensor | None:
+    """A whole image (3, H, W) in [0, 255]; None for one that cannot be read, which is left for the marking to tell."""
+    try:
+        rgb = decode(plan.store.read(item.path), str(plan.source / item.path)).rgb
+    except (RadiotagError, OSError):
+        return None
+    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
 
 
 # ---------------------------------------------------------------- the journal
@@ -258,9 +308,11 @@ def _process(state: _Run, todo: Sequence[Item], other_files: Sequence[PurePosixP
 
 
 def _row(plan: Plan, item: Item, status: str, **values: Any) -> Row:
-    chosen = {"chosen": True} if status == "failed" and plan.marks(item) else {}  # so that a later run chooses it again
+    more = {"chosen": True} if status == "failed" and plan.marks(item) else {}  # so that a later run chooses it again
     path = item.path.as_posix()
-    return {"path": path, "class": item.label, "row": plan.rows[item.label], "status": status, **values, **chosen}
+    if plan.options.choose == "hard" and plan.marks(item):
+        more["pattern"] = path in plan.choice.patterned
+    return {"path": path, "class": item.label, "row": plan.rows[item.label], "status": status, **values, **more}
 
 
 def _failed(plan: Plan, item: Item, error: RadiotagError) -> Row:
@@ -323,7 +375,9 @@ def _mark_batch(plan: Plan, marker: Marker, batch: Sequence[_Decoded]) -> Iterat
 
 def _request(plan: Plan, image: _Decoded) -> Request:
     item = image.item
-    return request_for(plan.key, image.picture, item.path.as_posix(), plan.rows[item.label], plan.options.seed)
+    path, row = item.path.as_posix(), plan.rows[item.label]
+    carries = path in plan.choice.patterned
+    return request_for(plan.key, image.picture, path, row, seed=plan.options.seed, patterned=carries)
 
 
 def _write(plan: Plan, image: _Decoded, result: Marked | RadiotagError) -> Row:

@@ -5,9 +5,10 @@ cannot continue.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
@@ -16,10 +17,11 @@ from radiotag import manifest
 from radiotag.errors import RadiotagError
 from radiotag.files import hash_or_none
 from radiotag.images import OTHER_SUFFIXES, SUFFIXES, decode, extension, psnr
-from radiotag.keys import Key, choose
+from radiotag.keys import Key, choose, order, patterned
 from radiotag.listing import Item
 from radiotag.manifest import MANIFEST_FORMAT, Row
 from radiotag.radioactive import Marking
+from radiotag.ranking import NOTHING, Choice, allot, choose_hard
 from radiotag.stores import Store, open_store
 
 ALIKE_PSNR = 15.0  # dB; a marked image and its source have more, two different images have about 10
@@ -30,12 +32,14 @@ class MarkOptions:
     """How a data set is marked."""
 
     # The manifest records these settings; a run that continues an earlier one must have the same.
-    fraction: float = 1.0  # of each class
+    fraction: float = 1.0  # of the whole data set
     epsilon: float = 10.0  # largest change of a pixel, in units of 1/255
     min_psnr: float | None = None  # dB, minimum of each marked image; None: by the image's size
     steps: int = 20  # gradient steps per image
     format: str = "keep"  # or "png"
     seed: int = 0  # of the random crops
+    spread: bool = False  # mark every class alike; otherwise few marks go into few classes
+    choose: str = "hard"  # which images: those that the marking network finds hard, or "random"
     # The following settings change no byte of the output.
     device: str = "cpu"
     batch_size: int = 64  # images optimised together
@@ -58,7 +62,7 @@ class Plan:
     options: MarkOptions
     manifest: Path
     rows: dict[str, int]  # class → carrier row
-    chosen: frozenset[str]  # relative paths to mark
+    choice: Choice  # relative paths to mark; of hard images, what is settled before they are ranked
 
     @property
     def public(self) -> Path:
@@ -88,13 +92,22 @@ class Plan:
     @property
     def header(self) -> Row:
         """The manifest's first line."""
-        names = ("fraction", "format", "seed", "epsilon", "min_psnr", "steps")
+        names = ("fraction", "format", "seed", "epsilon", "min_psnr", "steps", "choose", "spread")
         settings = {name: getattr(self.options, name) for name in names}
         return {"radiotag": MANIFEST_FORMAT, "fingerprint": self.key.fingerprint, **settings}
 
     def marks(self, item: Item) -> bool:
         """Whether an image is to be marked; otherwise it is copied."""
-        return item.path.as_posix() in self.chosen
+        return item.path.as_posix() in self.choice.marked
+
+    def by_class(self) -> dict[str, list[str]]:
+        """Class → relative paths of its images."""
+        return by_class((item.path.as_posix(), item.label) for item in self.items)
+
+    def wanted(self) -> dict[str, int]:
+        """Class → how many images this run's fraction asks for."""
+        sizes = {name: len(paths) for name, paths in self.by_class().items()}
+        return allotted(self.key, sizes, self.rows, self.options)
 
     def target(self, item: Item) -> str:
         """An image's relative path in the output: unmarked images keep their format."""
@@ -115,24 +128,54 @@ def make_plan(source: Path, output: Path, key: Key, options: MarkOptions) -> Pla
     for path in other_files:
         if _is_secret(source / path):
             raise RadiotagError(f"{source / path} is secret, and would be copied", "keep keys and manifests elsewhere")
-    paths, labels = [item.path.as_posix() for item in items], [item.label for item in items]
-    chosen = choose_images(key, paths, labels, options.fraction)
-    _check_collisions(items, chosen, options.format)
-    if key.class_names:
-        names = sorted({item.label for item in items})  # without the numbers of classes that have no image
+    paths = by_class((item.path.as_posix(), item.label) for item in items)
+    rows = carrier_rows(key, sorted(paths) if key.class_names else names)  # named: no numbers of absent classes
+    wanted = allotted(key, {name: len(members) for name, members in paths.items()}, rows, options)
+    choice = choose_at_random(key, paths, wanted) if options.choose == "random" else NOTHING
+    _check_collisions(items, choice.marked, options.format)
     named_output = output if output.name else output.absolute()
     return Plan(
-        store=store, key=key, options=options, rows=carrier_rows(key, names), chosen=chosen,
+        store=store, key=key, options=options, rows=rows, choice=choice,
         manifest=named_output.with_name(named_output.name + ".manifest.jsonl"),
     )  # fmt: skip
 
 
-def choose_images(key: Key, paths: Sequence[str], labels: Sequence[str], fraction: float) -> frozenset[str]:
-    """The paths to mark: a fraction of each class."""
-    by_class: dict[str, list[str]] = {}
-    for path, label in zip(paths, labels, strict=True):
-        by_class.setdefault(label, []).append(path)
-    return frozenset(path for members in by_class.values() for path in choose(key, members, fraction))
+def by_class(images: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """(path, class) of images → class → paths."""
+    found: dict[str, list[str]] = {}
+    for path, label in images:
+        found.setdefault(label, []).append(path)
+    return found
+
+
+def allotted(key: Key, sizes: dict[str, int], rows: dict[str, int], options: MarkOptions) -> dict[str, int]:
+    """Class → how many of its images to mark; rows: class → carrier. Few marks go into few classes (`allot`)."""
+    place = {row: number for number, row in enumerate(key.class_order)}
+    in_order = {name: sizes[name] for name in sorted(sizes, key=lambda name: place[rows[name]])}
+    return allot(in_order, options.fraction, spread=options.spread or not key.nested)
+
+
+def choose_at_random(key: Key, paths: dict[str, list[str]], wanted: dict[str, int]) -> Choice:
+    """So many images of each class (class → paths), as the key's secret decides."""
+    marked = frozenset(path for name, members in paths.items() for path in choose(key, members, wanted[name]))
+    return Choice(marked, frozenset(path for path in marked if patterned(key, path)))
+
+
+def choose_ranked(plan: Plan, ranked: dict[str, list[str]]) -> Plan:
+    """The plan with its fraction of hard images chosen; ranked: class → paths, hardest first."""
+    choice, wanted = plan.choice, plan.wanted()
+    for name, paths in ranked.items():
+        choice |= choose_hard(paths, wanted[name], plan.choice, partial(order, plan.key))
+    _check_collisions(plan.items, choice.marked, plan.options.format)
+    return replace(plan, choice=choice)
+
+
+def is_settled(plan: Plan) -> bool:
+    """Whether no image has to be ranked: the choice is random, or earlier runs have made it."""
+    wanted, had = plan.wanted(), plan.choice.marked
+    return plan.options.choose == "random" or all(
+        len(had.intersection(paths)) >= wanted[name] for name, paths in plan.by_class().items()
+    )
 
 
 def _is_secret(path: Path) -> bool:
@@ -231,12 +274,16 @@ def with_earlier(plan: Plan) -> Plan:
 
     When images are added or removed, a fraction of a class covers other images; those marked before must stay marked.
     """
-    if len(plan.chosen) == len(plan.items):
-        return plan
-    marked = {row["path"]: row.get("status") == "marked" or "chosen" in row for row in _recorded(plan)}
-    earlier = {item.path.as_posix() for item in plan.items if marked.get(item.path.as_posix())}
-    _check_collisions(plan.items, plan.chosen | earlier, plan.options.format)
-    return replace(plan, chosen=plan.chosen | earlier)
+    rows = {row["path"]: row for row in _recorded(plan)}
+    marked = {path for path, row in rows.items() if row.get("status") in {"marked", "chosen"} or "chosen" in row}
+    marked &= {item.path.as_posix() for item in plan.items}
+    if plan.options.choose == "random":
+        had = {path for path in marked if patterned(plan.key, path)}
+    else:
+        had = {path for path in marked if rows[path].get("pattern")}
+    choice = plan.choice | Choice(frozenset(marked), frozenset(had))
+    _check_collisions(plan.items, choice.marked, plan.options.format)
+    return replace(plan, choice=choice)
 
 
 def stale_files(plan: Plan) -> Iterator[tuple[Path, str]]:
@@ -261,9 +308,10 @@ def _check_links(plan: Plan) -> None:
 
 def _check_settings(plan: Plan, recorded: Row) -> None:
     for name, value in plan.header.items():
-        if recorded.get(name) != value:
+        before = recorded.get(name, {"choose": "random", "spread": True}.get(name))  # as earlier versions did
+        if before != value:
             raise RadiotagError(
-                f"{plan.output} was begun with {name} {recorded.get(name)}, not {value}",
+                f"{plan.output} was begun with {name} {before}, not {value}",
                 "repeat the earlier setting, choose another -o, or start over with --force",
             )
 
@@ -309,7 +357,7 @@ def _check_stale(plan: Plan) -> None:
 
 def _check_strangers(plan: Plan) -> None:
     """Refuse to overwrite files that no run recorded, unless they look like their source, which a killed run leaves."""
-    recorded = manifest.places(plan.manifest)
+    recorded = {row["path"] for row in _recorded(plan) if row["status"] != "chosen"}
     for item in plan.items if recorded else ():
         target = plan.store.output_file(plan.target(item))
         if target is None or item.path.as_posix() in recorded or not target.exists():

@@ -380,6 +380,8 @@ class Evidence:
     paper_log_p: float | None  # of the paper's statistic; None without a linear head
     mean_cosine: float  # between class vectors and feature carriers
     pattern_cosine: float | None  # between class vectors and patterns
+    sets: int  # of classes that were tested, nested in one another; 1: all classes together, and nothing else
+    first_classes: int  # how many classes the strongest set holds
     per_class: tuple[float, ...]  # natural-log p of each class whose vector is not zero
     compared: tuple[int, ...]  # positions of these classes among the vectors
 
@@ -389,9 +391,28 @@ def output_unknown(rows: Sequence[int]) -> bool:
     return len(rows) > 1 and len(set(rows)) == 1
 
 
-def evidence(vectors: ClassVectors, rows: Sequence[int], carriers: Tensor, patterns: Tensor | None = None) -> Evidence:
+def nested_sizes(count: int) -> list[int]:
+    """The sizes of the sets of first classes that are tested: 1, 2, 5, 10, 20, 50, … below a number, and the number.
+
+    >>> nested_sizes(30), nested_sizes(1)
+    ([1, 2, 5, 10, 20, 30], [1])
+    """
+    steps = (digit * 10**power for power in range(len(str(count))) for digit in (1, 2, 5))
+    return [*(size for size in steps if size < count), count]
+
+
+def evidence(
+    vectors: ClassVectors,
+    rows: Sequence[int],
+    carriers: Tensor,
+    patterns: Tensor | None = None,
+    order: Sequence[int] | None = None,
+) -> Evidence:
     """Test class vectors against carriers (C', d) and patterns (C', m); `rows` holds the carrier row of each vector.
 
+    `order` are all carrier rows in the key's secret order. Few marks go into its first classes. So its first 1, 2, 5, …
+    classes are tested, and all; the smallest p-value counts, times the number of these sets (Bonferroni). Without an
+    order all classes are tested together.
     If every vector has the same carrier, a single class was marked and it is not known which output of the suspect it
     became. Then the smallest p-value counts, times the number of outputs (Bonferroni).
     RadiotagError if all vectors are zero.
@@ -406,15 +427,35 @@ def evidence(vectors: ClassVectors, rows: Sequence[int], carriers: Tensor, patte
     log_p = np.where(alive, [part.log_p for part in parts], 0.0)  # (1 or 2, C)
     chosen = pattern_or_both(log_p[-1], log_p[0])
     per_class = np.where(alive.sum(0) == 2, chosen, log_p.sum(0))[alive.any(0)]
-    per_part = np.array([stouffer(part.log_p[part.alive]) for part in parts if part.alive.any()])  # (1 or 2,)
-    combined = float(pattern_or_both(per_part[1], per_part[0]) if len(per_part) > 1 else per_part[0])
+    sets = _sets(index, order)
+    nested = np.array([_combined(parts, members) for members in sets])
     means = [float(part.cosine[part.alive].mean()) if part.alive.any() else 0.0 for part in parts]
     return Evidence(
-        log_p=bonferroni(per_class) if best_only else combined,
+        log_p=bonferroni(per_class) if best_only else bonferroni(nested),
+        sets=len(sets),
+        first_classes=len(sets[int(nested.argmin())]),
         paper_log_p=None if vectors.paper is None else _paper_log_p(vectors.paper, carriers[index], best_only),
         mean_cosine=means[0], pattern_cosine=means[1] if len(means) > 1 else None,
         per_class=tuple(per_class.tolist()), compared=tuple(np.flatnonzero(alive.any(0)).tolist()),
     )  # fmt: skip
+
+
+def _sets(rows: Sequence[int], order: Sequence[int] | None) -> list[list[int]]:
+    """Positions of the vectors that are tested together."""
+    if order is None:
+        return [list(range(len(rows)))]
+    place = {row: number for number, row in enumerate(order)}
+    first = sorted(range(len(rows)), key=lambda i: place[rows[i]])
+    return [first[:size] for size in nested_sizes(len(rows))]
+
+
+def _combined(parts: Sequence["_Comparison"], members: Sequence[int]) -> float:
+    """log p of some classes together; 0 if none of their vectors says anything."""
+    found = [part.log_p[members][part.alive[members]] for part in parts]
+    per_part = np.array([stouffer(log_p) for log_p in found if len(log_p)])  # (0 to 2,)
+    if not len(per_part):
+        return 0.0
+    return float(pattern_or_both(per_part[1], per_part[0]) if len(per_part) > 1 else per_part[0])
 
 
 def _paper_log_p(vectors: Tensor, carriers: Tensor, best_only: bool) -> float:

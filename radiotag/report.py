@@ -52,6 +52,10 @@ BEST = (
     "One class was marked, and which output it became is not known: every output was compared with the same carrier. "
     "The strongest alone counts, its p-value multiplied by the number of outputs."
 )
+NESTED = (
+    "Few marks are laid into few classes, the first ones of an order that follows from the key. So the key's first 1, "
+    "2, 5, … classes were tested, and all; the strongest of these sets counts, its p-value multiplied by their number."
+)
 ORDINALS = ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -308,6 +312,11 @@ def best_counts(finding: Finding) -> bool:
     return len(finding.classes) > 1 and len({result.carrier for result in finding.classes}) == 1
 
 
+def is_corrected(finding: Finding) -> bool:
+    """Whether p is the best of several tests, corrected for the choice, and so larger than it need be."""
+    return best_counts(finding) or finding.sets > 1
+
+
 def _evidence(page: Page) -> list[ET.Element]:
     with_classes = [finding for finding in page.findings if finding.classes]
     if not with_classes:
@@ -319,6 +328,7 @@ def _evidence(page: Page) -> list[ET.Element]:
     parts = [
         element("h2", "Evidence per class"),
         paragraph(how + (BEST if any(map(best_counts, with_classes)) else COMBINED)),
+        *(paragraph(NESTED) for _ in range(any(finding.sets > 1 for finding in with_classes))),
     ]
     for finding in with_classes:
         parts += [element("h3", element("code", finding.path))] if len(page.findings) > 1 else []
@@ -374,7 +384,7 @@ def trusted(calibration: Calibration) -> bool:
 
 
 def histogram(calibration: Calibration, best: bool = False) -> list[str]:
-    """Return the calibration as lines of plain text with the same words as the page; `best`: see `best_counts`."""
+    """Return the calibration as lines of plain text with the same words as the page; `best`: see `is_corrected`."""
     widest = max(1, *calibration.histogram)
     bars = [
         f"{name}  {'#' * round(50 * count / widest):<50}  {count}"
@@ -395,14 +405,14 @@ def _bins() -> list[str]:
 
 
 def calibration_words(calibration: Calibration, best: bool = False) -> list[str]:
-    """Explain a calibration, one sentence per line; `best`: see `best_counts`."""
+    """Explain a calibration, one sentence per line; `best`: see `is_corrected`."""
     alike = "no excess of small p-values" if best else "compatible with a uniform distribution"
     words = {True: f"{alike}, as it must be", False: "NOT uniform: do not trust this p-value"}
     tail = "luck gives as many small p-values, or more, with"
     p_values = (("Kolmogorov-Smirnov", calibration.ks_p), (tail, calibration.tail_p))
     return [
         f"{calibration.n:,} null keys, drawn as the true key was but never used to mark, were tried on the same suspect"
-        + (": p is corrected for the best of many outputs, and may be larger than it need be" if best else ""),
+        + (": p is corrected for the best of several tests, and may be larger than it need be" if best else ""),
         *(f"{name} p = {_plain(p)}: {words[p >= ALARM]} (alarm below {ALARM})" for name, p in p_values),
         f"the true key has rank {calibration.rank:,} of {calibration.n + 1:,} (1: the smallest p; any rank is as "
         "likely as any other without the marked data)",
@@ -441,10 +451,10 @@ def _calibration(finding: Finding) -> list[ET.Element]:
     ordinary = f"differences of about {0.6 * calibration.n**0.5:,.0f} are ordinary"
     expects = f"{expected:,.10g} are expected in each, and {ordinary}"
     name = f"expected: {expected:,.10g}"
-    if best_counts(finding):
+    if is_corrected(finding):
         name = f"expected: at most {expected:,.10g}"
         expects = f"at most about {expected:,.10g} are expected in each but the last"
-    words = [raised(text) for text in calibration_words(calibration, best_counts(finding))]
+    words = [raised(text) for text in calibration_words(calibration, is_corrected(finding))]
     figure = chart(title, bars, [(expected, name)], 1.05 * max(expected, *calibration.histogram))
     return [
         element("figure", element("figcaption", f"{title}; {expects}"), figure),

@@ -151,7 +151,10 @@ class Folder:
 
     def stale(self, rows: Iterable[Row], targets: Set[str]) -> Iterator[tuple[Path, str]]:
         for row in rows:
-            if row.get("status", "failed") != "failed" and row.get("output", row["path"]) not in targets:
+            if (
+                row.get("status", "failed") not in {"failed", "chosen"}
+                and row.get("output", row["path"]) not in targets
+            ):
                 yield self.output / row["output"], row.get("sha256_out", "")
 
     def output_file(self, target: PurePosixPath | str) -> Path | None:

@@ -28,7 +28,15 @@ from radiotag.networks import Network, check_file, load_network, resized, wrap_m
 from radiotag.normalisation import better_normalisation
 from radiotag.pairing import Pairing, class_rows, match_outputs, pair
 from radiotag.probes import FolderImages, References, UnmarkedImages, class_means
-from radiotag.radioactive import Evidence, evidence, holm, output_unknown, resampled_log_p
+from radiotag.radioactive import (
+    Evidence,
+    bonferroni,
+    evidence,
+    holm,
+    nested_sizes,
+    output_unknown,
+    resampled_log_p,
+)
 from radiotag.suspect import Batching, ClassVectors, Reference, ask, class_vectors
 
 LOG10 = math.log(10)
@@ -92,6 +100,8 @@ class Finding:
     pattern_cosine: float | None  # with the patterns
     alignment_r2: float | None
     classes_used: int
+    sets: int  # of classes that were tested: the key's first 1, 2, 5, … and all; 1: all together, and nothing else
+    first_classes: int  # how many classes the strongest set holds
     method: str  # white-box or black-box
     warnings: tuple[str, ...]
     calibration: Calibration | None = None
@@ -237,7 +247,9 @@ def images_log10_p(reference: Reference, rows: dict[str, int], key: Key, batchin
         return None
     vectors = class_means(reference, list(rows), batching)
     alive = bool(vectors.features.any()) or (vectors.pattern is not None and bool(vectors.pattern.any()))
-    return evidence(vectors, list(rows.values()), key.carriers, key.patterns).log_p / LOG10 if alive else None
+    if not alive:
+        return None
+    return evidence(vectors, list(rows.values()), key.carriers, key.patterns).log_p / LOG10
 
 
 def _disguised(log10_p: float | None) -> list[str]:
@@ -271,7 +283,8 @@ def verify(
             reference = references.at(input_size(network, references), batching.tell)
             restated = _in_memory(partial(settle_normalisation, network, reference, options), batching)
             examined = _in_memory(partial(examine, network, key, reference, options), batching)
-            result = evidence(examined.vectors, examined.pairing.rows, key.carriers, key.patterns)
+            paired = examined.pairing.rows
+            result = evidence(examined.vectors, paired, key.carriers, key.patterns, key.tested_order)
             rows = examined.pairing.image_rows(reference.labels)
             own = _in_memory(partial(images_log10_p, reference, rows, key), batching)
         finding = _white_box_finding(model, examined, result, options)
@@ -296,6 +309,8 @@ def _white_box_finding(model: Model, examined: Examined, result: Evidence, optio
         pattern_cosine=result.pattern_cosine,
         alignment_r2=examined.vectors.r2,
         classes_used=len(result.per_class),
+        sets=result.sets,
+        first_classes=result.first_classes,
         method="white-box",
         warnings=tuple(_warnings(examined, result, options)),
         classes=_class_results(examined.pairing, result),
@@ -371,7 +386,9 @@ def choose_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> bl
     order = [i for i in order if data.labels[i] in rows]
     if not order:
         raise RadiotagError(f"{data.name} holds no class that the key knows", "give --data with the marked classes")
-    decoys = options.decoys or blackbox.decoys_needed(len({data.labels[i] for i in order}), options.alpha)
+    classes = len({data.labels[i] for i in order})
+    sets = len(nested_sizes(classes)) if key.nested else 1
+    decoys = options.decoys or blackbox.decoys_needed(classes, options.alpha / sets)
     limit = min(blackbox.IMAGES, blackbox.QUESTIONS // (2 * decoys + 2))
     order = [order[i] for i in blackbox.choose_images([data.labels[i] for i in order], limit)]
     labels = [data.labels[i] for i in order]
@@ -415,7 +432,7 @@ def verify_black_box(
                 answers = ask_function(model, queries, key, _batching(name, options, progress))
             if broken := int(answers.isnan().any(2).sum()):
                 assumed = [*assumed, NOT_FINITE.format(broken)]
-            finding = _black_box_finding(name, queries, answers, baseline, options)
+            finding = _black_box_finding(name, queries, answers, baseline, key, options)
         findings.append(replace(
             finding, sha256=suspect_digest(model), architecture=architecture, images_log10_p=own,
             warnings=(*_disguised(own), *assumed, *finding.warnings),
@@ -475,7 +492,7 @@ def verify_predictions(
             failure = error
             continue
         finding = _black_box_finding(
-            os.fspath(path), queries, answers, marker_answers(queries, key, options, progress), options
+            os.fspath(path), queries, answers, marker_answers(queries, key, options, progress), key, options
         )
         own = _asked_log10_p(queries, asked_about(queries, key, options), key, options, progress)
         told = (*_disguised(own), *warnings, *finding.warnings)
@@ -485,17 +502,20 @@ def verify_predictions(
 
 
 def _black_box_finding(
-    name: str, queries: blackbox.Queries, answers: Tensor, baseline: MarkerAnswers, options: VerifyOptions
+    name: str, queries: blackbox.Queries, answers: Tensor, baseline: MarkerAnswers, key: Key, options: VerifyOptions
 ) -> Finding:
     """The finding from (2(K + 1), N, C') answers. Outputs are matched to classes by the answers under all keys."""
-    rows = sorted(set(queries.rows))
+    rows = sorted(set(queries.rows), key=key.class_order.index if key.nested else None)
     images = torch.tensor(queries.rows)
     means = torch.stack([answers[:, images == row].flatten(0, 1).nanmean(0) for row in rows]).nan_to_num()
     pairs = [(output, row) for output, row in zip(match_outputs(means), rows, strict=True) if output >= 0]
     if not pairs:
         raise RadiotagError(f"{name} knows none of the classes", "check --image-size, --mean and --std, and the images")
-    values = blackbox.pattern_effects(queries, answers, pairs, *baseline)
-    log10_p, smallest = resampled_log_p(values) / LOG10, -values.shape[1] * math.log10(len(values))
+    values = blackbox.pattern_effects(queries, answers, pairs, *baseline)  # (K + 1, C)
+    sizes = nested_sizes(values.shape[1]) if key.nested else [values.shape[1]]
+    nested = np.array([resampled_log_p(values[:, :size]) for size in sizes])
+    log10_p = bonferroni(nested) / LOG10
+    smallest = math.log10(len(sizes)) - values.shape[1] * math.log10(len(values))
     warnings = []
     if smallest > math.log10(options.alpha):
         counts = f"{queries.decoys} decoys and {values.shape[1]} of the classes"
@@ -503,6 +523,8 @@ def _black_box_finding(
     return Finding(
         path=name, sha256="", architecture="unknown", log10_p=log10_p, log10_p_corrected=log10_p, detected=False,
         paper_log10_p=None, mean_cosine=None, pattern_cosine=None, alignment_r2=None, classes_used=values.shape[1],
+        sets=len(sizes),
+        first_classes=sizes[int(nested.argmin())],
         method="black-box", warnings=tuple(warnings), decoys=queries.decoys, questions=queries.digest,
     )  # fmt: skip
 

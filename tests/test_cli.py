@@ -65,7 +65,7 @@ MARK_KEYS = COMMON | {
 }
 SUSPECT_KEYS = {
     *("path", "architecture", "detected", "log10_p", "log10_p_corrected", "paper_log10_p", "mean_cosine"),
-    *("pattern_cosine", "sha256", "images_log10_p"),
+    *("pattern_cosine", "sha256", "images_log10_p", "sets", "first_classes"),
     *("alignment_r2", "classes_used", "classes", "method", "warnings"),
 }
 
@@ -940,12 +940,12 @@ def test_a_grown_folder_ends_as_if_it_had_been_whole_at_once(world, tmp_path):
     source, output = shutil.copytree(world.imgs, tmp_path / "imgs"), tmp_path / "out"
     good("keygen", "-o", tmp_path / "k4.safetensors", "--classes", 4)
     settings = {"source": source, "key": tmp_path / "k4.safetensors"}
-    mark(world, output, **settings)
+    mark(world, output, "--choose", "random", **settings)
     for i, path in enumerate(sorted(world.clean.rglob("*.png"))):
         shutil.copy(path, source / path.relative_to(world.clean).with_name(f"new{i}.png"))
     shutil.copytree(world.clean / "bee", source / "zebra")
-    assert mark(world, output, **settings).code == 0
-    mark(world, tmp_path / "fresh" / "out", **settings)
+    assert mark(world, output, "--choose", "random", **settings).code == 0
+    mark(world, tmp_path / "fresh" / "out", "--choose", "random", **settings)
     assert tree(output) == tree(tmp_path / "fresh" / "out")
     assert digest(tmp_path / "out.manifest.jsonl") == digest(tmp_path / "fresh" / "out.manifest.jsonl")
 
@@ -973,11 +973,13 @@ def test_a_second_run_at_the_same_time_is_refused(world, marked_once):
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_of_runs_that_begin_together_one_goes_on(world, marked_once, tmp_path, begun):
+def test_of_runs_that_begin_together_one_goes_on(world, tmp_path, begun):
     """Whether the output is new or not: a cluster may start the same command on all of its nodes."""
-    expected = tree(marked_once)
+    mark(world, tmp_path / "calm" / "out", "--choose", "random")
+    expected = tree(tmp_path / "calm" / "out")
     if begun:
-        mark(world, tmp_path / "out", "--strict", source=broken_source(world, tmp_path / "imgs"))
+        source = broken_source(world, tmp_path / "imgs")
+        mark(world, tmp_path / "out", "--strict", "--choose", "random", source=source)
     command = [
         sys.executable,
         "-m",
@@ -990,6 +992,8 @@ def test_of_runs_that_begin_together_one_goes_on(world, marked_once, tmp_path, b
         world.key,
         "--steps",
         2,
+        "--choose",
+        "random",
     ]
     runs = [subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [run.communicate()[1] for run in runs]
@@ -1004,12 +1008,12 @@ def test_of_runs_that_begin_together_one_goes_on(world, marked_once, tmp_path, b
 def test_a_torn_manifest_line_is_passed_over_twice(world, tmp_path):
     """A power cut tears the last line; the next run must not write on behind it, for it may be cut off too."""
     output, manifest = tmp_path / "out", tmp_path / "out.manifest.jsonl"
-    mark(world, output)
+    mark(world, output, "--choose", "random")
     whole = manifest.read_text()
     manifest.write_text("\n".join(whole.split("\n")[:4]) + '\n{"class": "ant", "pa')
-    strict = mark(world, output, "--strict", source=broken_source(world, tmp_path / "imgs"))
+    strict = mark(world, output, "--strict", "--choose", "random", source=broken_source(world, tmp_path / "imgs"))
     assert strict.code == 1  # ended in the middle, after it had written to the manifest
-    again = mark(world, output)
+    again = mark(world, output, "--choose", "random")
     assert again.code == 0, again.err
     assert manifest.read_text() == whole
 

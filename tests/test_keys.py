@@ -38,6 +38,8 @@ from radiotag.keys import (
 )
 from radiotag.networks import build, pack, save_checkpoint, to_metadata
 from radiotag.public import public_half
+from radiotag.radioactive import evidence
+from radiotag.suspect import ClassVectors
 
 unhurried = settings(deadline=None)  # the machine may be busy
 
@@ -415,26 +417,23 @@ def keys():
 
 
 @unhurried
-@given(paths=names, a=st.floats(0, 1), b=st.floats(0, 1), shuffle=st.randoms(use_true_random=False))
+@given(paths=names, a=st.integers(0, 50), b=st.integers(0, 50), shuffle=st.randoms(use_true_random=False))
 def test_choice_is_nested_and_of_the_asked_size(keys, paths, a, b, shuffle):
-    small, large = (choose(keys[0], paths, f) for f in sorted((a, b)))
-    for fraction, chosen in zip(sorted((a, b)), (small, large), strict=True):
-        wanted = round(fraction * len(paths)) if fraction > 0 else 0
-        assert len(chosen) == (wanted or int(fraction > 0 and len(paths) > 0))
-        assert chosen <= set(paths)
+    small, large = (choose(keys[0], paths, count) for count in sorted((a, b)))
+    for count, chosen in zip(sorted((a, b)), (small, large), strict=True):
+        assert len(chosen) == min(count, len(paths)) and chosen <= set(paths)
     assert small <= large
     mixed = list(paths)
     shuffle.shuffle(mixed)
     assert choose(keys[0], mixed, a) == choose(keys[0], paths, a)
-    assert choose(keys[0], paths, 1) == set(paths)
+    assert choose(keys[0], paths, len(paths)) == set(paths)
 
 
 def test_choice_is_the_keys_alone(keys):
-    first, second = (choose(key, PATHS, 0.5) for key in keys)
+    first, second = (choose(key, PATHS, 100) for key in keys)
     low, high = stats.hypergeom.ppf([1e-9, 1 - 1e-9], 200, 100, 100)
     assert low <= len(first & second) <= high  # as two independent halves overlap
-    assert choose(dataclasses.replace(keys[0], carriers=keys[1].carriers), PATHS, 0.5) == first
-    assert choose(keys[0], PATHS, 1e-9) <= choose(keys[0], PATHS, 0.01) and len(choose(keys[0], PATHS, 1e-9)) == 1
+    assert choose(dataclasses.replace(keys[0], carriers=keys[1].carriers), PATHS, 100) == first
 
 
 def test_choice_depends_on_nothing_but_each_path():
@@ -442,7 +441,7 @@ def test_choice_depends_on_nothing_but_each_path():
     counts = dict.fromkeys(PATHS[:10], 0)
     for i in range(2000):
         key = dataclasses.replace(new_key({}, {}, 2, 1), secret=hashlib.sha256(bytes([i % 256, i // 256])).digest())
-        for path in choose(key, PATHS[:10], 0.3):
+        for path in choose(key, PATHS[:10], 3):
             counts[path] += 1
     assert sum(counts.values()) == 6000
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
@@ -451,7 +450,7 @@ def test_choice_depends_on_nothing_but_each_path():
 def test_undecodable_names_are_chosen_and_drawn(keys):
     paths = [os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"\xff\xfe"), "café.png"]
     assert any("\udce9" in path for path in paths)
-    assert choose(keys[0], paths, 1) == set(paths)
+    assert choose(keys[0], paths, 3) == set(paths)
     draws = {image_random(keys[0], path, 0).random() for path in paths}
     assert len(draws) == 3
 
@@ -475,7 +474,7 @@ def test_the_pattern_goes_to_a_quarter_that_is_chosen_first(key):
     carrying = {path for path in paths if patterned(key, path)}
     low, high = binomial_limits(4000, 0.25)
     assert low <= len(carrying) <= high
-    assert choose(key, paths, 0.2) < carrying < choose(key, paths, 0.3)
+    assert choose(key, paths, 800) < carrying < choose(key, paths, 1200)
     other = new_key(small_weights(), {}, 4, 3)
     assert abs(sum(patterned(other, path) for path in carrying) / len(carrying) - 0.25) < 0.08
 
@@ -499,4 +498,33 @@ def test_a_key_of_this_format_gives_the_same_carriers_for_ever():
         np.array([[-0.0640, -0.1947, 0.0356], [0.0204, -0.0405, -0.1175]]), abs=6e-5
     )
     names = [f"cat/{i}.png" for i in range(8)]
-    assert sorted(choose(key, names, 0.25)) == [name for name in names if patterned(key, name)] == names[2:4]
+    assert sorted(choose(key, names, 2)) == [name for name in names if patterned(key, name)] == names[2:4]
+
+
+def test_every_class_is_as_likely_to_come_first():
+    first = [new_key({}, {}, 2, 5).class_order for _ in range(1000)]
+    assert all(sorted(order) == list(range(5)) for order in first)
+    assert stats.chisquare(np.bincount([order[0] for order in first], minlength=5)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("statistic", "order", "log10_p"),
+    [
+        ("contrasted pattern or pattern+response+ridge", (0, 5, 1, 3, 6, 2, 4), -4.30019402905722),
+        ("nested contrasted pattern or pattern+response+ridge", (5, 4, 2, 3, 6, 0, 1), -16.012192159330972),
+    ],
+)
+def test_every_statistic_that_a_released_key_declares_stays_computable(statistic, order, log10_p):
+    """Frozen: class vectors that lean towards the pattern of the class that comes first."""
+    metadata = {
+        "format": 2, "statistic": statistic, "network": {"architecture": "toy"}, "dimension": 16, "classes": 7,
+        "class_names": None, "beacon": None, "created": "2026-11-30",
+    }  # fmt: skip
+    key = key_from(bytes(range(32)), {"w": torch.zeros(1)}, metadata)
+    features, pattern = (torch.sin(torch.arange(7 * n, dtype=torch.float64).view(7, n) * 1.7) for n in (16, 51))
+    pattern[order[0]] += 9 * key.patterns[order[0]].double()
+    found = evidence(
+        ClassVectors(features=features, pattern=pattern), range(7), key.carriers, key.patterns, key.tested_order
+    )
+    assert key.class_order == order and set(keys_module.STATISTICS) >= {statistic}
+    assert found.log_p / math.log(10) == pytest.approx(log10_p, rel=1e-5)

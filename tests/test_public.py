@@ -60,7 +60,7 @@ def model(place):
 @pytest.fixture(scope="module")
 def released(place):
     """Marked images (N, 32, 32, 3) of the key, and their labels."""
-    images, labels = synthetic.demo_images(500, 32, seed=8)
+    images, labels = synthetic.demo_images(900, 32, seed=8)
     images, labels = images[labels < 3].numpy(), [NAMES[label] for label in labels[labels < 3]]
     marked = api.mark(images, place / "k.safetensors", labels=labels, options=MarkOptions(steps=1))
     return np.moveaxis(marked.images, 1, -1), labels

@@ -6,6 +6,7 @@
 import hashlib
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from radiotag import blackbox, calibration
 from radiotag.blackbox import Queries, decoys_needed, pattern_effects
 from radiotag.calibration import calibrate
 from radiotag.errors import RadiotagError
-from radiotag.keys import new_key, null_carriers
+from radiotag.keys import CONTRASTED, new_key, null_carriers
 from radiotag.pairing import match_outputs
 from radiotag.radioactive import (
     _tilt,
@@ -38,6 +39,7 @@ from radiotag.suspect import ClassVectors
 from radiotag.verification import Finding, VerifyOptions, _black_box_finding, corrected
 
 NORMAL = NormalDist()
+TOGETHER = SimpleNamespace(nested=False)  # a key whose statistic tests all classes together
 
 
 # ---------------------------------------------------------------- combining
@@ -288,6 +290,9 @@ def test_only_too_many_small_p_values_speak_against_the_best_of_many_outputs(mon
     found = calibrate(vectors, (0, 0), key, 0.0, 3)
     assert found.ks_p == pytest.approx(stats.ksone.sf(2 / 3 - 0.31, 3), rel=1e-9)
     answered(monkeypatch, np.log(p))
+    assert calibrate(vectors, (0, 1), key, 0.0, 3).ks_p == pytest.approx(stats.ksone.sf(2 / 3 - 0.31, 3), rel=1e-9)
+    answered(monkeypatch, np.log(p))
+    key = replace(key, metadata={**key.metadata, "statistic": CONTRASTED})  # which tests all classes together
     assert calibrate(vectors, (0, 1), key, 0.0, 3).ks_p == pytest.approx(stats.kstwo.sf(2 / 3 - 0.31, 3), rel=1e-9)
 
 
@@ -314,7 +319,9 @@ def test_a_p_value_counts_where_it_is_reached(monkeypatch):
 def finding(log10_p):
     return Finding(
         path="m.pt", sha256="", architecture="", log10_p=log10_p, log10_p_corrected=0.5, detected=False,
-        paper_log10_p=None, mean_cosine=None, pattern_cosine=None, alignment_r2=None, classes_used=1, method="",
+        paper_log10_p=None, mean_cosine=None, pattern_cosine=None, alignment_r2=None, classes_used=1, sets=1,
+        first_classes=1,
+        method="",
         warnings=(),
     )  # fmt: skip
 
@@ -433,7 +440,7 @@ def test_a_black_box_finding_by_hand():
         answers[:, image, output] = torch.from_numpy(rng.uniform(0.5, 0.8, 20))
     answers[0, :, [0, 3]] += 0.15
     answers[3, 2] = math.nan
-    found = _black_box_finding("http://m", queries, answers, (None, ()), VerifyOptions(alpha=0.01))
+    found = _black_box_finding("http://m", queries, answers, (None, ()), TOGETHER, VerifyOptions(alpha=0.01))
     effects = np.array([
         [
             np.nanmean([logit(float(answers[2 * k, i, output])) for i in images])
@@ -447,8 +454,27 @@ def test_a_black_box_finding_by_hand():
     assert found.log10_p == found.log10_p_corrected == pytest.approx(math.log10(p), rel=1e-9)
     assert (found.path, found.sha256, found.architecture, found.method) == ("http://m", "", "unknown", "black-box")
     assert (found.detected, found.classes_used, found.decoys, found.warnings) == (False, 2, 9, ())
-    (said,) = _black_box_finding("m", queries, answers, (None, ()), VerifyOptions(alpha=0.0099)).warnings
+    (said,) = _black_box_finding("m", queries, answers, (None, ()), TOGETHER, VerifyOptions(alpha=0.0099)).warnings
     assert said == "p cannot be below 1.0e-02 with 9 decoys and 2 of the classes: ask with more --decoys"
+
+
+def test_a_black_box_finding_of_nested_classes_by_hand():
+    """Three classes in the key's order 2, 0, 1: the first one, the first two and all are tested, times three."""
+    queries = queries_of((0, 1, 2), ("a", "b", "c"), keys=20)
+    rng = np.random.default_rng(5)
+    answers = torch.from_numpy(rng.uniform(0.01, 0.05, (40, 3, 3)))
+    for image in range(3):
+        answers[:, image, image] = torch.from_numpy(rng.uniform(0.5, 0.8, 40))
+    answers[0, 2, 2], answers[1, 2, 2] = 0.95, 0.2  # the class that comes first, under the true key
+    key = SimpleNamespace(nested=True, class_order=(2, 0, 1))
+    found = _black_box_finding("m", queries, answers, (None, ()), key, VerifyOptions())
+    effects = np.array([
+        [logit(float(answers[2 * k, i, i])) - logit(float(answers[2 * k + 1, i, i])) for i in (2, 0, 1)]
+        for k in range(20)
+    ])  # fmt: skip
+    sets = [resampled_log_p(effects[:, :size]) for size in (1, 2, 3)]
+    assert found.log10_p == pytest.approx(min(0.0, (min(sets) + math.log(3)) / math.log(10)))
+    assert found.first_classes == (1, 2, 3)[int(np.argmin(sets))] and found.classes_used == 3
 
 
 def test_a_black_box_suspect_may_know_some_of_the_classes_or_none():
@@ -456,12 +482,12 @@ def test_a_black_box_suspect_may_know_some_of_the_classes_or_none():
     answers = torch.full((8, 3, 2), 0.05, dtype=torch.float64)
     answers[:, 1:, 0] = torch.from_numpy(np.random.default_rng(1).uniform(0.6, 0.9, (8, 2)))
     answers[:, 0] = math.nan  # no answer at all for the first class: it has no output
-    found = _black_box_finding("m", queries, answers, (None, ()), VerifyOptions())
+    found = _black_box_finding("m", queries, answers, (None, ()), TOGETHER, VerifyOptions())
     assert (found.classes_used, found.decoys) == (1, 3)
     assert round(4 * 10**found.log10_p, 9) in {1, 2, 3, 4}
     assert found.warnings == ("p cannot be below 2.5e-01 with 3 decoys and 1 of the classes: ask with more --decoys",)
     with pytest.raises(RadiotagError, match="m knows none of the classes"):
-        _black_box_finding("m", queries, answers * 0 + 0.5, (None, ()), VerifyOptions())
+        _black_box_finding("m", queries, answers * 0 + 0.5, (None, ()), TOGETHER, VerifyOptions())
 
 
 @pytest.mark.parametrize(("many", "few"), [(1, 4), (4, 1)])
@@ -470,7 +496,7 @@ def test_an_output_is_found_by_the_images_of_its_class_alone(many, few):
     answers = torch.from_numpy(np.random.default_rng(8).uniform(0.01, 0.05, (6, 6, 4)))
     answers[:, :5, 2] += 0.8
     answers[:, 5, 1] += 0.8
-    assert _black_box_finding("m", queries, answers, (None, ()), VerifyOptions()).classes_used == 2
+    assert _black_box_finding("m", queries, answers, (None, ()), TOGETHER, VerifyOptions()).classes_used == 2
 
 
 # ---------------------------------------------------------------- which output is which class

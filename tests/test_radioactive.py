@@ -875,3 +875,57 @@ def test_evidence_has_no_scale(scale):
     expected = judged(rows_of(correlated(6)), carriers)
     found = judged(rows_of(correlated(6) * 10**scale), carriers)
     assert found.log_p == pytest.approx(expected.log_p, rel=1e-9)
+
+
+# ---------------------------------------------------------------- nested classes
+
+
+def test_the_first_classes_of_the_order_are_tested_alone_and_corrected_for():
+    rng = np.random.default_rng(4)
+    features, patterns = (torch.from_numpy(rng.standard_normal((6, size))) for size in (40, 12))
+    carriers, mine = (torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((9, size))), dim=1).float()
+                      for size in (40, 12))  # fmt: skip
+    rows, order = (8, 2, 5, 0, 7, 3), (5, 1, 0, 8, 4, 2, 3, 7, 6)
+    first = [2, 3, 0, 1, 5, 4]  # positions in `rows` by the order: carriers 5, 0, 8, 2, 3, 7
+    patterns[2] += 6 * mine[5].double()
+    vectors = ClassVectors(features=features, pattern=patterns)
+
+    def together(places):
+        chosen = ClassVectors(features=features[places], pattern=patterns[places])
+        return evidence(chosen, [rows[i] for i in places], carriers, mine).log_p
+
+    sets = [together(first[:size]) for size in (1, 2, 5, 6)]
+    found = evidence(vectors, rows, carriers, mine, order)
+    assert found.log_p == pytest.approx(min(0.0, min(sets) + math.log(4)))
+    assert (found.sets, found.first_classes) == (4, (1, 2, 5, 6)[int(np.argmin(sets))])
+    assert found.per_class == evidence(vectors, rows, carriers, mine).per_class
+    alone = evidence(vectors, rows, carriers, mine)
+    assert (alone.sets, alone.first_classes) == (1, 6) and alone.log_p == pytest.approx(together(range(6)))
+
+
+def test_nested_p_values_are_never_too_small_under_the_null():
+    rng = np.random.default_rng(5)
+    vectors = ClassVectors(
+        features=torch.from_numpy(rng.standard_normal((10, 32)) + rng.standard_normal(32)),
+        pattern=torch.from_numpy(rng.standard_normal((10, 16))),
+    )
+    found = []
+    for _ in range(4000):
+        carriers, patterns = (
+            torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((10, size))), dim=1)
+            for size in (32, 16)
+        )  # fmt: skip
+        found.append(evidence(vectors, range(10), carriers, patterns, rng.permutation(10).tolist()).log_p)
+    p = np.exp(found)
+    for level in (0.3, 0.1, 0.01, 0.001):
+        assert (p <= level).sum() <= stats.binom.isf(1e-6, len(p), level)
+    assert (p <= 0.1).mean() > 0.03  # four sets, which share classes: not much is lost
+
+
+def test_dead_classes_leave_sets_that_say_nothing():
+    vectors = ClassVectors(features=torch.zeros(3, 4).double(), pattern=None)
+    vectors.features[2, 0] = 1
+    carriers = torch.eye(4)[:3].float()
+    found = evidence(vectors, range(3), carriers, None, (0, 1, 2))  # the first two are dead
+    assert found.sets == 3 and found.log_p == pytest.approx(min(0.0, evidence(
+        ClassVectors(features=vectors.features[2:]), (2,), carriers).log_p + math.log(3)))  # fmt: skip

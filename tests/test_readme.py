@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from radiotag import cli, demo
-from radiotag.keys import STATISTIC
+from radiotag.keys import CONTRASTED
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))  # the programs import each other so
@@ -101,7 +101,7 @@ def version(run):
 def test_all_runs_are_of_the_declared_statistic():
     later = [run for run in PAPER if run["experiment"].startswith("evades/")]
     rest = [run for run in PAPER if run not in later]
-    assert {run[test]["statistic"] for run in PAPER for test in ("bare", "real") if test in run} == {STATISTIC}
+    assert {run[test]["statistic"] for run in PAPER for test in ("bare", "real") if test in run} == {CONTRASTED}
     assert {version(run) for run in (*rest, *EVIDENCE, *MARKING["large"])} == {SHIPPED}
     assert {version(run) for run in later} == {"0.5"}
     assert {version(MARKING[name]) for name in ("speed", "step", "scale")} == {SHIPPED}
@@ -223,7 +223,7 @@ def test_the_cards_head_only_rows_are_of_the_same_experiments():
     before = [run["experiment"] for run in NETWORKS["robust"]["head only"]["rows"]]
     assert [name for name in before if "100 classes" not in name] == [f"head/{q}%" for q in (1, 2, 5, 10, 20)]
     assert len(before) == 7 and set(before) <= {run["experiment"] for run in PAPER}
-    assert {run["real"]["statistic"] for run in NETWORKS["robust"]["head only"]["rows"]} == {STATISTIC}
+    assert {run["real"]["statistic"] for run in NETWORKS["robust"]["head only"]["rows"]} == {CONTRASTED}
 
 
 def test_what_another_architecture_did_not_show_is_measured():

@@ -61,7 +61,8 @@ def finding(**more):
     base = {
         "path": "model.pt", "sha256": "0f" * 32, "architecture": "resnet10", "log10_p": -5.7,
         "log10_p_corrected": -5.42, "detected": True, "paper_log10_p": -1.25, "mean_cosine": 0.1234,
-        "pattern_cosine": 0.2, "alignment_r2": 0.53, "classes_used": 3, "method": "white-box", "warnings": (),
+        "pattern_cosine": 0.2, "alignment_r2": 0.53, "classes_used": 3, "sets": 1, "first_classes": 3,
+        "method": "white-box", "warnings": (),
     }  # fmt: skip
     return Finding(**{**base, **more})
 

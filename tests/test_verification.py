@@ -610,7 +610,7 @@ def test_partial_and_foreign_answers_are_counted(place, answers, tmp_path):
     warnings = predictions(place, path).json["suspects"][0]["warnings"]
     assert warnings == ["1 answers are for files that were not exported, and ignored",
                         "20 of 240 exported images have no answer",
-                        "p cannot be below 8.0e-03 with 4 decoys and 3 of the classes: ask with more "
+                        "p cannot be below 2.4e-02 with 4 decoys and 3 of the classes: ask with more "
                         "--decoys"]  # fmt: skip
 
 
@@ -687,7 +687,7 @@ def test_calibration_shows_a_uniform_law_and_the_true_keys_place(place):
     assert found["tail"][0] == found["histogram"][0] and found["tail"] == sorted(found["tail"], reverse=True)
     assert 1 <= found["rank"] <= 101
     p = 10 ** answer["suspects"][0]["log10_p"]
-    assert abs(found["rank"] / 101 - p) < 0.25
+    assert found["rank"] / 101 < p + 0.25  # corrected for the choice among three sets, p is larger than it need be
     again = verify(place, model, more=["--data", place / "few", "--calibrate", 100]).json["calibration"]
     assert again == found  # fresh keys follow from the secret one: nobody draws until they suit
 

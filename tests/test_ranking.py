@@ -1,0 +1,252 @@
+"""Which images carry marks: the ranking against an oracle, the choice's rules, and runs that repeat it."""
+
+import hashlib
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import call, good, tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from radiotag import api, ranking, synthetic
+from radiotag.keys import new_key, order, patterned
+from radiotag.manifest import read_manifest
+from radiotag.networks import marking_weights
+from radiotag.plan import MarkOptions
+from radiotag.ranking import NOTHING, Choice, allot, by_hardness, choose_hard, fold, margins
+
+NAMES = ("ant", "bee", "cat")
+
+
+def secret_order(path):
+    return hashlib.sha256(path.encode()).digest()
+
+
+# ---------------------------------------------------------------- margins
+
+
+def oracle(features, labels, folds):
+    """Ridge regression of class membership, by least squares on stacked equations, fold by fold."""
+    x, classes = features.numpy().astype(float), int(labels.max()) + 1
+    found = np.zeros(len(x))
+    for number in range(ranking.FOLDS):
+        rest, mine = folds.numpy() != number, folds.numpy() == number
+        mean = x[rest].mean(0)
+        centred, targets = x[rest] - mean, np.eye(classes)[labels[rest].numpy()]
+        penalty = ranking.PENALTY * (centred**2).sum() / x.shape[1]
+        stacked = np.vstack([centred, np.sqrt(penalty) * np.eye(x.shape[1])])
+        wanted = np.vstack([targets - targets.mean(0), np.zeros((x.shape[1], classes))])
+        scores = (x[mine] - mean) @ np.linalg.lstsq(stacked, wanted)[0] + targets.mean(0)
+        for place, row in zip(np.flatnonzero(mine), scores, strict=True):
+            own = row[labels[place]]
+            row[labels[place]] = -np.inf
+            found[place] = own - row.max()
+    return found
+
+
+@pytest.mark.parametrize("together", [7, 4096])
+def test_margins_are_those_of_a_ridge_classifier_that_left_the_image_out(monkeypatch, together):
+    monkeypatch.setattr(ranking, "TOGETHER", together)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    features = torch.randn(90, 6, generator=generator) + 2 * torch.eye(3, 6)[labels] + 1
+    folds = torch.randint(0, ranking.FOLDS, (90,), generator=generator)
+    assert margins(features, labels, folds).numpy() == pytest.approx(oracle(features, labels, folds), abs=1e-9)
+
+
+def test_an_image_does_not_vouch_for_itself():
+    """One image with a feature of its own: a classifier that had seen it would know it for sure."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    features = torch.randn(60, 5, generator=generator)
+    features[:, 4] = 0
+    features[7, 4] = 1000
+    found = margins(features, labels, torch.arange(60) % ranking.FOLDS)
+    assert abs(float(found[7])) < 3
+
+
+def test_mislabelled_images_come_first():
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.arange(300) % 3
+    features = torch.randn(300, 8, generator=generator) + 4 * torch.eye(3, 8)[truth]
+    labels = {f"{i}.png": NAMES[(int(truth[i]) + (i < 9)) % 3] for i in range(300)}
+    ranked = by_hardness(labels, features)
+    wrong = {f"{i}.png" for i in range(9)}
+    assert wrong == {path for paths in ranked.values() for path in paths[: sum(p in wrong for p in paths)]}
+
+
+def test_one_class_few_images_and_unread_ones_are_ranked_all_the_same():
+    one = by_hardness({"a": "", "b": ""}, torch.randn(2, 4))
+    assert one == {"": ["a", "b"]}
+    assert by_hardness({"a": "x", "b": "y"}, torch.full((2, 4), torch.nan)) == {"x": ["a"], "y": ["b"]}
+    features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    features[1] = torch.nan
+    ranked = by_hardness({"a": "x", "b": "x", "c": "x", "d": "y", "e": "y"}, features)
+    assert sorted(ranked["x"]) == ["a", "b", "c"] and ranked["x"][-1] == "b" and sorted(ranked["y"]) == ["d", "e"]
+
+
+def test_folds_follow_from_paths_alone():
+    found = [fold(f"cat/{i}.png") for i in range(1000)]
+    assert set(found) == set(range(ranking.FOLDS)) and min(map(found.count, set(found))) > 150
+    assert fold("cat/\udcff.png") in range(ranking.FOLDS)
+
+
+# ---------------------------------------------------------------- the choice
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(1, 60), share=st.floats(0, 1), more=st.integers(0, 30), raised=st.integers(0, 30),
+       seed=st.integers(0, 99))  # fmt: skip
+def test_what_was_chosen_stays_and_the_rest_follows_the_rules(n, share, more, raised, seed):
+    ranked, images = [f"{i}.png" for i in range(n)], round(share * n)
+    first = choose_hard(ranked, images, NOTHING, secret_order)
+    patterns = min(images, max(1, round(0.25 * n)))
+    assert (len(first.marked), len(first.patterned)) == (images, patterns)
+    assert first.patterned <= first.marked <= set(ranked)
+    assert first.patterned <= set(ranked[: ranking.POOL * patterns])
+    draw = random.Random(seed)  # a run that was killed wrote a part of its choice down
+    part = Choice(*(frozenset(path for path in sorted(paths) if draw.random() < 0.5) for paths in first))
+    part = Choice(part.marked, part.patterned & part.marked)
+    if part.patterned == first.patterned & part.marked:
+        assert choose_hard(ranked, images, part, secret_order) == first
+    grown = [*(f"new{i}.png" for i in range(more)), *ranked]
+    draw.shuffle(grown)
+    wanted = min(len(grown), images + raised)
+    later = choose_hard(grown, wanted, first, secret_order)
+    assert first.marked <= later.marked and first.patterned <= later.patterned
+    assert not (later.patterned - first.patterned) & first.marked  # an image is not marked twice
+    assert len(later.marked) == wanted
+    assert choose_hard(ranked, images, first, secret_order) == first
+
+
+def test_few_marks_go_into_the_first_classes():
+    sizes = {"c": 500, "a": 1000, "b": 300}
+    assert allot(sizes, 0.01, spread=False) == {"c": 18, "a": 0, "b": 0}
+    assert allot(sizes, 0.05, spread=False) == {"c": 50, "a": 40, "b": 0}
+    assert allot(sizes, 0.1, spread=False) == allot(sizes, 0.1, spread=True) == {"c": 50, "a": 100, "b": 30}
+    assert allot(sizes, 0.01, spread=True) == {"c": 5, "a": 10, "b": 3}
+    assert allot(sizes, 0, spread=False) == allot(sizes, 0, spread=True) == {"c": 0, "a": 0, "b": 0}
+    assert allot({"": 3}, 0.01, spread=False) == {"": 1}
+
+
+@given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=30), a=st.floats(0, 1), b=st.floats(0, 1))
+def test_a_higher_fraction_takes_nothing_away(sizes, a, b):
+    named = {str(i): size for i, size in enumerate(sizes)}
+    low, high = (allot(named, share, spread=False) for share in sorted((a, b)))
+    assert all(0 <= low[name] <= high[name] + 1 and high[name] <= named[name] for name in named)
+    if max(a, b) < ranking.ENOUGH:
+        wanted = max(1, round(max(a, b) * sum(sizes))) if max(a, b) > 0 else 0
+        assert sum(high.values()) <= wanted
+
+
+def test_hard_images_are_chosen_as_the_secret_decides():
+    key, other = (new_key(*marking_weights("builtin"), NAMES) for _ in range(2))
+    ranked = [f"cat/{i}.png" for i in range(1000)]
+    mine = choose_hard(ranked, 100, NOTHING, lambda path: order(key, path))
+    its = choose_hard(ranked, 100, NOTHING, lambda path: order(other, path))
+    assert mine.marked <= set(ranked[:200]) and 20 < len(mine.marked & its.marked) < 80  # half of 200, twice
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of three classes, some of whose images are labelled wrongly, and a key of its classes."""
+    root = tmp_path_factory.mktemp("place")
+    images, labels = synthetic.demo_images(120, 32, seed=5)
+    synthetic.write_folder(root / "imgs", images[labels < 3], labels[labels < 3], NAMES)
+    for i, path in enumerate(sorted((root / "imgs" / "ant").iterdir())[:2]):
+        path.rename(root / "imgs" / "bee" / f"wrong{i}.png")
+    good("keygen", "-o", root / "k.safetensors", "--data", root / "imgs")
+    return root
+
+
+def mark(place, output, *more, source=None):
+    return call(
+        "mark", source or place / "imgs", "--key", place / "k.safetensors", "-o", output, "--steps", 1, "--json", *more
+    )
+
+
+def marked_paths(output):
+    rows = read_manifest(output.with_name(f"{output.name}.manifest.jsonl"))[1].values()
+    return {row["path"] for row in rows if row["status"] == "marked"}
+
+
+def test_a_run_marks_hard_images_and_records_which_carry_the_pattern(place, tmp_path):
+    assert mark(place, tmp_path / "out", "--fraction", 0.15).code == 0
+    rows = read_manifest(tmp_path / "out.manifest.jsonl")[1].values()
+    assert all(row["pattern"] for row in rows if row["status"] == "marked")
+    assert not any("pattern" in row for row in rows if row["status"] == "copied")
+    assert mark(place, tmp_path / "other", "--fraction", 0.15, "--choose", "random").code == 0
+    assert marked_paths(tmp_path / "out") != marked_paths(tmp_path / "other")
+    whole = mark(place, tmp_path / "whole").json
+    rows = read_manifest(tmp_path / "whole.manifest.jsonl")[1].values()
+    assert whole["marked"] == len(rows) and 0 < sum(row["pattern"] for row in rows) < len(rows) / 2
+
+
+def test_raising_the_fraction_and_adding_images_keeps_what_was_marked(place, tmp_path):
+    source = shutil.copytree(place / "imgs", tmp_path / "imgs")
+    assert mark(place, tmp_path / "out", "--fraction", 0.2, source=source).code == 0
+    before = {path: (tmp_path / "out" / path).read_bytes() for path in marked_paths(tmp_path / "out")}
+    images, labels = synthetic.demo_images(60, 32, seed=6)
+    synthetic.write_folder(tmp_path / "more", images[labels < 3], labels[labels < 3], NAMES)
+    for path in (tmp_path / "more").rglob("*.png"):
+        shutil.copyfile(path, source / path.parent.name / f"new{path.name}")
+    again = mark(place, tmp_path / "out", "--fraction", 0.2, source=source)
+    assert again.code == 0, again.err
+    after = marked_paths(tmp_path / "out")
+    assert before.keys() < after
+    assert {path: (tmp_path / "out" / path).read_bytes() for path in before} == before
+
+
+def test_a_choice_that_a_killed_run_wrote_down_is_kept_without_ranking_again(place, tmp_path, monkeypatch):
+    assert mark(place, tmp_path / "calm", "--fraction", 0.3).code == 0
+    assert mark(place, tmp_path / "out", "--fraction", 0.3).code == 0
+    path = tmp_path / "out.manifest.jsonl"
+    lines = path.read_text().splitlines()
+    rows = [json.loads(line) for line in lines[1:]]
+    kept = ("path", "class", "row", "pattern")
+    chosen = [{name: row[name] for name in kept} | {"status": "chosen"} for row in rows if row["status"] == "marked"]
+    path.write_text("\n".join([lines[0], *map(json.dumps, chosen)]) + "\n")
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr("radiotag.marking_run.features_of", None)  # nothing is ranked
+    assert mark(place, tmp_path / "out", "--fraction", 0.3).code == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "calm")
+    assert path.read_bytes() == (tmp_path / "calm.manifest.jsonl").read_bytes()
+
+
+def test_another_way_to_choose_does_not_go_on_with_a_folder(place, tmp_path):
+    assert mark(place, tmp_path / "out", "--fraction", 0.2, "--choose", "random").code == 0
+    assert "begun with choose random, not hard" in mark(place, tmp_path / "out", "--fraction", 0.2).err
+    assert mark(place, tmp_path / "x", "--choose", "odd").code == 2
+
+
+def test_arrays_are_chosen_as_their_files_are(place, tmp_path):
+    from radiotag.images import decode
+
+    paths = sorted((place / "imgs").rglob("*.png"))
+    images = np.stack([decode(path.read_bytes(), "x").rgb.astype(np.uint8) for path in paths])
+    labels = [path.parent.name for path in paths]
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (tmp_path / "named" / label).mkdir(parents=True, exist_ok=True)
+        synthetic_path = tmp_path / "named" / label / f"{i:07d}.png"
+        synthetic_path.write_bytes(api.png(image))
+    options = MarkOptions(steps=1, fraction=0.2)
+    marked = api.mark(images, place / "k.safetensors", labels=labels, options=options)
+    assert mark(place, tmp_path / "out", "--fraction", 0.2, source=tmp_path / "named").code == 0
+    chosen = {f"{labels[i]}/{i:07d}.png" for i in np.flatnonzero(marked.chosen)}
+    assert chosen == marked_paths(tmp_path / "out")
+
+
+def test_at_random_the_pattern_follows_from_the_key_alone():
+    key = new_key(*marking_weights("builtin"), NAMES)
+    paths = [f"cat/{i}.png" for i in range(40)]
+    from radiotag.plan import choose_at_random
+
+    choice = choose_at_random(key, {"cat": paths}, {"cat": 40})
+    assert choice.marked == set(paths) and choice.patterned == {path for path in paths if patterned(key, path)}
