@@ -247,7 +247,7 @@ def _choose(
     network: Network, pixels: Tensor, labels: dict[str, str], wanted: dict[str, int], key: Key, options: MarkOptions
 ) -> Choice:
     """The choice of images (N, 3, H, W) to mark; labels: path → class, in their order; wanted: class → how many."""
-    if options.choose == "random":
+    if options.choose == "random" or len(wanted) == 1:
         return choose_at_random(key, by_class(labels.items()), wanted)
     images = (image.float() for image in pixels)
     found = features_of(network, images, len(pixels), options.batch_size, lambda _: None)

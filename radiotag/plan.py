@@ -131,7 +131,8 @@ def make_plan(source: Path, output: Path, key: Key, options: MarkOptions) -> Pla
     paths = by_class((item.path.as_posix(), item.label) for item in items)
     rows = carrier_rows(key, sorted(paths) if key.class_names else names)  # named: no numbers of absent classes
     wanted = allotted(key, {name: len(members) for name, members in paths.items()}, rows, options)
-    choice = choose_at_random(key, paths, wanted) if options.choose == "random" else NOTHING
+    ranked = options.choose == "hard" and len(paths) > 1  # of one class, nothing is told from another
+    choice = NOTHING if ranked else choose_at_random(key, paths, wanted)
     _check_collisions(items, choice.marked, options.format)
     named_output = output if output.name else output.absolute()
     return Plan(

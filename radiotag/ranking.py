@@ -120,12 +120,10 @@ def fold(path: str) -> int:
 def margins(features: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
     """How surely images are told from other classes: (N, d) features φ, (N,) labels, (N,) folds → (N,) float64.
 
-    The score of an image's own class less that of its strongest rival, by the ridge classifier of the other folds; all
-    zeros for a single class. Memory grows with d² and with d times the number of classes, not with N.
+    The score of an image's own class less that of its strongest rival, by the ridge classifier of the other folds.
+    There are two classes at least. Memory grows with d² and with d times the number of classes, not with N.
     """
     classes = int(labels.max()) + 1
-    if classes < 2:
-        return torch.zeros(len(features), dtype=torch.float64)
     sums = [_Sums(features.shape[1], classes) for _ in range(FOLDS)]
     for part, target, number in _blocks(features, labels, folds):
         for i in range(FOLDS):

@@ -79,9 +79,7 @@ def test_mislabelled_images_come_first():
     assert wrong == {path for paths in ranked.values() for path in paths[: sum(p in wrong for p in paths)]}
 
 
-def test_one_class_few_images_and_unread_ones_are_ranked_all_the_same():
-    one = by_hardness({"a": "", "b": ""}, torch.randn(2, 4))
-    assert one == {"": ["a", "b"]}
+def test_few_images_and_unread_ones_are_ranked_all_the_same():
     assert by_hardness({"a": "x", "b": "y"}, torch.full((2, 4), torch.nan)) == {"x": ["a"], "y": ["b"]}
     features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     features[1] = torch.nan
@@ -218,6 +216,18 @@ def test_a_choice_that_a_killed_run_wrote_down_is_kept_without_ranking_again(pla
     assert mark(place, tmp_path / "out", "--fraction", 0.3).code == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "calm")
     assert path.read_bytes() == (tmp_path / "calm.manifest.jsonl").read_bytes()
+
+
+def test_of_one_class_any_image_is_marked(place, tmp_path, monkeypatch):
+    """Nothing is told from another class; a ranking by name would give the marked images away."""
+    monkeypatch.setattr("radiotag.marking_run.features_of", None)  # nothing is ranked
+    good("keygen", "-o", tmp_path / "k.safetensors", "--classes", 1)
+    source = shutil.copytree(place / "imgs" / "cat", tmp_path / "flat")
+    given = ("mark", source, "--key", tmp_path / "k.safetensors", "--steps", 1, "--fraction", 0.5)
+    good(*given, "-o", tmp_path / "one")
+    good(*given, "-o", tmp_path / "two", "--choose", "random")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    good(*given, "-o", tmp_path / "one")  # goes on
 
 
 def test_another_way_to_choose_does_not_go_on_with_a_folder(place, tmp_path):
