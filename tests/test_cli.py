@@ -972,7 +972,7 @@ def test_a_second_run_at_the_same_time_is_refused(world, marked_once):
     assert tree(marked_once.parent) == before
 
 
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("begun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_of_runs_that_begin_together_one_goes_on(world, tmp_path, begun):
     """Whether the output is new or not: a cluster may start the same command on all of its nodes."""
     mark(world, tmp_path / "calm" / "out", "--choose", "random")
@@ -1842,7 +1842,7 @@ def test_a_full_disk_is_named(world, tmp_path, monkeypatch):
     assert "No space left" in mark(world, tmp_path / "out", "--fraction", 0.5).err
 
 
-@pytest.mark.parametrize("more", [{}, {"PYTHONUNBUFFERED": "1"}])
+@pytest.mark.parametrize("more", [{}, pytest.param({"PYTHONUNBUFFERED": "1"}, marks=pytest.mark.slow)])
 def test_who_has_read_enough_is_no_error(world, tmp_path, more):
     command = [sys.executable, "-m", "radiotag", "mark", world.imgs, "--key", world.key, "-o", tmp_path / "out"]
     with subprocess.Popen(

@@ -170,7 +170,7 @@ def test_the_digest_of_images_is_of_their_classes_and_contents(tmp_path):
     assert images_digest(FolderImages(tmp_path / "one")) == images_digest(FolderImages(tmp_path / "two"))
 
 
-@pytest.mark.parametrize("kept", ["copied", "JPEG"])
+@pytest.mark.parametrize("kept", ["copied", pytest.param("JPEG", marks=pytest.mark.slow)])
 def test_marked_images_shown_as_unmarked_are_noticed(place, model, released, tmp_path, few_synthetic, kept):
     """Copied and saved again, they are in no manifest's list; a suspect's guilt would hide behind them."""
     for i, (pixels, label) in enumerate(zip(*released, strict=True)):

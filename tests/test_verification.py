@@ -155,7 +155,7 @@ def test_outputs_that_are_not_finite_are_an_error_that_names_the_file(place, tmp
     assert "overflows.pt: its outputs are not finite" in result.err and "--mean" in result.err
     key = tmp_path / "k.safetensors"  # queries are kept beside it
     save_key(key, load_key(place / "k.safetensors"))
-    again = bad("verify", path, "--key", key, "--data", place / "few", "--black-box")
+    again = bad("verify", path, "--key", key, "--data", place / "few", "--black-box", "--decoys", 4)
     assert "overflows.pt: its outputs are not finite" in again.err
 
 
