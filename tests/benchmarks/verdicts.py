@@ -77,7 +77,7 @@ def other_architectures(results: Results) -> dict[str, list[float]]:
 
 
 def cases(results: Results) -> list[Case]:
-    """The seven cases, in the README's order."""
+    """All cases, in the README's order."""
     one_class = [run for run in results["evidence"]["runs"] if run["classes"]]
     tenth, hundredth = (of(whole(results, share), "resnet10") for share in (0.1, 0.01))
     enlarged = counted([run["real"]["log10_p"] for run in results["marking"]["large"]])
@@ -87,6 +87,9 @@ def cases(results: Results) -> list[Case]:
             "the same, marked by a network of other images": named(results, "other data/tiny-imagenet-100"),
         }),
         Case(title="One class of ten, a tenth of it marked", found={"CIFAR-10": log_ps(one_class)}),
+        Case(title="One image in a hundred of all 50,000, in few classes", found={
+            "CIFAR-10": log_ps(results["few"]["runs"]),
+        }),
         Case(title="One image in a hundred, in every class", found={
             "CIFAR-10": log_ps(hundredth) + named(results, "scratch/1%"),
             "a hundred classes": [
