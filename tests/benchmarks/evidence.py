@@ -267,7 +267,8 @@ def few_classes(results: Results) -> list[str]:
 
 
 TABLES: Makers = {
-    "few classes": few_classes, "all of CIFAR-10": all_of_cifar10, "seconds": seconds, "distillation": distillation, "few images": few_images,
+    "few classes": few_classes, "all of CIFAR-10": all_of_cifar10, "seconds": seconds, "distillation": distillation,
+    "few images": few_images,
 }  # fmt: skip
 
 
