@@ -7,9 +7,10 @@ How to read the package, from the science to the command line:
 - `keys`: key files, and the random choices that only a key's owner can repeat
 - `pairing`: pairs a suspect's outputs with classes and carriers
 - `public`: what is published of a key and of a marked set, and checked by others
-- `verification`: tests suspects and gives verdicts, with `probes`, `calibration`, `blackbox` and `answers`
+- `verification`: tests suspects and gives verdicts, with `probes`, `normalisation`, `calibration`, `blackbox` and
+  `answers`
 - `stores`: where images are read from and written to, a folder or tar shards; `images` handles single files
-- `plan`, `marking_run`: mark a data set, and continue after an interruption
+- `plan`, `ranking`, `marking_run`: choose images, mark a data set, and continue after an interruption
 - `api`, `cli`: the same for Python and for the command line
 
 `keygen`, `mark`, `verify` and `load_key` can be called as `radiotag.keygen` and so on; PyTorch is imported at their

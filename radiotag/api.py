@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -23,14 +22,23 @@ from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
 from radiotag.images import decode, png
 from radiotag.images import psnr as image_psnr
-from radiotag.keys import Key, new_key, order, save_key, with_beacon
+from radiotag.keys import Key, new_key, save_key, with_beacon
 from radiotag.manifest import Summary
 from radiotag.marking_run import THREADS, run
 from radiotag.networks import Network, available_device, marking_weights
-from radiotag.plan import MarkOptions, Plan, allotted, by_class, carrier_rows, choose_at_random, make_plan
+from radiotag.plan import (
+    MarkOptions,
+    Plan,
+    allotted,
+    by_class,
+    carrier_rows,
+    choose_at_random,
+    choose_hardest,
+    make_plan,
+)
 from radiotag.probes import ArrayImages, FolderImages, UnmarkedImages
 from radiotag.public import Checked, Conditions, Public, check, images_digest, public_half, read_public
-from radiotag.ranking import NOTHING, Choice, by_hardness, choose_hard, features_of
+from radiotag.ranking import NOTHING, Choice, by_hardness, features_of
 from radiotag.verification import Finding, Model, Progress, VerifyOptions
 
 PathLike = str | os.PathLike[str]
@@ -251,10 +259,7 @@ def _choose(
         return choose_at_random(key, by_class(labels.items()), wanted)
     images = (image.float() for image in pixels)
     found = features_of(network, images, len(pixels), options.batch_size, lambda _: None)
-    choice = NOTHING
-    for name, paths in by_hardness(labels, found).items():
-        choice |= choose_hard(paths, wanted[name], NOTHING, partial(order, key))
-    return choice
+    return choose_hardest(key, by_hardness(labels, found), wanted, NOTHING)
 
 
 def _marked_pixels(marker: Marker, requests: Sequence[Request]) -> list[NDArray[np.float32]]:

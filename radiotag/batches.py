@@ -19,7 +19,7 @@ from torch import Tensor
 from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.images import Picture, decode, encode, psnr, roundtrip
 from radiotag.keys import Key, image_random
-from radiotag.networks import Network, resized
+from radiotag.networks import Network, channels_first, resized
 from radiotag.radioactive import ImageToMark, Marking, mark_images, padded
 
 LOSSLESS = {"PNG", "BMP", "TIFF"}
@@ -105,7 +105,7 @@ def mark_pictures(marker: Marker, requests: Sequence[Request]) -> list[tuple[byt
     lossless = all(_lossless(picture, format) for picture in pictures)
 
     def seen(picture: Picture, image: Tensor) -> Tensor:
-        return image if _lossless(picture, format) else _tensor(roundtrip(picture, _array(image), format))
+        return image if _lossless(picture, format) else channels_first(roundtrip(picture, _array(image), format))
 
     def read_back(images: Sequence[Tensor]) -> list[Tensor]:
         marker.on_step(len(pictures) * next(steps) / marking.steps)
@@ -116,7 +116,7 @@ def mark_pictures(marker: Marker, requests: Sequence[Request]) -> list[tuple[byt
 
     images = [
         ImageToMark(
-            image=_tensor(request.picture.rgb), carrier=request.carrier, pattern=request.pattern,
+            image=channels_first(request.picture.rgb), carrier=request.carrier, pattern=request.pattern,
             draw=copy(request.draw), grey=request.picture.mode in GREY,
         )
         for request in requests
@@ -171,15 +171,11 @@ def feature_gains(network: Network, requests: Sequence[Request], after: Sequence
     carriers = torch.stack([request.carrier for request in requests]).to(device)  # (B, d)
 
     def phi(images: Sequence[Pixels]) -> Tensor:
-        pixels = torch.cat([resized(_tensor(image)[None], size) for image in images])
+        pixels = torch.cat([resized(channels_first(image)[None], size) for image in images])
         return network.features(padded(pixels).to(device) / 255)[: len(pixels)]  # (B, d)
 
     gains: list[float] = ((phi(after) - phi([request.picture.rgb for request in requests])) * carriers).sum(1).tolist()
     return gains
-
-
-def _tensor(rgb: Pixels) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
 
 
 def _array(image: Tensor) -> Pixels:

@@ -253,9 +253,10 @@ def ask(suspect: Network, queries: Queries, key: Key, batching: Batching) -> Ten
         pixels = torch.cat([resized(image[None].float() / 255, size) for image in batch])
         answers.append(log_probabilities(suspect(pixels.to(device)).cpu().double()).exp())
         batching.tell("questions", min(count, len(answers) * batching.size), count)
-    if not bool(finite_rows(torch.cat(answers)).any()):
+    whole = torch.cat(answers)
+    if not bool(finite_rows(whole).any()):
         raise FloatingPointError("its outputs are not finite for any image")
-    return torch.cat(answers).view(len(queries.names), len(queries.rows), -1)
+    return whole.view(len(queries.names), len(queries.rows), -1)
 
 
 def pattern_effects(

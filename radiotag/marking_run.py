@@ -18,8 +18,6 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from radiotag import manifest
@@ -29,6 +27,7 @@ from radiotag.files import fill_atomically, hash_or_none, write_atomically
 from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, ssim
 from radiotag.listing import Item
 from radiotag.manifest import QUALITY, Row, Summary
+from radiotag.networks import channels_first
 from radiotag.plan import Plan, check_begun, check_rows, choose_ranked, is_settled, stale_files, with_earlier
 from radiotag.probes import FolderImages
 from radiotag.processes import Team, team
@@ -167,10 +166,9 @@ def _settle(
 def _pixels(plan: Plan, item: Item) -> Tensor | None:
     """A whole image (3, H, W) in [0, 255]; None for one that cannot be read, which is left for the marking to tell."""
     try:
-        rgb = decode(plan.store.read(item.path), str(plan.source / item.path)).rgb
+        return channels_first(decode(plan.store.read(item.path), str(plan.source / item.path)).rgb)
     except (RadiotagError, OSError):
         return None
-    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
 
 
 # ---------------------------------------------------------------- the journal

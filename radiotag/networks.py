@@ -19,10 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeGuard, cast
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -63,6 +65,11 @@ class Spec:
     mean: tuple[float, ...]  # for pixels in [0, 1], one per channel
     std: tuple[float, ...]
     class_names: tuple[str, ...] | None = None
+
+
+def channels_first(rgb: NDArray[np.float32]) -> Tensor:
+    """(H, W, 3) → (3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:

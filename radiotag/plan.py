@@ -162,11 +162,17 @@ def choose_at_random(key: Key, paths: dict[str, list[str]], wanted: dict[str, in
     return Choice(marked, frozenset(path for path in marked if patterned(key, path)))
 
 
+def choose_hardest(key: Key, ranked: dict[str, list[str]], wanted: dict[str, int], earlier: Choice) -> Choice:
+    """So many hard images of each class (class → paths, hardest first), beside what was chosen earlier."""
+    choice = NOTHING
+    for name, paths in ranked.items():
+        choice |= choose_hard(paths, wanted[name], earlier, partial(order, key))
+    return choice
+
+
 def choose_ranked(plan: Plan, ranked: dict[str, list[str]]) -> Plan:
     """The plan with its fraction of hard images chosen; ranked: class → paths, hardest first."""
-    choice, wanted = plan.choice, plan.wanted()
-    for name, paths in ranked.items():
-        choice |= choose_hard(paths, wanted[name], plan.choice, partial(order, plan.key))
+    choice = plan.choice | choose_hardest(plan.key, ranked, plan.wanted(), plan.choice)
     _check_collisions(plan.items, choice.marked, plan.options.format)
     return replace(plan, choice=choice)
 
@@ -275,13 +281,14 @@ def with_earlier(plan: Plan) -> Plan:
 
     When images are added or removed, a fraction of a class covers other images; those marked before must stay marked.
     """
-    rows = {row["path"]: row for row in _recorded(plan)}
-    marked = {path for path, row in rows.items() if row.get("status") in {"marked", "chosen"} or "chosen" in row}
-    marked &= {item.path.as_posix() for item in plan.items}
-    if plan.options.choose == "random":
-        had = {path for path in marked if patterned(plan.key, path)}
-    else:
-        had = {path for path in marked if rows[path].get("pattern")}
+    carries = {  # path → whether it carries the pattern, None if it is not to be marked; whole rows would fill memory
+        row["path"]: row.get("pattern", False) if row["status"] in {"marked", "chosen"} or "chosen" in row else None
+        for row in _recorded(plan)
+    }
+    paths = {item.path.as_posix() for item in plan.items}
+    marked = {path for path, pattern in carries.items() if pattern is not None and path in paths}
+    at_random = plan.options.choose == "random"
+    had = {path for path in marked if (patterned(plan.key, path) if at_random else carries[path])}
     choice = plan.choice | Choice(frozenset(marked), frozenset(had))
     _check_collisions(plan.items, choice.marked, plan.options.format)
     return replace(plan, choice=choice)

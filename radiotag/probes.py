@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from radiotag.files import file_hash
 from radiotag.images import decode
 from radiotag.listing import list_folder
 from radiotag.manifest import marked_hashes, marked_rows
-from radiotag.networks import SMALL_IMAGE, Network, resized
+from radiotag.networks import SMALL_IMAGE, Network, channels_first, resized
 from radiotag.suspect import (
     FEW_IMAGES,
     MANY_IMAGES,
@@ -94,7 +93,7 @@ class FolderImages:
                 f"{path} is marked: aligning on marked images would void the p-value",
                 "give --data a folder of unmarked images, or leave it out",
             )
-        return torch.from_numpy(np.ascontiguousarray(decode(data, str(path)).rgb.transpose(2, 0, 1)))
+        return channels_first(decode(data, str(path)).rgb)
 
 
 class ArrayImages:

@@ -427,7 +427,7 @@ def evidence(
     log_p = np.where(alive, [part.log_p for part in parts], 0.0)  # (1 or 2, C)
     chosen = pattern_or_both(log_p[-1], log_p[0])
     per_class = np.where(alive.sum(0) == 2, chosen, log_p.sum(0))[alive.any(0)]
-    sets = _sets(index, order)
+    sets = _sets(index, None if best_only else order)
     nested = np.array([_combined(parts, members) for members in sets])
     means = [float(part.cosine[part.alive].mean()) if part.alive.any() else 0.0 for part in parts]
     return Evidence(

@@ -929,3 +929,11 @@ def test_dead_classes_leave_sets_that_say_nothing():
     found = evidence(vectors, range(3), carriers, None, (0, 1, 2))  # the first two are dead
     assert found.sets == 3 and found.log_p == pytest.approx(min(0.0, evidence(
         ClassVectors(features=vectors.features[2:]), (2,), carriers).log_p + math.log(3)))  # fmt: skip
+
+
+def test_of_one_class_whose_output_is_unknown_no_sets_are_told():
+    vectors = ClassVectors(features=torch.from_numpy(np.random.default_rng(0).standard_normal((4, 6))))
+    carriers = torch.eye(6)[:1].float()
+    found = evidence(vectors, (0, 0, 0, 0), carriers, None, (0,))
+    assert (found.sets, found.first_classes) == (1, 4)
+    assert found.log_p == pytest.approx(evidence(vectors, (0, 0, 0, 0), carriers).log_p)
