@@ -494,6 +494,16 @@ def train_demo(
     teacher: Annotated[
         Path | None, training_option(metavar="FILE", help="learn this model's outputs instead of the labels")
     ] = None,
+    crops: Annotated[
+        float | None,
+        training_option(
+            min=0.01,
+            max=1.0,
+            metavar="SHARE",
+            help="random resized crops of at least this share of the area, as is usual for photographs",
+            show_default="small shifts",
+        ),
+    ] = None,
     robust: Annotated[
         bool,
         training_option(
@@ -543,17 +553,18 @@ def train_demo(
 
         report.note("reading images …")
         first = networks.load_network(init) if init else None
-        images = training.load_folder(data, image_size or (first.spec.image_size if first else None))
+        size = image_size or (first.spec.image_size if first else training.natural_size(data))
+        images = training.load_folder(data, training.size_to_crop(data, size, crops) if crops else size)
         recipe = training.Recipe(
-            epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, head_only=head_only, robust=robust
+            epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, head_only=head_only, robust=robust, crops=crops
         )
         small = None if stem == "auto" else stem == "small"
         network = (
-            training.initialised_from(init, images, seed=seed)
+            training.initialised_from(init, images, seed=seed, image_size=size)
             if init
-            else training.new_network(arch, images, stem=small, seed=seed)
+            else training.new_network(arch, images, stem=small, seed=seed, image_size=size)
         )
-        held_out = training.load_folder(val, int(images.images.shape[-1]), images.names) if val else None
+        held_out = training.load_folder(val, size, images.names) if val else None
         taught = networks.load_network(teacher) if teacher else None
         with training_progress(report, epochs) as show:
             course = training.Course(

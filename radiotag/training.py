@@ -6,6 +6,7 @@ result as an uninterrupted one.
 """
 
 import math
+import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.transforms.v2.functional import center_crop, resize
 
+from radiotag import radioactive
 from radiotag.errors import RadiotagError, first_line
 from radiotag.images import decode
 from radiotag.listing import list_folder
@@ -53,6 +55,7 @@ class Recipe:
     seed: int = 0
     head_only: bool = False
     robust: bool = False  # train on `adversarial_examples`
+    crops: float | None = None  # least share of an image's area in `random_resized_crops`; None: `augment`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,7 +74,7 @@ class Course:
 class Dataset:
     """Labelled images."""
 
-    images: Tensor  # (N, 3, S, S) uint8
+    images: Tensor  # (N, 3, S, S) uint8; for random resized crops larger than the network's input
     labels: Tensor  # (N,) int64
     names: tuple[str, ...]  # of the classes, in label order
 
@@ -84,14 +87,14 @@ class Dataset:
 def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | None = None) -> Dataset:
     """Decode a folder of class sub-folders; each image is resized and centre-cropped to S×S pixels.
 
-    image_size: S; None for the `natural_size` of the first image. RadiotagError for a class that is not in `names`.
+    image_size: S; None for their `natural_size`. RadiotagError for a class that is not in `names`.
     """
     items, folder_names, _ = list_folder(source)
     names = names or tuple(folder_names)
     unknown = sorted({item.label for item in items} - set(names))
     if unknown:
         raise RadiotagError(f"{source}: the class '{unknown[0]}' is not one of the model's")
-    size = image_size or natural_size(source / items[0].path)
+    size = image_size or natural_size(source)
     images = _empty_images(len(items), size)
     for i, item in enumerate(items):
         rgb = decode((source / item.path).read_bytes(), str(source / item.path)).rgb
@@ -102,11 +105,16 @@ def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | N
     return Dataset(images=images, labels=labels, names=names)
 
 
-def natural_size(path: Path) -> int:
-    """Suitable input size (pixels) for an image: its short side up to 64, else 224."""
-    height, width, _ = decode(path.read_bytes(), str(path)).rgb.shape
-    short = int(min(height, width))
-    return short if short <= 64 else 224
+def natural_size(source: Path) -> int:
+    """Suitable input size (pixels) for a folder's images: the first one's short side up to 64, else 224."""
+    short = _short_side(source)
+    return short if short <= SMALL_IMAGE else 224
+
+
+def _short_side(source: Path) -> int:
+    items, _, _ = list_folder(source)
+    height, width, _ = decode((source / items[0].path).read_bytes(), str(source / items[0].path)).rgb.shape
+    return int(min(height, width))
 
 
 def _empty_images(count: int, size: int) -> Tensor:
@@ -115,6 +123,29 @@ def _empty_images(count: int, size: int) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8)
     with tempfile.NamedTemporaryFile(prefix="radiotag-") as file:  # deleted at once; the mapping keeps it alive
         return torch.from_numpy(np.memmap(file.name, dtype=np.uint8, mode="w+", shape=shape))
+
+
+def size_to_crop(source: Path, image_size: int, least: float) -> int:
+    """The size (pixels) to load a folder at, to take crops of at least this share of the area from its images.
+
+    The smallest crop has `image_size` pixels if the first image is large enough. Smaller images are not scaled up.
+    """
+    return max(image_size, min(_short_side(source), math.ceil(image_size / math.sqrt(least))))
+
+
+def random_resized_crops(images: Tensor, size: int, least: float, generator: torch.Generator) -> Tensor:
+    """(B, 3, T, T) uint8 → (B, 3, S, S) float in [0, 1]: a crop of a share of each image's area, flipped or not.
+
+    size: S in pixels; least: the smallest share, in (0, 1]. The usual augmentation for photographs.
+    """
+    draw = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+    marking = radioactive.Marking(crop_scale=(least, 1.0))
+    height, width = images.shape[2:]
+    views = [
+        radioactive.augment(image.float(), radioactive.random_crop(height, width, draw, marking), size)
+        for image in images
+    ]
+    return torch.stack(views).div_(255).clamp_(0, 1)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -166,11 +197,16 @@ def _statistics_kept(network: nn.Module) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: int) -> Network:
-    """A new network for these images, normalised by their statistics; the weights depend on the seed alone."""
+def new_network(
+    architecture: str, data: Dataset, *, stem: bool | None, seed: int, image_size: int | None = None
+) -> Network:
+    """A new network for these images, normalised by their statistics; the weights depend on the seed alone.
+
+    image_size: of its input, in pixels; None for the images' own.
+    """
     step = max(1, len(data.images) // 5000, data.images.numel() // 2**28)  # at most 1 GiB of floats
     sample = data.images[::step].float() / 255
-    size = int(data.images.shape[-1])
+    size = image_size or int(data.images.shape[-1])
     spec = Spec(
         architecture=architecture,
         classes=len(data.names),
@@ -184,12 +220,13 @@ def new_network(architecture: str, data: Dataset, *, stem: bool | None, seed: in
         return Network(build(spec), spec)
 
 
-def initialised_from(path: Path, data: Dataset, *, seed: int) -> Network:
-    """The network of a checkpoint, for images of the data's size; a new last layer if the number of classes differs.
+def initialised_from(path: Path, data: Dataset, *, seed: int, image_size: int | None = None) -> Network:
+    """The network of a checkpoint for this data; a new last layer if the number of classes differs.
 
+    image_size: of its input, in pixels; None for the images' own.
     RadiotagError if it needs a new last layer but does not end in a linear layer.
     """
-    network = load_network(path, image_size=int(data.images.shape[-1]))
+    network = load_network(path, image_size=image_size or int(data.images.shape[-1]))
     names = data.class_names
     if network.spec.classes == len(data.names):
         network.spec = replace(network.spec, class_names=names)
@@ -325,7 +362,11 @@ def _epoch(
     batches = _batches(torch.randperm(len(data.images), generator=generator), recipe)
     average = math.nan
     for i, batch in enumerate(batches):
-        pixels, labels = augment(data.images[batch], generator).to(device), data.labels[batch].to(device)
+        pixels, labels = (
+            _views(data.images[batch], network.spec.image_size, recipe.crops, generator),
+            data.labels[batch],
+        )
+        pixels, labels = pixels.to(device), labels.to(device)
         with mixed_precision(device):
             pixels = adversarial_examples(network, pixels, labels, generator) if recipe.robust else pixels
             loss = _loss(network, pixels, labels, course.teacher)
@@ -338,6 +379,10 @@ def _epoch(
             raise RadiotagError("the training diverged", "use a lower --lr or another --seed")
         average = value if i == 0 else 0.98 * average + 0.02 * value
         course.progress(epoch, (i + 1) / len(batches), average)
+
+
+def _views(images: Tensor, size: int, crops: float | None, generator: torch.Generator) -> Tensor:
+    return augment(images, generator) if crops is None else random_resized_crops(images, size, crops, generator)
 
 
 def _loss(network: Network, pixels: Tensor, labels: Tensor, teacher: Network | None) -> Tensor:

@@ -191,7 +191,7 @@ def options_of(command):
 UNITS = {
     "--classes": "number", "--fraction": "share", "--epsilon": "of 255", "--min-psnr": "dB", "--steps": "steps",
     "--seed": "of ", "--batch-size": "images", "--epochs": "passes", "--image-size": "pixels", "--lr": "learning rate",
-    "--alpha": "corrected p", "--decoys": "keys", "--calibrate": "null keys",
+    "--alpha": "corrected p", "--crops": "share", "--decoys": "keys", "--calibrate": "null keys",
 }  # fmt: skip
 
 
@@ -1349,6 +1349,23 @@ def test_train_demo_starts_from_a_model_of_other_classes(world, tmp_path):
     assert (answer["classes"], answer["architecture"]) == (2, "resnet10")
     spec = load_network(tmp_path / "m.pt").spec
     assert spec.class_names == ("x", "y") and spec.image_size == 24
+
+
+def test_train_demo_takes_crops_of_larger_images(world, tmp_path):
+    data = tmp_path / "photos"
+    for i, name in enumerate(("x", "y", "x", "y")):
+        (data / name).mkdir(parents=True, exist_ok=True)
+        photo(i, (90, 70)).save(data / name / f"{i}.png")
+    more = ("--image-size", 32, "--crops", 0.25, "--val", data, "--json")
+    result = train(world, tmp_path / "m.pt", *more, data=data)
+    assert result.code == 0, result.err
+    assert load_network(tmp_path / "m.pt").spec.image_size == 32 and 0 <= result.json["accuracy"] <= 1
+    assert train(world, tmp_path / "n.pt", "--image-size", 32, data=data).code == 0
+    cropped, shifted = (load_network(tmp_path / name).module.state_dict()["fc.weight"] for name in ("m.pt", "n.pt"))
+    assert not torch.equal(cropped, shifted)
+    again = call("train-demo", data, "-o", tmp_path / "m.pt", "--arch", "resnet10", "--epochs", 2, "--resume")
+    assert again.code == 1 and "is of another training" in again.err
+    assert "--crops" in bad("train-demo", data, "-o", tmp_path / "o.pt", "--crops", 0, code=2).err
 
 
 def test_train_demo_learns_from_a_teacher(world, tmp_path):

@@ -25,6 +25,8 @@ from radiotag.training import (
     load_folder,
     natural_size,
     new_network,
+    random_resized_crops,
+    size_to_crop,
     train,
 )
 
@@ -106,6 +108,48 @@ def test_augment_depends_on_its_generator_alone():
     assert 0 <= first.min() <= first.max() <= 1
 
 
+@pytest.mark.parametrize("least", [0.08, 0.25, 1.0])
+def test_random_resized_crops_are_pieces_of_the_image_of_the_stated_area_and_shape(least):
+    """An image whose pixels tell their own place shows where each crop came from, without knowing its draws."""
+    count, large, size = 200, 120, 48
+    place = torch.linspace(0, 238, large).round()  # two grey levels a pixel
+    ramps = torch.stack([place.expand(large, -1), place[:, None].expand(-1, large), torch.zeros(large, large)])
+    images = ramps.to(torch.uint8).expand(count, -1, -1, -1)
+    views = random_resized_crops(images, size, least, generator())
+    assert views.shape == (count, 3, size, size) and views.dtype == torch.float32
+    assert 0 <= views.min() <= views.max() <= 1
+    inner = views[:, :, 8:-8, 8:-8] * 255 / 2  # places in pixels of the image; away from the borders of the crop
+    across = (inner[:, 0, :, -1] - inner[:, 0, :, 0]).mean(1) / (size - 17) * size  # (B,) width of the crop, signed
+    down = (inner[:, 1, -1] - inner[:, 1, 0]).mean(1) / (size - 17) * size
+    assert down.min() > 0
+    assert (60 < (across < 0).sum() < 140) or least == 1
+    share, ratio = (across.abs() * down) / large**2, across.abs() / down
+    assert share.min() > least * 0.93 - 0.002 and share.max() < 1.05
+    assert share.min() < least + 0.08 and share.max() > 0.9  # the whole range
+    assert ratio.min() > 0.72 and ratio.max() < 1.39
+    assert least == 1 or (ratio.min() < 0.8 and ratio.max() > 1.25)
+    centres = inner[:, :2].mean((2, 3))  # (B, 2)
+    assert least == 1 or bool((centres.std(0) > 5).all())
+
+
+def test_random_resized_crops_depend_on_their_generator_alone():
+    images = dataset(size=20).images
+    torch.manual_seed(1)
+    first = random_resized_crops(images, 16, 0.25, generator(7))
+    torch.manual_seed(2)
+    assert torch.equal(first, random_resized_crops(images, 16, 0.25, generator(7)))
+    assert not torch.equal(first, random_resized_crops(images, 16, 0.25, generator(8)))
+
+
+@pytest.mark.parametrize(("sides", "least", "loaded"), [
+    ((160, 160), 0.25, 160), ((500, 400), 0.25, 256), ((500, 400), 0.08, 400), ((100, 90), 0.25, 128),
+    ((500, 400), 1.0, 128),
+])  # fmt: skip
+def test_images_are_loaded_as_large_as_their_crops_need(sides, least, loaded, tmp_path):
+    Image.new("RGB", sides).save(tmp_path / "i.png")
+    assert size_to_crop(tmp_path, 128, least) == loaded
+
+
 def rates(recipe, steps, done=0):
     """The rate of each remaining step, as a training uses it."""
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
@@ -177,7 +221,7 @@ def test_images_of_the_right_size_are_not_touched(folder):
 @pytest.mark.parametrize(("sides", "size"), [((32, 32), 32), ((64, 300), 64), ((65, 65), 224), ((500, 400), 224)])
 def test_the_natural_size(sides, size, tmp_path):
     Image.new("RGB", sides).save(tmp_path / "i.png")
-    assert natural_size(tmp_path / "i.png") == size
+    assert natural_size(tmp_path) == size
 
 
 def test_labels_follow_the_given_names(folder):
@@ -327,10 +371,15 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("robust", [False, True])
-@pytest.mark.parametrize("architecture", ["shufflenet_v2_x0_5", "mobilenet_v3_small"])  # the second has dropout
-def test_a_resumed_training_repeats_an_undisturbed_one(architecture, robust, tmp_path):
-    data, recipe = dataset(), replace(RECIPE, robust=robust)
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("shufflenet_v2_x0_5", {}), ("shufflenet_v2_x0_5", {"robust": True}), ("mobilenet_v3_small", {"robust": True}),
+        ("mobilenet_v3_small", {"crops": 0.25}),  # this one has dropout
+    ],
+)  # fmt: skip
+def test_a_resumed_training_repeats_an_undisturbed_one(architecture, changes, tmp_path):
+    data, recipe = dataset(), replace(RECIPE, **changes)
     torch.manual_seed(1)
     whole = fresh(data, architecture)
     train(whole, data, recipe, Course(output=tmp_path / "whole.pt"))
