@@ -384,6 +384,7 @@ def _plan_lines(plan: "Plan") -> list[str]:
         f"would mark {sum(wanted.values())} of {len(plan.items)} images into {plan.output}, less what is done already",
         *(f"  {line}" for line in lines),
         *_unmarked_lines(plan),
+        *_expect_lines(plan),
         f"next         {shlex.join(['radiotag', *(word for word in sys.argv[1:] if word != '--dry-run')])}",
     ]
 
@@ -391,6 +392,13 @@ def _plan_lines(plan: "Plan") -> list[str]:
 def _unmarked_lines(plan: "Plan") -> list[str]:
     counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(plan.store.unmarked_formats().items()))
     return [f"warning      copied unmarked, though they look like images: {counts}"] if counts else []
+
+
+def _expect_lines(plan: "Plan") -> list[str]:
+    expected = plan.expectation()
+    found = "" if expected.log10_p is None else f"log10 p about {expected.log10_p:.1f}, "
+    advice = f" ({expected.advice})" if expected.advice else ""
+    return [f"expect       {found}{expected.reason}{advice}"]
 
 
 def _mark_json(plan: "Plan", summary: "Summary", **more: Any) -> dict[str, Any]:
@@ -401,6 +409,7 @@ def _mark_json(plan: "Plan", summary: "Summary", **more: Any) -> dict[str, Any]:
         "images": len(plan.items), "marked": summary.marked, "copied": summary.copied, "skipped": summary.skipped,
         "failed": failed, "formats_unmarked": dict(plan.store.unmarked_formats()),
         "further_pictures_dropped": summary.dropped, "unchanged": summary.unchanged,
+        "expected_log10_p": plan.expectation().log10_p,
         **summary.statistics(), **more,
     }  # fmt: skip
 
@@ -422,6 +431,7 @@ def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
         f"public half  {plan.public} (publish or time-stamp it before the data)",
         f"key          sha256:{plan.key.fingerprint}",
         *(_quality_lines(plan, summary) if summary.marked else ()),
+        *(_expect_lines(plan) if summary.marked else ()),
         *_unmarked_lines(plan),
         *_mark_warnings(plan, summary),
         *_after_marking(plan, summary, key),

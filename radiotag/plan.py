@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from radiotag import manifest
 from radiotag.errors import RadiotagError
+from radiotag.expectation import Expectation, expected, short_side
 from radiotag.files import hash_or_none
 from radiotag.images import OTHER_SUFFIXES, SUFFIXES, decode, extension, psnr
 from radiotag.keys import Key, choose, order, patterned
@@ -108,6 +109,15 @@ class Plan:
         """Class → how many images this run's fraction asks for."""
         sizes = {name: len(paths) for name, paths in self.by_class().items()}
         return allotted(self.key, sizes, self.rows, self.options)
+
+    def expectation(self) -> Expectation:
+        """What the test may be expected to find, by what was measured; the first image stands for the size of all."""
+        sizes = {name: len(paths) for name, paths in self.by_class().items()}
+        try:
+            size = short_side(self.store.read(self.items[0].path))
+        except (RadiotagError, OSError):
+            size = None
+        return expected(sizes, self.wanted(), size)
 
     def target(self, item: Item) -> str:
         """An image's relative path in the output: unmarked images keep their format."""

@@ -61,7 +61,7 @@ COMMON = {"schema", "command", "version", "seconds"}
 MARK_KEYS = COMMON | {
     *("fingerprint", "output", "manifest", "images", "marked", "copied", "skipped", "failed", "public", "classes"),
     *("psnr_median", "psnr_p5", "psnr_min", "ssim_median", "ssim_min", "linf_max", "feature_gain_mean"),
-    *("formats_unmarked", "further_pictures_dropped", "unchanged"),
+    *("formats_unmarked", "further_pictures_dropped", "unchanged", "expected_log10_p"),
 }
 SUSPECT_KEYS = {
     *("path", "architecture", "detected", "log10_p", "log10_p_corrected", "paper_log10_p", "mean_cosine"),
