@@ -30,6 +30,17 @@ def pattern_images(patterns: Tensor, height: int, width: int) -> Tensor:
     return torch.einsum("bcij,ih,jw->bchw", grid, down, across)
 
 
+def tilt(patterns: Tensor, power: float) -> Tensor:
+    """(B, m) patterns with each amplitude divided by its frequency to a power; 0 changes nothing.
+
+    The frequency is in half-waves over the image, at least 1. Low frequencies survive random crops of it.
+    """
+    down = torch.arange(FREQUENCIES, dtype=torch.float64)[:, None]
+    across = 2 * torch.arange(FREQUENCIES // 2, dtype=torch.float64)
+    frequency = torch.hypot(down, across).flatten()[1:].clamp_min(1)  # (m / 3,)
+    return patterns.double() / (frequency**power).repeat(3)
+
+
 def pattern_coefficients(images: Tensor) -> Tensor:
     """(B, 3, H, W) images → (B, m) float64 coefficients: the transpose of `pattern_images`."""
     down, across = _waves(FREQUENCIES, images.shape[2], 1), _waves(FREQUENCIES, images.shape[3], 2)

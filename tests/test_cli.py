@@ -1245,7 +1245,7 @@ def test_what_an_encoder_takes_of_a_mark_is_given_back_within_the_psnr(world, tm
     folder = tmp_path / "imgs" / "ant"
     folder.mkdir(parents=True)
     for i in range(240):
-        photo(i, (32, 32)).save(folder / f"{i}.jpg", quality=30)
+        photo(i, (32, 32)).save(folder / f"{i}.jpg", quality=40)
     more = "--key", world.key, "--steps", 8, "--fraction", 0.1, "--json"  # so few all carry the pattern
     kept, png = (
         good("mark", tmp_path / "imgs", "-o", tmp_path / format, "--format", format, *more).json

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
 from radiotag import radioactive
-from radiotag.cosines import PATTERN_DIMENSION, pattern_coefficients, pattern_images
+from radiotag.cosines import PATTERN_DIMENSION, pattern_coefficients, pattern_images, tilt
 from radiotag.errors import RadiotagError
 from radiotag.radioactive import (
+    TILT,
     ImageToMark,
     Marking,
+    aims,
     cosine_log_sf,
     default_psnr,
     default_share,
@@ -634,10 +636,11 @@ def test_patterns_are_low_cosines(size):
     assert float(found[0] @ patterns[1].double()) == pytest.approx(float(adjoint), rel=1e-9)
 
 
-def test_small_images_give_more_of_their_mark_to_the_pattern(network):
-    assert [default_share(*size) for size in ((32, 32), (64, 500), (224, 224), (3000, 240))] == [0.75, 0.75, 0.5, 0.5]
+def test_photographs_give_more_of_their_mark_to_the_pattern(network):
+    found = [default_share(*size) for size in ((32, 32), (64, 500), (224, 224), (3000, 240))]
+    assert found == pytest.approx([0.75, 0.75, 0.95, 0.95])
     shares = [default_share(side, side) for side in range(64, 225, 4)]
-    assert shares == sorted(shares, reverse=True) and len(set(shares)) == len(shares)
+    assert shares == sorted(shares) and len(set(shares)) == len(shares)
     patterns = uniform_carriers(1, PATTERN_DIMENSION, entropy("patterns"))
     image = torch.full((1, 3, 32, 32), 128.0)
 
@@ -646,6 +649,39 @@ def test_small_images_give_more_of_their_mark_to_the_pattern(network):
         return mark_images(network, to_mark(image, carriers_for(1), patterns), marking)[0]
 
     assert torch.equal(marked(None), marked(0.75)) and not torch.equal(marked(None), marked(0.5))
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 1.4])
+def test_a_tilt_divides_each_cosine_by_its_frequency(power):
+    patterns = uniform_carriers(3, PATTERN_DIMENSION, entropy("patterns"))
+    tilted, plain = (pattern_images(p, 40, 30).numpy() for p in (tilt(patterns, power), patterns))
+    for image, other in zip(tilted, plain, strict=True):
+        found, before = by_cosines(image).reshape(3, -1), by_cosines(other).reshape(3, -1)
+        for n, (down, across) in enumerate(itertools.product(range(6), (0, 2, 4)), -1):
+            frequency = max(1.0, math.hypot(down, across))
+            assert n < 0 or found[:, n] == pytest.approx(before[:, n] / frequency**power, abs=1e-6)
+
+
+def test_photographs_carry_tilted_patterns_and_small_images_the_patterns_themselves(network):
+    patterns = uniform_carriers(1, PATTERN_DIMENSION, entropy("patterns"))
+    for side, power in ((64, 0.0), (224, TILT)):
+        noise = np.random.default_rng(2).standard_normal((1, 3, side, side))
+        image = (128 + 40 * torch.from_numpy(noise).float()).clamp(60, 200)  # texture everywhere
+        (marked,) = mark_images(network, to_mark(image, carriers_for(1), patterns), Marking(pattern_share=1.0, steps=1))
+        found, wanted = pattern_coefficients((marked - image[0])[None])[0], tilt(patterns, power)[0]
+        assert float(torch.cosine_similarity(found, wanted, dim=0)) > 0.98
+        assert float(torch.cosine_similarity(found, tilt(patterns, TILT - power)[0], dim=0)) < 0.95
+
+
+def test_marking_aims_between_the_carrier_and_the_ordinary():
+    generator = torch.Generator().manual_seed(1)
+    carriers = torch.nn.functional.normalize(torch.randn(5, 64, generator=generator), dim=1)
+    phi, centre = 3 * torch.randn(5, 64, generator=generator), torch.randn(64, generator=generator)
+    for aim, u, x in zip(aims(carriers, phi, centre), carriers, phi, strict=True):
+        away = ((centre - x) / (centre - x).norm()).numpy()
+        expected = (u.numpy() + away) / np.linalg.norm(u.numpy() + away)
+        assert aim.numpy() == pytest.approx(expected, abs=1e-6)
+    assert aims(carriers[:1], centre[None], centre)[0].numpy() == pytest.approx(carriers[0].numpy(), abs=1e-6)
 
 
 def test_a_mark_is_the_pattern_and_the_images_own(network):
