@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from radiotag import keys, verification
-from radiotag.batches import PIXELS_TOGETHER, Marker, Request, mark_requests, ordinary_features, request_for
+from radiotag.batches import PIXELS_TOGETHER, Marker, Request, mark_requests, request_for
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
 from radiotag.images import decode, png
@@ -234,9 +234,7 @@ def _mark_arrays(
     marked, psnr = pixels.clone(), np.full(len(pixels), np.nan)
     together = max(1, min(options.batch_size, PIXELS_TOGETHER // pixels[0, 0].numel()))
     with ThreadPoolExecutor(THREADS) as pool:
-        marker = Marker(
-            network=network, marking=options.marking, centre=ordinary_features(network), pool=pool, format="png"
-        )
+        marker = Marker(network=network, marking=options.marking, pool=pool, format="png")
         for start in range(0, len(places), together):
             batch = places[start : start + together]
             pictures = [decode(png(pixels[i].permute(1, 2, 0).numpy()), paths[i]) for i in batch]

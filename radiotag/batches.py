@@ -6,7 +6,7 @@ This module does not use folders, plans or manifests: its input is pictures, its
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
@@ -20,8 +20,7 @@ from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.images import Picture, decode, encode, psnr, roundtrip
 from radiotag.keys import Key, image_random
 from radiotag.networks import Network, channels_first, resized
-from radiotag.radioactive import ImageToMark, Marking, aims, mark_images, padded
-from radiotag.synthetic import inverted
+from radiotag.radioactive import ImageToMark, Marking, mark_images, padded
 
 LOSSLESS = {"PNG", "BMP", "TIFF"}
 GREY = {"1", "L", "LA", "I;16"}
@@ -29,7 +28,6 @@ PIXELS_TOGETHER = 2**24  # most pixels per batch, about 2 GiB; many photographs 
 NEAR_TARGET = 0.95  # of the target squared error: a lossy file with this much is accepted
 LARGEST_SCALE = 1.5  # largest factor by which a mark is enlarged before encoding
 TRIALS = 8  # encodings per image to find the scale
-ORDINARY = 5  # every so many of the made-up images give the mean of the features: 80
 Pixels = NDArray[np.float32]  # (H, W, 3) in [0, 255]
 
 
@@ -39,7 +37,6 @@ class Marker:
 
     network: Network
     marking: Marking
-    centre: Tensor  # (d,), `ordinary_features` of the network
     pool: ThreadPoolExecutor  # encodes and decodes beside the optimisation
     format: str = "keep"  # or "png"
     on_step: Callable[[float], None] = lambda _: None  # called before each step with the images' worth of steps done
@@ -61,7 +58,7 @@ class Marked:
 
     file: bytes
     pixels: Pixels  # as read from the file
-    gain: float  # ⟨φ(x̃) − φ(x), u⟩ of the whole image, without augmentation
+    gain: float  # of its feature along the carrier
 
 
 def request_for(key: Key, picture: Picture, path: str, row: int, *, seed: int, patterned: bool) -> Request:
@@ -91,7 +88,8 @@ def mark_requests(marker: Marker, requests: Sequence[Request]) -> Iterator[list[
         # Keep only the message: the error itself would hold the failed batch's tensors.
         files, failure = [], RadiotagError(str(error), getattr(error, "hint", ""))
     if files:
-        yield list(files)
+        gains = feature_gains(marker.network, requests, [pixels for _, pixels in files])
+        yield [Marked(file=f, pixels=p, gain=gain) for (f, p), gain in zip(files, gains, strict=True)]
     elif len(requests) == 1:
         yield [failure]
     else:
@@ -100,8 +98,8 @@ def mark_requests(marker: Marker, requests: Sequence[Request]) -> Iterator[list[
         yield from mark_requests(marker, requests[half:])
 
 
-def mark_pictures(marker: Marker, requests: Sequence[Request]) -> list[Marked]:
-    """Mark decoded images."""
+def mark_pictures(marker: Marker, requests: Sequence[Request]) -> list[tuple[bytes, Pixels]]:
+    """Mark decoded images; returns each one's file and its pixels (H, W, 3) as decoded from the file."""
     marking, format, steps = marker.marking, marker.format, itertools.count()
     pictures = [request.picture for request in requests]
     lossless = all(_lossless(picture, format) for picture in pictures)
@@ -116,19 +114,15 @@ def mark_pictures(marker: Marker, requests: Sequence[Request]) -> list[Marked]:
     def finish(picture: Picture, image: Tensor) -> tuple[bytes, Pixels]:
         return _encode_mark(picture, _array(image), marking, format)
 
-    before = _features(marker.network, [picture.rgb for picture in pictures])  # (B, d)
-    carriers = torch.stack([request.carrier for request in requests]).to(before)  # (B, d)
     images = [
         ImageToMark(
-            image=channels_first(request.picture.rgb), carrier=aim if request.pattern.any() else request.carrier,
-            pattern=request.pattern, draw=copy(request.draw), grey=request.picture.mode in GREY,
+            image=channels_first(request.picture.rgb), carrier=request.carrier, pattern=request.pattern,
+            draw=copy(request.draw), grey=request.picture.mode in GREY,
         )
-        for request, aim in zip(requests, aims(carriers, before, marker.centre), strict=True)
+        for request in requests
     ]  # fmt: skip
-    files = list(marker.pool.map(finish, pictures, mark_images(marker.network, images, marking, read_back)))
-    moved = _features(marker.network, [pixels for _, pixels in files]) - before  # (B, d)
-    gains = (moved * carriers).sum(1).tolist()
-    return [Marked(file=file, pixels=pixels, gain=gain) for (file, pixels), gain in zip(files, gains, strict=True)]
+    marked = mark_images(marker.network, images, marking, read_back)
+    return list(marker.pool.map(finish, pictures, marked))
 
 
 def _lossless(picture: Picture, format: str) -> bool:
@@ -171,16 +165,17 @@ def _error(a: Pixels, b: Pixels) -> float:
 
 
 @torch.no_grad()
-def _features(network: Network, images: Iterable[Pixels]) -> Tensor:
-    """φ of whole images, without augmentation: (B, d)."""
-    pixels = torch.cat([resized(channels_first(image)[None], network.spec.image_size) for image in images])
-    return network.features(padded(pixels).to(network.device) / 255)[: len(pixels)]
+def feature_gains(network: Network, requests: Sequence[Request], after: Sequence[Pixels]) -> list[float]:
+    """⟨φ(x̃) − φ(x), u⟩ of each whole image, without augmentation."""
+    device, size = network.device, network.spec.image_size
+    carriers = torch.stack([request.carrier for request in requests]).to(device)  # (B, d)
 
+    def phi(images: Sequence[Pixels]) -> Tensor:
+        pixels = torch.cat([resized(channels_first(image)[None], size) for image in images])
+        return network.features(padded(pixels).to(device) / 255)[: len(pixels)]  # (B, d)
 
-def ordinary_features(network: Network) -> Tensor:
-    """(d,): the mean of φ over images of many classes, made up and public."""
-    images = inverted()[::ORDINARY].permute(0, 2, 3, 1).numpy().astype(np.float32)  # (N, H, W, 3)
-    return torch.cat([_features(network, list(part)) for part in np.array_split(images, 5)]).mean(0)
+    gains: list[float] = ((phi(after) - phi([request.picture.rgb for request in requests])) * carriers).sum(1).tolist()
+    return gains
 
 
 def _array(image: Tensor) -> Pixels:

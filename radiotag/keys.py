@@ -35,14 +35,17 @@ from radiotag.radioactive import uniform_carriers
 
 KEY_FORMAT = 2  # version of key files
 CONTRASTED = "contrasted pattern or pattern+response+ridge"
-STATISTIC = f"nested {CONTRASTED}"  # what new keys declare
+NESTED = f"nested {CONTRASTED}"
+STATISTIC = f"{NESTED}, by images of every class"  # what new keys declare
 STATISTICS = {
     CONTRASTED: "the sum of two unit vectors, response and ridge alignment (the latter at half weight without labelled "
     "images), and the whitened pattern; what the classes share and a reference classifier's response are removed "
     "from each; Stouffer over the classes of each; the smaller of the pattern's p and Fisher's of both, corrected for "
     "the choice",
-    STATISTIC: "of the first 1, 2, 5, 10, … classes of an order that only the key knows, and of all: "
+    NESTED: "of the first 1, 2, 5, 10, … classes of an order that only the key knows, and of all: "
     f"{CONTRASTED}; the smallest p, times the number of these sets",
+    STATISTIC: f"{NESTED}; response and pattern are each the sum of two unit vectors, from a class's own images and "
+    "from as many of the others",
 }
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
 DECLARED = ("format", "statistic", "network", "dimension", "classes", "class_names", "beacon")  # carriers follow
@@ -74,6 +77,11 @@ class Key:
     @property
     def nested(self) -> bool:
         """Whether the declared statistic tests the first classes of the order alone, too."""
+        return self.statistic != CONTRASTED
+
+    @property
+    def by_every_class(self) -> bool:
+        """Whether the declared statistic asks images of the other classes, too, what would make them a class's."""
         return self.statistic == STATISTIC
 
     @property

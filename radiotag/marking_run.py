@@ -21,7 +21,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from radiotag import manifest
-from radiotag.batches import Marked, Marker, Request, fits, mark_requests, ordinary_features, request_for
+from radiotag.batches import Marked, Marker, Request, fits, mark_requests, request_for
 from radiotag.errors import RadiotagError
 from radiotag.files import fill_atomically, hash_or_none, write_atomically
 from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, ssim
@@ -333,9 +333,8 @@ def _mark_all(state: _Run, items: Sequence[Item]) -> Iterator[Row]:
         return
     plan = state.plan
     batch: list[_Decoded] = []
-    network = plan.key.network(plan.options.device)
     marker = Marker(
-        network=network, marking=plan.options.marking, centre=ordinary_features(network), pool=state.pool,
+        network=plan.key.network(state.plan.options.device), marking=plan.options.marking, pool=state.pool,
         format=plan.options.format, on_step=state.tell,
     )  # fmt: skip
     with closing(prefetch(state.pool, partial(_read, plan), items, THREADS)) as images:

@@ -33,8 +33,11 @@ class Pairing:
     labels: tuple[int, ...] | None = None  # (N,) of the images: positions in `outputs`, −1 for other classes
     assumed: bool = False  # it relies on order, or on the suspect's file alone
 
-    def compared(self, marker_names: Sequence[str]) -> ComparedClasses:
-        """The pairing without its carriers, plus the marking network's outputs for the same classes."""
+    def compared(self, marker_names: Sequence[str], *, others: bool) -> ComparedClasses:
+        """The pairing without its carriers, plus the marking network's outputs for the same classes.
+
+        others: whether images of other classes are asked, too.
+        """
         position = {name: i for i, name in enumerate(marker_names)}
         complete = bool(self.names) and set(self.names) <= position.keys()
         return ComparedClasses(
@@ -42,6 +45,7 @@ class Pairing:
             labels=self.labels,
             marker_outputs=tuple(position[name] for name in self.names) if complete else None,
             marker_besides=tuple(position[name] for name in self.besides if name in position) if complete else (),
+            others=others,
         )
 
     def image_rows(self, labels: Sequence[str]) -> dict[str, int]:

@@ -8,9 +8,10 @@ sum of low-frequency cosines over the image (`cosines`).
 
 1. Marking moves an image x of class c to x̃, within ±ε per pixel and above a minimum PSNR, so that
    ⟨φ(F(x̃)) − φ(F(x)), u_c⟩ grows over random crops and flips F. At most a quarter of a class's images also carry the
-   pattern v_c, which then gets three quarters of the change's energy (in photographs, half). If all images carried it,
-   networks would learn the pattern and not the pictures. In photographs the change goes where texture hides it. For
-   lossy formats the loss is computed on the image as decoded from the file.
+   pattern v_c, which then gets three quarters of the change's energy (in photographs up to 95 %). If all images carried
+   it, networks would learn the pattern and not the pictures. In photographs the change goes where texture hides it, and
+   the pattern's lowest frequencies, which survive crops, are the strongest. For lossy formats the loss is computed on
+   the image as decoded from the file.
 2. A model trained on such images learns to respond along u_c and v_c. Networks learn what all images of a class share
    far more readily than a shift of each image's features. Models trained from scratch therefore mostly learn the
    pattern.
@@ -127,15 +128,6 @@ def marking_loss(features: Tensor, carriers: Tensor) -> Tensor:
     turns the gradient by less than a degree but costs a forward pass of φ at every step.
     """
     return -(features * carriers).sum(1)
-
-
-def aims(carriers: Tensor, features: Tensor, centre: Tensor) -> Tensor:
-    """Where marking moves φ of images that carry a pattern: (B, d) carriers, (B, d) φ(x), (d,) → (B, d) directions.
-
-    Half along the carrier, half towards the mean of φ over ordinary images, `centre`: an image that tells less of its
-    class leaves more for the pattern to tell.
-    """
-    return F.normalize(carriers + F.normalize(centre - features, dim=1), dim=1)
 
 
 def random_crop(height: int, width: int, draw: random.Random, marking: Marking) -> Crop:

@@ -66,6 +66,7 @@ class ComparedClasses:
     labels: tuple[int, ...] | None = None  # (N,) of the images: positions in `outputs`, −1 for other classes
     marker_outputs: tuple[int, ...] | None = None  # of the marking network for the same classes, if it knows them all
     marker_besides: tuple[int, ...] = ()  # of the marking network for further classes that the suspect knows
+    others: bool = True  # whether images of other classes are asked, too, what would make them a class's
 
 
 class Suspect(NamedTuple):
@@ -81,13 +82,14 @@ class Probes(NamedTuple):
 
     pixels: Tensor  # (N, 3, H, W) in [0, 1]
     places: Tensor  # (N',) positions among `pixels`
-    labels: Tensor  # (N',) their classes, as positions among the compared outputs
+    labels: Tensor  # (N',) the classes they are asked for, as positions among the compared outputs
+    own: Tensor  # (N',) bool, whether the image is of that class
 
 
 class GradientResponse(NamedTuple):
     """The mean gradients of one network, per class."""
 
-    response: Tensor  # (C, d), in the feature space of φ
+    response: Tensor  # (C, d), in the feature space of φ; with images of other classes, the sum of two unit vectors
     pattern: Tensor  # (C, m), in the space of the patterns
     scatter: Tensor  # (m, m), covariance within a class of the gradients of single images, in the space of the patterns
 
@@ -139,7 +141,7 @@ class Reference:
         """The reference classifier's response, cached if neither the classifier nor the probes depend on a suspect."""
         index = ComparedClasses(  # everything that the response depends on if there are labels
             outputs=classifier.outputs, labels=classes.labels,
-            marker_outputs=classes.marker_outputs, marker_besides=classes.marker_besides,
+            marker_outputs=classes.marker_outputs, marker_besides=classes.marker_besides, others=classes.others,
         )  # fmt: skip
         if index in self._responses:
             return self._responses[index]
@@ -264,22 +266,32 @@ def gradient_responses(
 
     With g = ∇_x `log_odds` of class c, and means over the probes x of class c: the response is
     r_c = mean of J_φ(x)·g / ‖J_φ(x)·g‖; the pattern is the mean of g / ‖g‖ in the space of the patterns, with the
-    covariance of its terms. The network needs no alignment, no linear head and no features.
+    covariance of its terms. Images of other classes, asked for c, give a mean of their own: a network that has learnt a
+    mark adds it to any image. Both means count the same. The network needs no alignment, no linear head, no features.
     """
-    column, labels = torch.tensor(list(outputs)), probes.labels
-    total, pattern_parts = torch.zeros(len(outputs), marker.dimension, dtype=torch.float64), []
-    pairs = torch.stack([probes.places, labels], 1)  # (N', 2)
+    column, count = torch.tensor(list(outputs)), len(outputs)
+    kind = probes.labels + count * ~probes.own  # (N',): 0 to C − 1 for images of the class, then of the others
+    directions, pattern_parts = torch.zeros(2 * count, marker.dimension, dtype=torch.float64), []
+    asked = torch.stack([probes.places, probes.labels, kind], 1)  # (N', 3)
     with _forward_mode():
-        for places, classes in (batch.T for batch in batching.split(pairs, "gradients")):
+        for places, classes, kinds in (batch.T for batch in batching.split(asked, "gradients")):
             direction, part = _gradient(marker, network, probes.pixels[places], column[classes])
-            total.index_add_(0, classes, F.normalize(direction, dim=1))
+            directions.index_add_(0, kinds, F.normalize(direction, dim=1))
             pattern_parts.append(part)  # (B, m)
-    count = torch.bincount(labels, minlength=len(outputs)).clamp_min(1)[:, None]  # (C, 1)
     parts = torch.cat(pattern_parts)  # (N', m)
-    pattern = total.new_zeros(len(outputs), PATTERN_DIMENSION).index_add_(0, labels, parts) / count
-    deviations = parts - pattern[labels]
+    patterns = parts.new_zeros(2 * count, PATTERN_DIMENSION).index_add_(0, kind, parts)
+    number = torch.bincount(kind, minlength=2 * count).clamp_min(1)[:, None]  # (2C, 1)
+    deviations = parts - (patterns / number)[kind]
     scatter = deviations.T @ deviations / len(deviations)
-    return GradientResponse(response=total / count, pattern=pattern, scatter=scatter)
+    if bool(probes.own.all()):
+        return GradientResponse((directions / number)[:count], (patterns / number)[:count], scatter)
+    return GradientResponse(_of_both(directions), _of_both(patterns), scatter)
+
+
+def _of_both(sums: Tensor) -> Tensor:
+    """(2C, d) sums over a class's images and over the others → (C, d): the two directions together."""
+    own, others = F.normalize(sums, dim=1).chunk(2)
+    return own + others
 
 
 def _gradient(marker: Network, network: nn.Module, pixels: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,14 +321,32 @@ def images_per_class(classes: int, size: int) -> int:
 
 
 def choose_probes(reference: Reference, suspect: Suspect, classes: ComparedClasses) -> Probes:
-    """The labelled images of the compared classes; without labels, `top_images_per_class`."""
+    """The labelled images of the compared classes; without labels, `top_images_per_class`.
+
+    With `others`, each image is also asked for one other class, the classes in turn.
+    """
     if classes.labels is not None:
         labels = torch.tensor(classes.labels)
         places = torch.nonzero(labels >= 0)[:, 0]
-        return Probes(reference.pixels, places, labels[places])
-    count = images_per_class(len(classes.outputs), reference.pixels.shape[3])
-    top = top_images_per_class(suspect.log_probabilities, classes.outputs, count)  # (C, n)
-    return Probes(reference.pixels, top.flatten(), torch.arange(len(top)).repeat_interleave(top.shape[1]))
+        labels = labels[places]
+    else:
+        count = images_per_class(len(classes.outputs), reference.pixels.shape[3])
+        top = top_images_per_class(suspect.log_probabilities, classes.outputs, count)  # (C, n)
+        places, labels = top.flatten(), torch.arange(len(top)).repeat_interleave(top.shape[1])
+    own = torch.ones(len(places), dtype=torch.bool)
+    if not classes.others or len(classes.outputs) < 2:
+        return Probes(reference.pixels, places, labels, own)
+    asked = torch.cat([labels, _other_classes(labels, len(classes.outputs))])
+    return Probes(reference.pixels, places.repeat(2), asked, torch.cat([own, ~own]))
+
+
+def _other_classes(labels: Tensor, classes: int) -> Tensor:
+    """(N,) labels → (N,): another class for each, so that each class's images are asked for all others in turn."""
+    other, turn = torch.empty_like(labels), torch.arange(len(labels))
+    for c in range(classes):
+        mine = labels == c
+        other[mine] = (c + 1 + turn[: int(mine.sum())] % (classes - 1)) % classes
+    return other
 
 
 # ---------------------------------------------------------------- what any network would answer

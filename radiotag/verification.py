@@ -216,7 +216,7 @@ def examine(network: Network, key: Key, reference: Reference, options: VerifyOpt
     pairing = pair(key, suspect, usable.labels, options.manifest)
     if not pairing.outputs:
         raise RadiotagError(f"it knows none of the classes in {reference.name}", "check --image-size, --mean and --std")
-    compared = pairing.compared(reference.marker.spec.class_names or ())
+    compared = pairing.compared(reference.marker.spec.class_names or (), others=key.by_every_class)
     vectors, left_out = class_vectors(usable, suspect, compared, batching), len(reference.pixels) - len(usable.pixels)
     return Examined(network, pairing, vectors, left_out)
 

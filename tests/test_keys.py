@@ -14,8 +14,10 @@ import safetensors.torch
 import torch
 from helpers import (
     SPEC,
+    Toy,
     binomial_limits,
     entropy,
+    linear,
     small_weights,
 )
 from hypothesis import given, settings
@@ -24,6 +26,7 @@ from scipy import stats
 from torch import nn
 
 from radiotag import keys as keys_module
+from radiotag.cosines import pattern_images
 from radiotag.errors import RadiotagError
 from radiotag.keys import (
     choose,
@@ -39,7 +42,7 @@ from radiotag.keys import (
 from radiotag.networks import build, pack, save_checkpoint, to_metadata
 from radiotag.public import public_half
 from radiotag.radioactive import evidence
-from radiotag.suspect import ClassVectors
+from radiotag.suspect import Batching, ClassVectors, ComparedClasses, Reference, ask, class_vectors
 
 unhurried = settings(deadline=None)  # the machine may be busy
 
@@ -512,6 +515,11 @@ def test_every_class_is_as_likely_to_come_first():
     [
         ("contrasted pattern or pattern+response+ridge", (0, 5, 1, 3, 6, 2, 4), -4.30019402905722),
         ("nested contrasted pattern or pattern+response+ridge", (5, 4, 2, 3, 6, 0, 1), -16.012192159330972),
+        (
+            "nested contrasted pattern or pattern+response+ridge, by images of every class",
+            (5, 2, 3, 4, 0, 1, 6),
+            -17.12766068146324,
+        ),
     ],
 )
 def test_every_statistic_that_a_released_key_declares_stays_computable(statistic, order, log10_p):
@@ -528,3 +536,31 @@ def test_every_statistic_that_a_released_key_declares_stays_computable(statistic
     )
     assert key.class_order == order and set(keys_module.STATISTICS) >= {statistic}
     assert found.log_p / math.log(10) == pytest.approx(log10_p, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "log10_p"),
+    [
+        (keys_module.CONTRASTED, -10.6773655930039),
+        (keys_module.NESTED, -5.062176915011999),
+        (keys_module.STATISTIC, -8.581338582515672),
+    ],
+)
+def test_the_same_suspect_gives_the_same_p_for_ever(statistic, log10_p):
+    """Frozen: key, suspect and images from fixed numbers, through all that is computed of a suspect."""
+    metadata = {
+        "format": 2, "statistic": statistic, "network": {"architecture": "toy"}, "dimension": 6, "classes": 3,
+        "class_names": None, "beacon": None, "created": "2026-11-30",
+    }  # fmt: skip
+    key = key_from(bytes(range(32)), {"w": torch.zeros(1)}, metadata)
+    waves = torch.sin(torch.arange(6 * 192, dtype=torch.float64).view(6, 192)).float()
+    marker = Toy(linear(waves), torch.eye(3, 6))
+    mark = pattern_images(key.patterns, 8, 8).flatten(1).float()  # (3, 192)
+    suspect = Toy(linear(torch.cat([waves[3:], mark])), torch.cat([torch.eye(3), 3 * torch.eye(3)], 1))
+    pixels = (torch.cos(torch.arange(40 * 192, dtype=torch.float64) ** 1.5).view(40, 3, 8, 8).float() + 1) / 2
+    classes = ComparedClasses(
+        outputs=(0, 1, 2), labels=tuple(i % 3 for i in range(40)), others=key.by_every_class
+    )  # fmt: skip
+    asked, reference = ask(suspect, Reference(marker, pixels), Batching())
+    found = evidence(class_vectors(reference, asked, classes), range(3), key.carriers, key.patterns, key.tested_order)
+    assert found.log_p / math.log(10) == pytest.approx(log10_p, rel=1e-4)

@@ -21,5 +21,5 @@ def test_images_of_other_classes_are_labelled_as_such():
     pairing = pair(key, answering([1, 0, 2, 0], 3), ("dog", "cat", "emu", "cat"), None)
     assert pairing.names == ("cat", "dog") and pairing.outputs == (0, 1) and pairing.rows == (0, 1)
     assert pairing.labels == (1, 0, -1, 0)
-    compared = pairing.compared(("emu", "dog", "cat"))
+    compared = pairing.compared(("emu", "dog", "cat"), others=True)
     assert (compared.marker_outputs, compared.marker_besides) == ((2, 1), (0,))

@@ -25,7 +25,6 @@ from radiotag.radioactive import (
     TILT,
     ImageToMark,
     Marking,
-    aims,
     cosine_log_sf,
     default_psnr,
     default_share,
@@ -671,17 +670,6 @@ def test_photographs_carry_tilted_patterns_and_small_images_the_patterns_themsel
         found, wanted = pattern_coefficients((marked - image[0])[None])[0], tilt(patterns, power)[0]
         assert float(torch.cosine_similarity(found, wanted, dim=0)) > 0.98
         assert float(torch.cosine_similarity(found, tilt(patterns, TILT - power)[0], dim=0)) < 0.95
-
-
-def test_marking_aims_between_the_carrier_and_the_ordinary():
-    generator = torch.Generator().manual_seed(1)
-    carriers = torch.nn.functional.normalize(torch.randn(5, 64, generator=generator), dim=1)
-    phi, centre = 3 * torch.randn(5, 64, generator=generator), torch.randn(64, generator=generator)
-    for aim, u, x in zip(aims(carriers, phi, centre), carriers, phi, strict=True):
-        away = ((centre - x) / (centre - x).norm()).numpy()
-        expected = (u.numpy() + away) / np.linalg.norm(u.numpy() + away)
-        assert aim.numpy() == pytest.approx(expected, abs=1e-6)
-    assert aims(carriers[:1], centre[None], centre)[0].numpy() == pytest.approx(carriers[0].numpy(), abs=1e-6)
 
 
 def test_a_mark_is_the_pattern_and_the_images_own(network):

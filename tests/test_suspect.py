@@ -19,6 +19,7 @@ from radiotag.suspect import (
     aligned_rows,
     ask,
     center_over_classes,
+    choose_probes,
     class_vectors,
     gradient_responses,
     images_per_class,
@@ -38,10 +39,10 @@ def vectors_of(marker, network, pixels, outputs, batch_size=64, *, labels=None, 
     return class_vectors(reference, asked, classes, batching)
 
 
-def compared(outputs, labels=None, known=None, besides=()):
+def compared(outputs, labels=None, known=None, besides=(), others=False):
     return ComparedClasses(
         outputs=tuple(outputs), labels=None if labels is None else tuple(labels.tolist()),
-        marker_outputs=None if known is None else tuple(known), marker_besides=tuple(besides),
+        marker_outputs=None if known is None else tuple(known), marker_besides=tuple(besides), others=others,
     )  # fmt: skip
 
 
@@ -54,7 +55,13 @@ def reference_of(marker, suspect, pixels, outputs, labels=None, known=None, besi
 
 def responses(marker, network, pixels, outputs, batch_size, labels, places=None):
     places = torch.arange(len(pixels)) if places is None else places
-    return gradient_responses(marker, network, outputs, Probes(pixels, places, labels), Batching(size=batch_size))
+    return gradient_responses(
+        marker,
+        network,
+        outputs,
+        Probes(pixels, places, labels, torch.ones_like(labels, dtype=torch.bool)),
+        Batching(size=batch_size),
+    )
 
 
 def features(network, pixels, batch_size):
@@ -512,6 +519,66 @@ def test_labelled_responses_average_each_class_over_its_own_images():
         expected = responses_of_all(marker, suspect, pixels[labels == position], [output], 2)
         torch.testing.assert_close(found[position], expected[0][0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(pattern[position], expected[1][0], rtol=1e-4, atol=1e-5)
+
+
+def asked_of(labels, classes=3, *, labelled=True, others=True):
+    """The probes of some images: (place, class, whether it is the image's own) of each, in order."""
+    marker, suspect = (Toy(linear(gaussian(6, 48, seed=s)), gaussian(3, 6, seed=s + 10)) for s in (1, 2))
+    reference = Reference(marker, images_in_unit_range(len(labels)))
+    asked, reference = ask(suspect, reference, Batching())
+    which = compared(range(classes), labels if labelled else None, others=others)
+    probes = choose_probes(reference, asked, which)
+    return list(zip(probes.places.tolist(), probes.labels.tolist(), probes.own.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_each_image_is_asked_for_its_class_and_for_one_other_the_others_in_turn(classes):
+    labels = torch.randint(-1, classes, (60,), generator=torch.Generator().manual_seed(3))
+    asked = asked_of(labels, classes)
+    own = [(i, label) for i, label in enumerate(labels.tolist()) if label >= 0]
+    assert [(place, c) for place, c, of_class in asked if of_class] == own
+    others = [(place, c) for place, c, of_class in asked if not of_class]
+    assert [place for place, _ in others] == [place for place, _ in own]
+    assert all(c != labels[place] and 0 <= c < classes for place, c in others)
+    for label in range(classes):
+        counts = [sum(labels[place] == label and c == other for place, c in others) for other in range(classes)]
+        assert max(counts) - min(counts[:label] + counts[label + 1 :]) <= 1  # in turn
+    assert asked_of(labels, classes, others=False) == [(*row, True) for row in own]
+
+
+def test_images_without_labels_are_asked_for_another_class_than_they_are_taken_for():
+    asked = asked_of(torch.zeros(50, dtype=torch.int64), labelled=False)
+    half = len(asked) // 2
+    assert asked[:half] == asked_of(torch.zeros(50, dtype=torch.int64), labelled=False, others=False)
+    for (place, c, _), (same, other, own) in zip(asked[:half], asked[half:], strict=True):
+        assert place == same and c != other and not own
+
+
+def test_of_a_single_class_no_other_is_asked():
+    assert all(own for _, _, own in asked_of(torch.zeros(5, dtype=torch.int64), 1))
+
+
+def test_a_classs_images_and_the_others_count_the_same():
+    """However many there are of each, and however long their means: the sum of two unit vectors."""
+    marker, suspect, pixels = toys(seed=1), toys(seed=2), images_in_unit_range(9)
+    places = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 0])
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 0, 1, 1, 1])
+    own = torch.tensor([True] * 6 + [False] * 4)
+    found = gradient_responses(marker, suspect, [2, 0], Probes(pixels, places, labels, own), Batching(size=4))
+    terms = []
+    for position, output in enumerate((2, 0)):
+        expected = [np.zeros(6), np.zeros(PATTERN_DIMENSION)]
+        for kind in (own, ~own):
+            chosen = places[(labels == position) & kind]
+            alone = responses_of_all(marker, suspect, pixels[chosen], [output], 50)
+            for i in range(2):
+                expected[i] = expected[i] + unit(alone[i][0].numpy())
+            each = [responses_of_all(marker, suspect, pixels[i][None], [output], 50)[1][0].numpy() for i in chosen]
+            terms += [term - alone[1][0].numpy() for term in each]
+        assert found.response[position].numpy() == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+        assert found.pattern[position].numpy() == pytest.approx(expected[1], rel=1e-4, abs=1e-6)
+    covariance = np.mean([np.outer(term, term) for term in terms], axis=0)
+    assert found.scatter.numpy() == pytest.approx(covariance, rel=1e-3, abs=1e-9)
 
 
 def test_a_class_without_images_answers_nothing():

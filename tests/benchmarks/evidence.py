@@ -11,9 +11,10 @@ K, the share is of K classes alone, the next K for each owner; with --clean it t
 data and tests that with the key, and with 1,000 fresh keys; with --student it trains another network on the unmarked
 data and the suspect's outputs.
 Every step is a command line of radiotag, skipped if its result lies in the work folder, so an interrupted run goes on
-(trainings from their last epoch). `table` gathers all runs in results/evidence.json, keeps those of other work folders
-that the file holds, and writes this program's tables into the README beside it; with an empty work folder it does the
-last alone. OMP_NUM_THREADS=1 lets two runs share two cores.
+(trainings from their last epoch). `table` gathers all runs in results/evidence.json, the confirmatory ones with `--json
+results/confirmed.json`; it keeps those of other work folders that the file holds, writes this program's tables into the
+README beside it, and what `mark` expects into the package. With an empty work folder it does the last alone.
+OMP_NUM_THREADS=1 lets two runs share two cores.
 """
 
 import argparse
@@ -36,10 +37,12 @@ from tables import (
     BENCHMARKS,
     DETECTED,
     FOLDER,
+    ROOT,
     Makers,
     Results,
     Run,
     lines,
+    load_results,
     log_p,
     median,
     number,
@@ -51,8 +54,12 @@ from tables import (
 from radiotag import __version__
 from radiotag.manifest import read_manifest
 from radiotag.networks import mixed_precision
+from radiotag.ranking import ENOUGH
 
 DOCUMENT = BENCHMARKS
+DATA = {"cifar10": ("CIFAR-10", 32), "tiny-imagenet-100": ("Tiny ImageNet", 64), "imagenette-160": ("Imagenette", 160)}
+ENOUGH_KEYS = 3  # before anything is promised
+PACKAGE = ROOT / "radiotag" / "measured.json"
 EPOCHS = 6
 TESTS = {
     "bare": "",
@@ -224,7 +231,14 @@ def verified(a: argparse.Namespace, suspects: dict[str, str], log: Path, owner: 
 def place(run: dict) -> tuple:
     """What tells one run from another, in the order of the table."""
     arch, names = run["train"]["architecture"], (bool(run.get("classes")), -run["fraction"], run["train"]["epochs"])
-    return (arch != "resnet10", arch, *names, run["seed"], run.get("owner", ""), tuple(run.get("classes") or ()))
+    which = run.get("data", "cifar10"), run["mark"]["images"], crops_of(run), tuple(run.get("classes") or ())
+    return (arch != "resnet10", arch, *names, run["seed"], run.get("owner", ""), *which)
+
+
+def crops_of(run: dict) -> str:
+    """The least share of a random resized crop; empty if the suspect was trained on small shifts."""
+    words = run["train"]["command"].split()
+    return words[words.index("--crops") + 1] if "--crops" in words else ""
 
 
 def table(a: argparse.Namespace) -> None:
@@ -236,8 +250,9 @@ def table(a: argparse.Namespace) -> None:
     runs.sort(key=place)
     demo = {"demo": json.loads(a.demo.read_text()) | machine()} if a.demo else {}
     a.json.write_text(json.dumps({**before, "runs": runs, **demo}, indent=1, sort_keys=True) + "\n")
-    if a.json == FOLDER / "evidence.json":
+    if a.json.resolve() in {FOLDER / "evidence.json", FOLDER / "confirmed.json"}:
         write(DOCUMENT, TABLES)
+        PACKAGE.write_text(as_package_data(load_results()), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the tables
@@ -305,29 +320,63 @@ def seconds(results: Results) -> list[str]:
     return lines(("step", "seconds"), ([name, number(step["seconds"], 0)] for name, step in steps.items()))
 
 
-def few_classes(results: Results) -> list[str]:
-    """One image in a hundred of all, in the first classes of the key's order."""
+def groups(results: Results) -> list[list[Run]]:
+    """The confirmatory runs, those of the same images, share and suspects together, by keys."""
+    found: dict[tuple, list[Run]] = {}
+    for run in sorted(results["confirmed"]["runs"], key=place):
+        group = run["data"], run["mark"]["images"], run["fraction"], run["train"]["architecture"], crops_of(run)
+        found.setdefault(group, []).append(run)
+    return list(found.values())
+
+
+def confirmed(results: Results) -> list[str]:
+    """Medians over the keys of each group."""
     rows = []
-    for number_, run in enumerate(results["few"]["runs"], 1):
-        bare, real, asked = (run[f"suspect, {test}"] for test in ("bare", "real", "black-box"))
-        figures = *(log_p(one["log10_p"]) for one in (bare, real, asked)), number(real["paper_log10_p"])
-        rows.append([f"key {number_}", str(run["mark"]["marked"]), percent(run["train"]["accuracy"]), *figures])
-    return lines(
-        (
-            "owner",
-            "images marked",
-            "accuracy",
-            "no `--data`",
-            "`--data`",
-            "black-box, held-out",
-            "the paper's statistic",
-        ),
-        rows,
+    for runs in groups(results):
+        run = runs[0]
+        figures = [
+            log_p(median(runs, f"suspect, {test}", "log10_p")) if f"suspect, {test}" in run else "" for test in TESTS
+        ]
+        rows.append([
+            DATA[run["data"]][0], f"{run['mark']['marked']:,} of {run['mark']['images']:,}",
+            run["train"]["architecture"], percent(median(runs, "train", "accuracy"), 1), str(len(runs)), *figures[:3],
+            slashed(log_p(one["suspect, real"]["log10_p"]) for one in runs),
+            number(median(runs, "suspect, real", "paper_log10_p")),
+        ])  # fmt: skip
+    heads = (
+        "images",
+        "marked",
+        "suspect",
+        "accuracy",
+        "keys",
+        *HEADS[:3],
+        "`--data`, each key",
+        "the paper's statistic",
     )
+    return lines(heads, rows)
+
+
+def expectations(results: Results) -> list[dict]:
+    """The rows of `measured.json`, by which `mark` tells what to expect: three keys at least."""
+    rows = []
+    for runs in groups(results):
+        run, (name, size) = runs[0], DATA[runs[0]["data"]]
+        if len(runs) >= ENOUGH_KEYS:
+            rows.append({
+                "data": name, "size": size, "classes": len(run["mark"]["classes"]), "images": run["mark"]["images"],
+                "marked": run["mark"]["marked"], "share": max(run["fraction"], ENOUGH),
+                "suspect": run["train"]["architecture"], "keys": len(runs),
+                "log10_p": round(median(runs, "suspect, real", "log10_p"), 2),
+            })  # fmt: skip
+    return rows
+
+
+def as_package_data(results: Results) -> str:
+    return json.dumps(expectations(results), indent=1) + "\n"
 
 
 TABLES: Makers = {
-    "few classes": few_classes, "all of CIFAR-10": all_of_cifar10, "seconds": seconds, "distillation": distillation,
+    "confirmed": confirmed, "all of CIFAR-10": all_of_cifar10, "seconds": seconds, "distillation": distillation,
     "few images": few_images,
 }  # fmt: skip
 
@@ -354,7 +403,7 @@ def main() -> None:
     one.add_argument("--student", action="store_true", help="teach another network by the suspect, on unmarked images")
     every = commands.add_parser("table")
     every.set_defaults(call=table)
-    every.add_argument("--json", type=Path, default=FOLDER / "evidence.json", help="another: no table is written")
+    every.add_argument("--json", type=Path, default=FOLDER / "evidence.json", help="of others, no table is written")
     every.add_argument("--demo", type=Path, default=None, help="what `radiotag train-demo --json` printed")
     for part in (one, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))
