@@ -407,6 +407,39 @@ def speed(a: argparse.Namespace) -> None:
     (a.work / "mark-speed.json").write_text(json.dumps(result, indent=1, sort_keys=True))
 
 
+def rank(a: argparse.Namespace) -> None:
+    """What choosing hard images adds to marking a tenth: whole runs with and without, in turn, medians of three."""
+    result: dict = {"command": f"rank {a.data.name} {a.photos.name} --small {a.small} --large {a.large}", **machine()}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        stock_resnet18(work / "resnet18.pt")
+        small = sorted((unpacked(a.data, a.work) / "train").rglob("*.jpg"))[:: 50_000 // a.small]
+        large = sorted(a.photos.iterdir()) * math.ceil(a.large / len(list(a.photos.iterdir())))
+        sets = {"cifar": ("builtin", small), "photos": (str(work / "resnet18.pt"), large[: a.large])}
+        for name, (network, paths) in sets.items():
+            for i, path in enumerate(paths):
+                target = work / name / f"class{i % 10}" / f"{i:06d}{path.suffix}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+            file = work / f"{name}.safetensors"
+            program = [sys.executable, "-m", "radiotag"]
+            keygen = ["keygen", "-q", "-o", str(file), "--network", network, "--classes", "10"]
+            subprocess.run([*program, *keygen], check=True)
+            mark = [*program, "mark", str(work / name), "--key", str(file), "-q", "--fraction", "0.1", "--force"]
+            took: dict[str, list[float]] = {"hard": [], "random": [], "plan": []}
+            for _ in range(3):
+                took["plan"].append(measured([*mark, "--dry-run"])[0])
+                for choice in ("hard", "random"):
+                    took[choice].append(measured([*mark, "--choose", choice])[0])
+            hard, random_, plan = (float(np.median(took[each])) for each in ("hard", "random", "plan"))
+            result[name] = {
+                "images": len(paths), "hard_seconds": hard, "random_seconds": random_, "plan_seconds": plan,
+                "share": (hard - random_) / (random_ - plan),  # of the time that marking takes beyond start and plan
+            }  # fmt: skip
+            print(name, json.dumps(result[name]), flush=True)
+    (a.work / "mark-rank.json").write_text(json.dumps(result, indent=1, sort_keys=True))
+
+
 def step(a: argparse.Namespace) -> None:
     """What a step of marking costs beside a bare pass, on images of CIFAR's size and of photographs'."""
     result: dict = {"command": "step", **machine()}
@@ -448,7 +481,7 @@ def table(a: argparse.Namespace) -> None:
     runs.sort(key=lambda r: (r["images"], r["psnr"], list(RECIPES).index(r["recipe"]), r["seed"]))
     others = {
         name: json.loads((a.work / f"mark-{name}.json").read_text())
-        for name in ("speed", "step", "scale")
+        for name in ("speed", "step", "scale", "rank")
         if (a.work / f"mark-{name}.json").exists()
     }
     before = json.loads(a.json.read_text()) if a.json.exists() else {}
@@ -522,6 +555,16 @@ def steps(results: Results) -> list[str]:
     return lines(("images", "a bare pass, ms an image", "a step of marking, ms an image", "ratio"), rows)
 
 
+def ranked(results: Results) -> list[str]:
+    titles = {"cifar": "of CIFAR-10, built-in network", "photos": "photographs, ResNet-18 of 224 pixels"}
+    rows = []
+    for name, title in titles.items():
+        run = results["marking"]["rank"][name]
+        took = (f"{number(run[f'{choice}_seconds'], 0)} s" for choice in ("random", "hard"))
+        rows.append([f"{number(run['images'], 0)} {title}", *took, percent(run["share"], 0)])
+    return lines(("images, a tenth marked", "at random", "hard images", "ranking, of the time for marking"), rows)
+
+
 def many_files(results: Results) -> list[str]:
     runs = results["marking"]["scale"]
     rows = []
@@ -533,7 +576,7 @@ def many_files(results: Results) -> list[str]:
 
 TABLES: Makers = {
     "one recipe": one_recipe, "seven owners": seven_owners, "features": features, "larger images": larger,
-    "speed": fast, "steps": steps, "many files": many_files,
+    "speed": fast, "steps": steps, "many files": many_files, "ranking": ranked,
 }  # fmt: skip
 
 
@@ -558,6 +601,12 @@ def main() -> None:
     fast.add_argument("photos", type=Path)
     fast.add_argument("--small", type=int, default=1000, help="CIFAR images")
     fast.add_argument("--large", type=int, default=120, help="photographs")
+    ranking = commands.add_parser("rank")
+    ranking.set_defaults(call=rank)
+    ranking.add_argument("data", type=Path)
+    ranking.add_argument("photos", type=Path)
+    ranking.add_argument("--small", type=int, default=5000, help="CIFAR images")
+    ranking.add_argument("--large", type=int, default=480, help="photographs, some more than once")
     bare = commands.add_parser("step")
     bare.set_defaults(call=step)
     large = commands.add_parser("scale")
@@ -567,7 +616,7 @@ def main() -> None:
     every.set_defaults(call=table)
     every.add_argument("--json", type=Path, default=FOLDER / "marking.json", help="another: no table is written")
     every.add_argument("--part", default="runs", help="of the file, for the marks of this work folder")
-    for part in (one, fast, bare, large, every):
+    for part in (one, fast, ranking, bare, large, every):
         part.add_argument("--work", type=Path, default=Path("bench-out"))
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
