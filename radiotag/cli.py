@@ -505,15 +505,14 @@ def train_demo(
         Path | None, training_option(metavar="FILE", help="learn this model's outputs instead of the labels")
     ] = None,
     crops: Annotated[
-        float | None,
+        float,
         training_option(
             min=0.01,
             max=1.0,
             metavar="SHARE",
-            help="random resized crops of at least this share of the area, as is usual for photographs",
-            show_default="small shifts",
+            help="random resized crops of at least this share of the area, as for photographs; 1: small shifts",
         ),
-    ] = None,
+    ] = 1.0,
     robust: Annotated[
         bool,
         training_option(
@@ -564,7 +563,7 @@ def train_demo(
         report.note("reading images …")
         first = networks.load_network(init) if init else None
         size = image_size or (first.spec.image_size if first else training.natural_size(data))
-        images = training.load_folder(data, training.size_to_crop(data, size, crops) if crops else size)
+        images = training.load_folder(data, training.size_to_crop(data, size, crops))
         recipe = training.Recipe(
             epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, head_only=head_only, robust=robust, crops=crops
         )

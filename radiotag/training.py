@@ -55,7 +55,7 @@ class Recipe:
     seed: int = 0
     head_only: bool = False
     robust: bool = False  # train on `adversarial_examples`
-    crops: float | None = None  # least share of an image's area in `random_resized_crops`; None: `augment`
+    crops: float = 1.0  # least share of an image's area in `random_resized_crops`; 1: `augment` instead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -381,8 +381,8 @@ def _epoch(
         course.progress(epoch, (i + 1) / len(batches), average)
 
 
-def _views(images: Tensor, size: int, crops: float | None, generator: torch.Generator) -> Tensor:
-    return augment(images, generator) if crops is None else random_resized_crops(images, size, crops, generator)
+def _views(images: Tensor, size: int, crops: float, generator: torch.Generator) -> Tensor:
+    return augment(images, generator) if crops == 1 else random_resized_crops(images, size, crops, generator)
 
 
 def _loss(network: Network, pixels: Tensor, labels: Tensor, teacher: Network | None) -> Tensor:

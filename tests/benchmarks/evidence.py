@@ -395,7 +395,7 @@ def main() -> None:
     one.add_argument("--classes", type=int, default=0, help="an owner's, each of its own; 0: all of all owners")
     one.add_argument("--images", type=int, default=0, help="as many of each class, these in all; 0: all images")
     one.add_argument("--size", type=int, default=0, help="pixels of the suspect's input; 0: the images' own")
-    one.add_argument("--crops", type=float, default=0.0, help="least share of the area; 0: small shifts")
+    one.add_argument("--crops", type=float, default=0.0, help="least share of the area; else small shifts")
     one.add_argument("--stem", default="", help="small or stock; else as the size asks")
     one.add_argument("--format", default="png", help="of the marked files")
     one.add_argument("--tests", nargs="+", choices=list(TESTS), default=list(TESTS))
