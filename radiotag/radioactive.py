@@ -9,9 +9,9 @@ sum of low-frequency cosines over the image (`cosines`).
 1. Marking moves an image x of class c to x̃, within ±ε per pixel and above a minimum PSNR, so that
    ⟨φ(F(x̃)) − φ(F(x)), u_c⟩ grows over random crops and flips F. At most a quarter of a class's images also carry the
    pattern v_c, which then gets three quarters of the change's energy (in photographs up to 95 %). If all images carried
-   it, networks would learn the pattern and not the pictures. In photographs the change goes where texture hides it, and
-   the pattern's lowest frequencies, which survive crops, are the strongest. For lossy formats the loss is computed on
-   the image as decoded from the file.
+   it, networks would learn the pattern and not the pictures. The pattern's lowest frequencies, which most networks
+   learn and crops leave, are the strongest. In photographs the change goes where texture hides it. For lossy formats
+   the loss is computed on the image as decoded from the file.
 2. A model trained on such images learns to respond along u_c and v_c. Networks learn what all images of a class share
    far more readily than a shift of each image's features. Models trained from scratch therefore mostly learn the
    pattern.
@@ -45,7 +45,6 @@ from radiotag.networks import Network, mixed_precision, resized
 from radiotag.suspect import ClassVectors
 
 NULL = "the suspect was computed without any data marked under this key (its carriers are independent of the suspect)"
-TILT = 1.4  # of the patterns in photographs of 224 pixels: the lower a frequency, the more of it survives crops
 Floats = NDArray[np.float64]
 Crop = tuple[int, int, int, int, bool]  # top, left, height, width, flip
 
@@ -101,6 +100,15 @@ def default_share(height: int, width: int) -> float:
     Networks trained from scratch learn the pattern best, from photographs little else.
     """
     return 0.75 + 0.2 * resolution_weight(height, width)
+
+
+def default_tilt(height: int, width: int) -> float:
+    """The power of its frequency by which a cosine is weaker in a mark: 0.5 up to 64 pixels, 1.2 from 224.
+
+    A ResNet on small images learns all frequencies of a pattern alike, a VGG the lower half alone. Of photographs,
+    random crops leave the lowest most.
+    """
+    return 0.5 + 0.7 * resolution_weight(height, width)
 
 
 def visibility_mask(image: Tensor) -> Tensor:
@@ -215,7 +223,7 @@ def _start(clean: Tensor, image: ImageToMark, mask: Tensor, marking: Marking) ->
     radius = l2_radius(clean, marking) * min(1.0, 2 * float(mask.square().mean().sqrt()))  # smaller if much is flat
     if not image.pattern.any():
         return torch.zeros_like(clean), radius
-    tilted = tilt(image.pattern[None], TILT * resolution_weight(*clean.shape[1:]))
+    tilted = tilt(image.pattern[None], default_tilt(*clean.shape[1:]))
     scaled = pattern_images(tilted, *clean.shape[1:])[0].float().to(clean.device)
     scaled = scaled * mask * 1e9  # large, so that `project` puts it on the ball's surface
     scaled = scaled.mean(0, keepdim=True).repeat(3, 1, 1) if image.grey else scaled

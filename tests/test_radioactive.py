@@ -22,12 +22,12 @@ from radiotag import radioactive
 from radiotag.cosines import PATTERN_DIMENSION, pattern_coefficients, pattern_images, tilt
 from radiotag.errors import RadiotagError
 from radiotag.radioactive import (
-    TILT,
     ImageToMark,
     Marking,
     cosine_log_sf,
     default_psnr,
     default_share,
+    default_tilt,
     evidence,
     fisher,
     holm,
@@ -661,15 +661,17 @@ def test_a_tilt_divides_each_cosine_by_its_frequency(power):
             assert n < 0 or found[:, n] == pytest.approx(before[:, n] / frequency**power, abs=1e-6)
 
 
-def test_photographs_carry_tilted_patterns_and_small_images_the_patterns_themselves(network):
+def test_marks_hold_tilted_patterns_in_photographs_more(network):
+    sizes = (32, 32), (64, 500), (224, 224), (3000, 240)
+    assert [default_tilt(*size) for size in sizes] == pytest.approx([0.5, 0.5, 1.2, 1.2])
     patterns = uniform_carriers(1, PATTERN_DIMENSION, entropy("patterns"))
-    for side, power in ((64, 0.0), (224, TILT)):
+    for side, power, other in ((64, 0.5, 1.2), (224, 1.2, 0.5)):
         noise = np.random.default_rng(2).standard_normal((1, 3, side, side))
         image = (128 + 40 * torch.from_numpy(noise).float()).clamp(60, 200)  # texture everywhere
         (marked,) = mark_images(network, to_mark(image, carriers_for(1), patterns), Marking(pattern_share=1.0, steps=1))
-        found, wanted = pattern_coefficients((marked - image[0])[None])[0], tilt(patterns, power)[0]
-        assert float(torch.cosine_similarity(found, wanted, dim=0)) > 0.98
-        assert float(torch.cosine_similarity(found, tilt(patterns, TILT - power)[0], dim=0)) < 0.95
+        found = pattern_coefficients((marked - image[0])[None])[0]
+        assert float(torch.cosine_similarity(found, tilt(patterns, power)[0], dim=0)) > 0.98
+        assert float(torch.cosine_similarity(found, tilt(patterns, other)[0], dim=0)) < 0.95
 
 
 def test_a_mark_is_the_pattern_and_the_images_own(network):
@@ -681,12 +683,14 @@ def test_a_mark_is_the_pattern_and_the_images_own(network):
 
     alone, shared, none = marked(1.0, steps=1), marked(0.5, steps=8, reach=3.0, **WHOLE), marked(0.0, steps=2)
     for i, x in enumerate(images):
-        pattern = pattern_images(patterns[i : i + 1], *x.shape[1:])[0].float()
+        tilted = tilt(patterns[i : i + 1], default_tilt(*x.shape[1:]))
+        tilted /= tilted.norm()
+        pattern = pattern_images(tilted, *x.shape[1:])[0].float()
         room = 255 * 10 ** (-34 / 20) * math.sqrt(x.numel())
         expected = (x + (room * pattern).clamp(-10, 10)).clamp(0, 255)
         assert alone[i].numpy() == pytest.approx(expected.numpy(), abs=1e-3)
         assert float((shared[i] - x).abs().max()) <= 10 + 1e-4 and psnr(x, shared[i]) > 33.9
-        found = float(pattern_coefficients((shared[i] - x)[None])[0] @ patterns[i].double())
+        found = float(pattern_coefficients((shared[i] - x)[None])[0] @ tilted[0])
         assert 0.5 * room < found < 0.85 * room  # √½ of the radius, less what is clamped
     assert gains(network, images, shared).mean() > gains(network, images, alone).mean() + 0.01
     assert torch.equal(none[0], mark_images(network, to_mark(images, carriers), Marking(steps=2))[0])
