@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from radiotag import cli, demo
-from radiotag.keys import CONTRASTED
+from radiotag.keys import CONTRASTED, STATISTICS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))  # the programs import each other so
@@ -105,6 +105,14 @@ def test_all_runs_are_of_the_declared_statistic():
     assert {version(run) for run in (*rest, *EVIDENCE, *MARKING["large"])} == {SHIPPED}
     assert {version(run) for run in later} == {"0.5"}
     assert {version(MARKING[name]) for name in ("speed", "step", "scale")} == {SHIPPED}
+
+
+def test_what_mark_expects_is_what_was_measured():
+    program = PROGRAMS["evidence"]
+    assert program.PACKAGE.read_text(encoding="utf-8") == program.as_package_data(MEASURED)
+    runs = MEASURED["confirmed"]["runs"]
+    assert {run["suspect, real"]["statistic"] for run in runs} <= STATISTICS.keys() - {CONTRASTED}
+    assert len({program.place(run) for run in runs}) == len(runs)
 
 
 def test_every_experiment_is_there_once():
