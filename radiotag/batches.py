@@ -144,7 +144,7 @@ def _encode_mark(picture: Picture, marked: Pixels, marking: Marking, format: str
     target = min(allowed, codec_error + _error(picture.rgb, marked))
     sufficient = 0.0 if lossless else NEAR_TARGET * target
     scale, low, high, best_error, best = 1.0, 0.0, math.inf, math.inf, (b"", marked)
-    for _ in range(TRIALS):
+    for trial in range(TRIALS):
         data = encode(picture, picture.rgb + np.clip(scale * change, -marking.epsilon, marking.epsilon), format)
         seen = decode(data, picture.name).rgb
         error = _error(picture.rgb, seen)
@@ -155,7 +155,9 @@ def _encode_mark(picture: Picture, marked: Pixels, marking: Marking, format: str
         low, high = (low, scale) if error > allowed else (scale, high)
         goal = (allowed if error > allowed else target) - codec_error
         scale *= 10 ** (-0.01 / 20) * math.sqrt(goal / max(error - codec_error, goal / 4))
-        scale = min(scale, LARGEST_SCALE) if low < scale < high else (low + high) / 2
+        # A coarse encoder's error has steps, before which this would creep: the second half of the trials bisects.
+        creeps = trial >= TRIALS // 2 and math.isfinite(high)
+        scale = min(scale, LARGEST_SCALE) if low < scale < high and not creeps else (low + high) / 2
     return best
 
 

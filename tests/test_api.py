@@ -794,15 +794,17 @@ def test_a_function_that_learnt_the_patterns_is_found_with_the_usual_options(wor
 def test_a_function_is_tested_as_the_module_and_as_its_file_are(world):
     """The queries' names are random, and nothing else: the statistic is the same in every way, of a clean suspect, too.
 
-    Of that p is no round number, as it is where the true key is the first in every class.
+    Of that p is no round number, as it is where the true key is the first in every class, or where nothing is found.
     """
-    torch.save(world.clean.state_dict(), world.root / "clean.pt")
+    others = (reader(radiotag.keygen(classes=NAMES).patterns) for _ in range(100))
+    clean = next(other for other in others if LEAST < ask(world, logits_of(other)).log10_p < -1e-3)
+    torch.save(clean.state_dict(), world.root / "clean.pt")
     asked = ("--key", world.path, "--arch", world.builder, *NORMALISED, "--data", world.folder, "--black-box",
              "--decoys", 4, "--alpha", 0.05, "--json")  # fmt: skip
     result = call("verify", world.file, world.root / "clean.pt", *asked)
     expected = [each["log10_p"] for each in result.json["suspects"]]
     assert expected[0] == pytest.approx(LEAST) and LEAST < expected[1] < -1e-3
-    for suspects in ([world.marked, world.clean], [logits_of(world.marked), logits_of(world.clean)]):
+    for suspects in ([world.marked, clean], [logits_of(world.marked), logits_of(clean)]):
         for options in (BLACK_BOX, replace(BLACK_BOX, batch_size=5)):
             found = ask(world, suspects, options=options)
             assert [each.log10_p for each in found] == pytest.approx(expected, abs=1e-9)
