@@ -23,6 +23,7 @@ from radiotag.terminal import AGAIN, DETECTED, ERROR, NO_EVIDENCE, Report, is_as
 
 if TYPE_CHECKING:
     from radiotag.blackbox import Queries
+    from radiotag.expectation import Expectation
     from radiotag.keys import Key
     from radiotag.manifest import Summary
     from radiotag.plan import MarkOptions, Plan
@@ -302,10 +303,10 @@ def _tell_plan(report: Report, plan: "Plan") -> None:
     from radiotag.plan import check
 
     check(plan)
-    report.say(*_plan_lines(plan))
-    report.give(
-        **_mark_json(plan, Summary(images=len(plan.items)), dry_run=True, would_mark=sum(plan.wanted().values()))
-    )
+    expected, wanted = plan.expectation(), plan.wanted()
+    report.say(*_plan_lines(plan, wanted, expected))
+    nothing_yet = Summary(images=len(plan.items))
+    report.give(**_mark_json(plan, nothing_yet, expected, dry_run=True, would_mark=sum(wanted.values())))
 
 
 def _mark_run(report: Report, plan: "Plan") -> "Summary":
@@ -348,18 +349,19 @@ class _Pace:
 def _tell_marked(report: Report, plan: "Plan", summary: "Summary", key: Path, preview: Path | None) -> None:
     from radiotag import marking_run
 
+    expected = plan.expectation()
     for row in summary.failed:
         report.problem(row["error"], row.get("hint", ""))
     try:
-        report.say(*_mark_lines(plan, summary, key))
+        report.say(*_mark_lines(plan, summary, expected, key))
     finally:  # the sheet is made even if nobody reads
         if preview:
             marking_run.preview(plan, summary, preview)
     if summary.failed:
         message = f"{len(summary.failed)} of the images failed and are {plan.store.failed_are}"
-        report.give(**_mark_json(plan, summary, error=message, hint=MENDED))
+        report.give(**_mark_json(plan, summary, expected, error=message, hint=MENDED))
         raise typer.Exit(ERROR)
-    report.give(**_mark_json(plan, summary))
+    report.give(**_mark_json(plan, summary, expected))
 
 
 def _check_preview(plan: "Plan", preview: Path | None, force: bool) -> None:
@@ -375,16 +377,13 @@ def _check_preview(plan: "Plan", preview: Path | None, force: bool) -> None:
         raise RadiotagError(f"{preview} exists", "choose another name for --preview, or remove it")
 
 
-def _plan_lines(plan: "Plan") -> list[str]:
-    wanted = plan.wanted()
-    lines = [
-        f"{name or plan.source.name}: {wanted[name]} of {len(paths)} images" for name, paths in plan.by_class().items()
-    ]
+def _plan_lines(plan: "Plan", wanted: dict[str, int], expected: "Expectation") -> list[str]:
+    lines = [f"{name or plan.source.name}: {wanted[name]} of {size} images" for name, size in plan.sizes().items()]
     return [
         f"would mark {sum(wanted.values())} of {len(plan.items)} images into {plan.output}, less what is done already",
         *(f"  {line}" for line in lines),
         *_unmarked_lines(plan),
-        *_expect_lines(plan),
+        _expect_line(expected),
         f"next         {shlex.join(['radiotag', *(word for word in sys.argv[1:] if word != '--dry-run')])}",
     ]
 
@@ -394,14 +393,13 @@ def _unmarked_lines(plan: "Plan") -> list[str]:
     return [f"warning      copied unmarked, though they look like images: {counts}"] if counts else []
 
 
-def _expect_lines(plan: "Plan") -> list[str]:
-    expected = plan.expectation()
+def _expect_line(expected: "Expectation") -> str:
     found = "" if expected.log10_p is None else f"log10 p about {expected.log10_p:.1f}, "
     advice = f" ({expected.advice})" if expected.advice else ""
-    return [f"expect       {found}{expected.reason}{advice}"]
+    return f"expect       {found}{expected.reason}{advice}"
 
 
-def _mark_json(plan: "Plan", summary: "Summary", **more: Any) -> dict[str, Any]:
+def _mark_json(plan: "Plan", summary: "Summary", expected: "Expectation", **more: Any) -> dict[str, Any]:
     failed = [{name: row.get(name, "") for name in ("path", "error", "hint")} for row in summary.failed]
     return {
         "public": str(plan.public), "classes": plan.rows,
@@ -409,7 +407,7 @@ def _mark_json(plan: "Plan", summary: "Summary", **more: Any) -> dict[str, Any]:
         "images": len(plan.items), "marked": summary.marked, "copied": summary.copied, "skipped": summary.skipped,
         "failed": failed, "formats_unmarked": dict(plan.store.unmarked_formats()),
         "further_pictures_dropped": summary.dropped, "unchanged": summary.unchanged,
-        "expected_log10_p": plan.expectation().log10_p,
+        "expected_log10_p": expected.log10_p,
         **summary.statistics(), **more,
     }  # fmt: skip
 
@@ -421,7 +419,7 @@ def _beyond_epsilon(plan: "Plan", numbers: dict[str, float | None]) -> str:
     return f" (--epsilon {epsilon:g} holds before encoding; lossy formats and palettes add theirs)" if beyond else ""
 
 
-def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
+def _mark_lines(plan: "Plan", summary: "Summary", expected: "Expectation", key: Path) -> list[str]:
     failed = len(summary.failed)
     return [
         f"marked       {summary.marked} of {len(plan.items)} images, {summary.copied} copied, {failed} failed"
@@ -431,7 +429,7 @@ def _mark_lines(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
         f"public half  {plan.public} (publish or time-stamp it before the data)",
         f"key          sha256:{plan.key.fingerprint}",
         *(_quality_lines(plan, summary) if summary.marked else ()),
-        *(_expect_lines(plan) if summary.marked else ()),
+        *([_expect_line(expected)] if summary.marked else ()),
         *_unmarked_lines(plan),
         *_mark_warnings(plan, summary),
         *_after_marking(plan, summary, key),

@@ -105,19 +105,21 @@ class Plan:
         """Class → relative paths of its images."""
         return by_class((item.path.as_posix(), item.label) for item in self.items)
 
+    def sizes(self) -> dict[str, int]:
+        """Class → number of its images."""
+        return dict(Counter(item.label for item in self.items))
+
     def wanted(self) -> dict[str, int]:
         """Class → how many images this run's fraction asks for."""
-        sizes = {name: len(paths) for name, paths in self.by_class().items()}
-        return allotted(self.key, sizes, self.rows, self.options)
+        return allotted(self.key, self.sizes(), self.rows, self.options)
 
     def expectation(self) -> Expectation:
         """What the test may be expected to find, by what was measured; the first image stands for the size of all."""
-        sizes = {name: len(paths) for name, paths in self.by_class().items()}
         try:
             size = short_side(self.store.read(self.items[0].path))
         except (RadiotagError, OSError):
             size = None
-        return expected(sizes, self.wanted(), size)
+        return expected(self.sizes(), self.wanted(), size)
 
     def target(self, item: Item) -> str:
         """An image's relative path in the output: unmarked images keep their format."""

@@ -66,7 +66,7 @@ class ComparedClasses:
     labels: tuple[int, ...] | None = None  # (N,) of the images: positions in `outputs`, −1 for other classes
     marker_outputs: tuple[int, ...] | None = None  # of the marking network for the same classes, if it knows them all
     marker_besides: tuple[int, ...] = ()  # of the marking network for further classes that the suspect knows
-    others: bool = True  # whether images of other classes are asked, too, what would make them a class's
+    others: bool  # whether images of other classes are asked, too, what would make them a class's
 
 
 class Suspect(NamedTuple):

@@ -130,6 +130,8 @@ def size_to_crop(source: Path, image_size: int, least: float) -> int:
 
     The smallest crop has `image_size` pixels if the first image is large enough. Smaller images are not scaled up.
     """
+    if least == 1:
+        return image_size
     return max(image_size, min(_short_side(source), math.ceil(image_size / math.sqrt(least))))
 
 
@@ -362,11 +364,8 @@ def _epoch(
     batches = _batches(torch.randperm(len(data.images), generator=generator), recipe)
     average = math.nan
     for i, batch in enumerate(batches):
-        pixels, labels = (
-            _views(data.images[batch], network.spec.image_size, recipe.crops, generator),
-            data.labels[batch],
-        )
-        pixels, labels = pixels.to(device), labels.to(device)
+        pixels = _views(data.images[batch], network.spec.image_size, recipe.crops, generator).to(device)
+        labels = data.labels[batch].to(device)
         with mixed_precision(device):
             pixels = adversarial_examples(network, pixels, labels, generator) if recipe.robust else pixels
             loss = _loss(network, pixels, labels, course.teacher)
