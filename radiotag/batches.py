@@ -117,12 +117,17 @@ def mark_pictures(marker: Marker, requests: Sequence[Request]) -> list[tuple[byt
     images = [
         ImageToMark(
             image=channels_first(request.picture.rgb), carrier=request.carrier, pattern=request.pattern,
-            draw=copy(request.draw), grey=request.picture.mode in GREY,
+            draw=copy(request.draw), grey=_grey(request.picture),
         )
         for request in requests
     ]  # fmt: skip
     marked = mark_images(marker.network, images, marking, read_back)
     return list(marker.pool.map(finish, pictures, marked))
+
+
+def _grey(picture: Picture) -> bool:
+    """Whether an image shows no colour; on a black and white photograph, even one stored as RGB, any tint shows."""
+    return picture.mode in GREY or bool((picture.rgb == picture.rgb[..., :1]).all())
 
 
 def _lossless(picture: Picture, format: str) -> bool:

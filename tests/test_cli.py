@@ -1203,16 +1203,16 @@ def test_a_link_to_a_folder_is_marked_beside_the_link(world, tmp_path):
     assert not world.imgs.with_name("imgs-marked").exists()
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
-def test_a_grey_image_is_marked_as_strongly_as_it_may_be(world, tmp_path, mode):
-    """Its file holds no colour, in which two thirds of a mark would be lost."""
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "RGB"])
+def test_a_grey_image_is_marked_as_strongly_as_it_may_be_and_stays_grey(world, tmp_path, mode):
+    """Its file holds no colour, in which most of a mark would be lost; where it could hold some, any tint would show."""
     for path in sorted(world.imgs.rglob("*.png")):
         grey = Image.open(path).convert("L")
         if mode == "I;16":
             grey = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
         place = tmp_path / "imgs" / path.relative_to(world.imgs)
         place.parent.mkdir(parents=True, exist_ok=True)
-        grey.convert(mode).save(place) if mode == "LA" else grey.save(place)
+        grey.convert(mode).save(place) if mode in {"LA", "RGB"} else grey.save(place)
     result = call("mark", tmp_path / "imgs", "--key", world.key, "--json")
     assert result.code == 0, result.err
     answer = result.json
@@ -1223,6 +1223,7 @@ def test_a_grey_image_is_marked_as_strongly_as_it_may_be(world, tmp_path, mode):
             Image.open(tmp_path / "imgs-marked" / path.relative_to(tmp_path / "imgs")) as f,
         ):
             assert f.mode == before.mode
+            assert f.mode != "RGB" or np.ptp(np.asarray(f), axis=2).max() == 0
 
 
 def test_a_mark_is_not_given_up_where_the_format_alone_costs_more_than_is_allowed(world, tmp_path):
