@@ -13,6 +13,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from radiotag.keys import PATTERNED
@@ -123,18 +124,22 @@ def margins(features: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
     The score of an image's own class less that of its strongest rival, by the ridge classifier of the other folds.
     There are two classes at least. Memory grows with d² and with d times the number of classes, not with N.
     """
-    classes = int(labels.max()) + 1
-    sums = [_Sums(features.shape[1], classes) for _ in range(FOLDS)]
+    size, classes = features.shape[1] + 1, int(labels.max()) + 1
+    gram = torch.zeros(FOLDS, size, size, dtype=torch.float64)
+    products = torch.zeros(FOLDS, classes, size, dtype=torch.float64)
     for part, target, number in _blocks(features, labels, folds):
         for i in range(FOLDS):
-            sums[i].add(part[number == i], target[number == i])
-    weights = [_Sums.total([s for j, s in enumerate(sums) if j != i]).solve() for i in range(FOLDS)]
+            mine = part[number == i]
+            gram[i] += mine.T @ mine
+            products[i].index_add_(0, target[number == i], mine)
+    others = [torch.arange(FOLDS) != i for i in range(FOLDS)]
+    weights = [ridge_classifier(gram[rest].sum(0), products[rest].sum(0)) for rest in others]
     found = []
     for part, target, number in _blocks(features, labels, folds):
         margin = torch.empty(len(part), dtype=torch.float64)
-        for i, (matrix, bias) in enumerate(weights):
+        for i, matrix in enumerate(weights):
             mine = number == i
-            scores = part[mine] @ matrix + bias  # (n, C)
+            scores = part[mine] @ matrix  # (n, C)
             own = scores.gather(1, target[mine, None])[:, 0]
             rival = scores.scatter(1, target[mine, None], -torch.inf).amax(1)
             margin[mine] = own - rival
@@ -143,41 +148,20 @@ def margins(features: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
 
 
 def _blocks(features: Tensor, labels: Tensor, folds: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(n, d + 1) features and a one for the bias, (n,) labels, (n,) folds of some images at a time."""
     for start in range(0, len(features), TOGETHER):
         block = slice(start, start + TOGETHER)
-        yield features[block].double(), labels[block], folds[block]
+        yield F.pad(features[block].double(), (0, 1), value=1.0), labels[block], folds[block]
 
 
-class _Sums:
-    """What a ridge regression of class membership on features needs to know of some images."""
+def ridge_classifier(gram: Tensor, products: Tensor) -> Tensor:
+    """The ridge regression of class membership on features, both centred: (d + 1, C), the bias in the last row.
 
-    def __init__(self, dimension: int, classes: int) -> None:
-        self.count = 0
-        self.features = torch.zeros(dimension, dtype=torch.float64)
-        self.members = torch.zeros(classes, dtype=torch.float64)
-        self.gram = torch.zeros(dimension, dimension, dtype=torch.float64)
-        self.products = torch.zeros(classes, dimension, dtype=torch.float64)
-
-    def add(self, features: Tensor, labels: Tensor) -> None:
-        self.count += len(features)
-        self.features += features.sum(0)
-        self.members += torch.bincount(labels, minlength=len(self.members))
-        self.gram += features.T @ features
-        self.products.index_add_(0, labels, features)
-
-    @staticmethod
-    def total(parts: Sequence["_Sums"]) -> "_Sums":
-        whole = _Sums(len(parts[0].features), len(parts[0].members))
-        for part in parts:
-            for name in ("count", "features", "members", "gram", "products"):
-                setattr(whole, name, getattr(whole, name) + getattr(part, name))
-        return whole
-
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """The classifier's matrix (d, C) and bias (C,)."""
-        n = max(1, self.count)
-        mean, share = self.features / n, self.members / n
-        gram = self.gram / n - torch.outer(mean, mean)
-        gram.diagonal().add_(PENALTY * float(gram.diagonal().mean()) + 1e-12)
-        matrix = torch.linalg.solve(gram, self.products.T / n - torch.outer(mean, share))
-        return matrix, share - mean @ matrix
+    With X (N, d + 1), features and ones, and Y (N, C), ones for the classes: gram = XᵀX, products = YᵀX (C, d + 1).
+    """
+    gram, products = gram / gram[-1, -1].clamp_min(1), products / gram[-1, -1].clamp_min(1)
+    mean, share = gram[-1, :-1], products[:, -1]
+    scatter = gram[:-1, :-1] - torch.outer(mean, mean)
+    scatter.diagonal().add_(PENALTY * float(scatter.diagonal().mean()) + 1e-12)
+    matrix = torch.linalg.solve(scatter, products[:, :-1].T - torch.outer(mean, share))  # (d, C)
+    return torch.cat([matrix, (share - mean @ matrix)[None]])

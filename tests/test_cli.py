@@ -1205,7 +1205,7 @@ def test_a_link_to_a_folder_is_marked_beside_the_link(world, tmp_path):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "I;16", "RGB"])
 def test_a_grey_image_is_marked_as_strongly_as_it_may_be_and_stays_grey(world, tmp_path, mode):
-    """Its file holds no colour, in which most of a mark would be lost; where it could hold some, any tint would show."""
+    """Its file holds no colour, in which most of a mark would be lost. Where it could hold some, a tint would show."""
     for path in sorted(world.imgs.rglob("*.png")):
         grey = Image.open(path).convert("L")
         if mode == "I;16":
