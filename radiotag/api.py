@@ -25,7 +25,7 @@ from radiotag.images import psnr as image_psnr
 from radiotag.keys import Key, new_key, save_key, with_beacon
 from radiotag.manifest import Summary
 from radiotag.marking_run import THREADS, run
-from radiotag.networks import Network, available_device, marking_weights
+from radiotag.networks import Network, available_device, marking_weights, resized
 from radiotag.plan import (
     MarkOptions,
     Plan,
@@ -257,7 +257,7 @@ def _choose(
     """The choice of images (N, 3, H, W) to mark; labels: path → class, in their order; wanted: class → how many."""
     if options.choose == "random" or len(wanted) == 1:
         return choose_at_random(key, by_class(labels.items()), wanted)
-    images = (image.float() for image in pixels)
+    images = (resized(image[None].float() / 255, network.spec.image_size)[0] for image in pixels)
     found = features_of(network, images, len(pixels), options.batch_size, lambda _: None)
     return choose_hardest(key, by_hardness(labels, found), wanted, NOTHING)
 

@@ -11,11 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import NamedTuple
 
 from PIL import Image
 
 LIKE_SIZE, LIKE_CLASSES = 1.5, 2.0  # ratios up to which image sizes and numbers of classes are alike
 FEWER_IMAGES = 0.5  # of a measured data set's: what smaller sets teach is unknown
+MORE = 1.5  # times the measured share: a plan that marks so much more may give more
 ABOUT = 0.95  # a plan that marks this part of what was measured marks as much
 LIKELY = -4.0  # log10 p that a detection takes by default (--alpha)
 
@@ -50,34 +52,46 @@ def measured() -> list[Measured]:
     return [Measured(**row) for row in json.loads(text)]
 
 
-def short_side(data: bytes) -> int | None:
-    """The short side in pixels of an image file; None if it cannot be read."""
+class Look(NamedTuple):
+    """What an image looks like, as far as it matters here."""
+
+    size: int  # pixels of the short side
+    grey: bool  # the file holds no colour
+
+
+def looks(data: bytes) -> Look | None:
+    """What an image file looks like; None if it cannot be read."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return min(image.size)
+            return Look(min(image.size), image.mode in {"1", "L", "LA", "I;16", "I"})
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
-def expected(images: Mapping[str, int], marked: Mapping[str, int], size: int | None) -> Expectation:
+def expected(
+    images: Mapping[str, int], marked: Mapping[str, int], look: Look | None, *, spread: bool = False
+) -> Expectation:
     """What the test may be expected to find of a plan.
 
-    images, marked: class → number of its images, and how many of them are marked; size: of an image, in pixels.
+    images, marked: class → number of its images, and how many of them are marked; look: of an image; spread: whether
+    the owner asked for marks in every class.
     """
-    total, count = sum(images.values()), sum(marked.values())
-    alike = [row for row in measured() if size and _is_like(row, images, size)]
-    if not (count and len(images) > 1 and alike):
-        return Expectation(log10_p=None, reason=_unknown(images, marked, size))
+    fraction = sum(marked.values()) / max(1, sum(images.values()))
+    alike = [row for row in measured() if look and not look.grey and _is_like(row, images, look.size)]
+    if not (fraction and len(images) > 1 and alike):
+        return Expectation(log10_p=None, reason=_unknown(images, marked, look))
     reached = [row for row in alike if _marks_as_much(row, images, marked)]
     best = min(reached, key=lambda row: row.log10_p, default=None)
     if best is None:
         reason = "likely nothing: less is marked than was ever found"
-        return Expectation(log10_p=None, reason=reason, advice=_advice(alike, total, count))
+        return Expectation(log10_p=None, reason=reason, advice=_advice(alike, images, marked, spread))
     found = f"{best.marked:,} of {best.images:,} images of {best.data}, a {best.suspect} trained from scratch"
-    if best.log10_p > LIKELY:
-        reason = f"likely nothing, as with {found}"
-        return Expectation(log10_p=best.log10_p, reason=reason, advice=_advice(alike, total, count))
-    return Expectation(log10_p=best.log10_p, reason=f"as with {found}")
+    if best.log10_p <= LIKELY:
+        return Expectation(log10_p=best.log10_p, reason=f"as with {found}")
+    if fraction > MORE * best.marked / best.images:
+        return Expectation(log10_p=None, reason=f"not measured; less, {found}, left log10 p {best.log10_p:.1f}")
+    reason, advice = f"likely nothing, as with {found}", _advice(alike, images, marked, spread)
+    return Expectation(log10_p=best.log10_p, reason=reason, advice=advice)
 
 
 def _is_like(row: Measured, images: Mapping[str, int], size: int) -> bool:
@@ -85,32 +99,33 @@ def _is_like(row: Measured, images: Mapping[str, int], size: int) -> bool:
     return classes and _ratio(row.size, size) <= LIKE_SIZE and sum(images.values()) >= FEWER_IMAGES * row.images
 
 
-def _unknown(images: Mapping[str, int], marked: Mapping[str, int], size: int | None) -> str:
+def _unknown(images: Mapping[str, int], marked: Mapping[str, int], look: Look | None) -> str:
     """Why nothing is expected."""
     if not any(marked.values()):
         return "nothing is marked"
     if len(images) == 1:
         return "not measured for a single class"
-    if size is None:
+    if look is None:
         return "unknown, as the first image cannot be read"
-    return f"not measured for {sum(images.values()):,} images of {size} pixels in {len(images)} classes"
+    kind = "grey images" if look.grey else "images"
+    return f"not measured for {sum(images.values()):,} {kind} of {look.size} pixels in {len(images)} classes"
 
 
 def _marks_as_much(row: Measured, images: Mapping[str, int], marked: Mapping[str, int]) -> bool:
-    """Whether a plan marks as large a share of its images, and of its most marked class, as was measured."""
-    share = max(marked[name] / images[name] for name in images)
-    fraction = sum(marked.values()) / sum(images.values())
-    return fraction >= ABOUT * row.marked / row.images and share >= ABOUT * row.share
+    """Whether a plan marks as large a share of its images as was measured, in classes as densely marked."""
+    dense = [count for name, count in marked.items() if count and count >= ABOUT * row.share * images[name]]
+    return sum(dense) >= ABOUT * row.marked / row.images * sum(images.values())
 
 
-def _advice(alike: list[Measured], total: int, count: int) -> str:
+def _advice(alike: list[Measured], images: Mapping[str, int], marked: Mapping[str, int], spread: bool) -> str:
     """How many images more would be found, by the smallest measured share that was."""
+    total, count = sum(images.values()), sum(marked.values())
     enough = [math.ceil(row.marked / row.images * total) for row in alike if row.log10_p <= LIKELY]
     if not enough:
         return ""
-    if min(enough) <= count:
-        return "leave out --spread, so that fewer classes are marked"
-    return f"mark {min(enough) - count:,} more: --fraction {math.ceil(1000 * min(enough) / total) / 1000:g}"
+    if min(enough) > count:
+        return f"mark {min(enough) - count:,} more: --fraction {math.ceil(1000 * min(enough) / total) / 1000:g}"
+    return "leave out --spread, so that fewer classes are marked" if spread else ""
 
 
 def _ratio(a: float, b: float) -> float:

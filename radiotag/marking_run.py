@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -27,8 +27,18 @@ from radiotag.files import fill_atomically, hash_or_none, write_atomically
 from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, ssim
 from radiotag.listing import Item
 from radiotag.manifest import QUALITY, Row, Summary
-from radiotag.networks import channels_first
-from radiotag.plan import Plan, check_begun, check_rows, choose_ranked, is_settled, stale_files, with_earlier
+from radiotag.networks import channels_first, resized
+from radiotag.plan import (
+    Plan,
+    check_begun,
+    check_rows,
+    choose_ranked,
+    files_of_images,
+    is_settled,
+    replaced_files,
+    stale_files,
+    with_earlier,
+)
 from radiotag.probes import FolderImages
 from radiotag.processes import Team, team
 from radiotag.public import marked_half
@@ -136,10 +146,20 @@ def _settle(
 ) -> Plan:
     """Choose hard images, and write the choice to the journal before the first mark: a later run repeats it.
 
-    Each process computes the features of its share; then all know all, and choose the same.
+    Copies of images that are now to be marked go, if their names will be others.
     """
-    if is_settled(plan):
-        return plan
+    chosen = plan if is_settled(plan) else _choose_ranked(plan, processes, pool, progress)
+    if processes.rank == 0:
+        _remove_replaced(chosen)  # before the choice is written: its rows take the place of the copies'
+        for item in chosen.items:
+            if chosen.marks(item) and not plan.marks(item):
+                _append(journal, _row(chosen, item, "chosen"))
+    processes.gather(None)
+    return chosen
+
+
+def _choose_ranked(plan: Plan, processes: Team, pool: ThreadPoolExecutor, progress: Callable[[Summary], None]) -> Plan:
+    """Each process computes the features of its share; then all know all, and choose the same."""
     mine = plan.items[processes.rank :: processes.size]
     summary = Summary(images=len(plan.items))
 
@@ -147,28 +167,27 @@ def _settle(
         summary.ranked = min(len(plan.items), done * processes.size)
         progress(summary)
 
-    with closing(prefetch(pool, partial(_pixels, plan), mine, THREADS)) as images:
-        found = features_of(plan.key.network(plan.options.device), images, len(mine), plan.options.batch_size, tell)
+    network = plan.key.network(plan.options.device)
+    with closing(prefetch(pool, partial(_seen, plan, network.spec.image_size), mine, THREADS)) as images:
+        found = features_of(network, images, len(mine), plan.options.batch_size, tell)
     shares = processes.gather(found)
     features = shares[0].new_empty(len(plan.items), shares[0].shape[1])
     for rank, share in enumerate(shares):
         features[rank :: processes.size] = share
     labels = {item.path.as_posix(): item.label for item in plan.items}
-    earlier, plan = plan.choice.marked, choose_ranked(plan, by_hardness(labels, features))
-    if processes.rank == 0:
-        for item in plan.items:
-            if plan.marks(item) and item.path.as_posix() not in earlier:
-                _append(journal, _row(plan, item, "chosen"))
-    processes.gather(None)
-    return plan
+    return choose_ranked(plan, by_hardness(labels, features))
 
 
-def _pixels(plan: Plan, item: Item) -> Tensor | None:
-    """A whole image (3, H, W) in [0, 255]; None for one that cannot be read, which is left for the marking to tell."""
+def _seen(plan: Plan, size: int, item: Item) -> Tensor | None:
+    """A whole image at the network's size, (3, S, S) in [0, 1]; None for one that cannot be read.
+
+    The marking will tell of that one.
+    """
     try:
-        return channels_first(decode(plan.store.read(item.path), str(plan.source / item.path)).rgb)
+        image = channels_first(decode(plan.store.read(item.path), str(plan.source / item.path)).rgb)
     except (RadiotagError, OSError):
         return None
+    return resized(image[None] / 255, size)[0]
 
 
 # ---------------------------------------------------------------- the journal
@@ -221,12 +240,23 @@ def _begin(plan: Plan) -> IO[bytes]:
 
 
 def _remove_stale(plan: Plan) -> None:
+    """Remove what an earlier run made and this one will not make; of an unsettled choice, all: names may change."""
+    settled = plan.options.format == "keep" or is_settled(plan)
     try:
-        for stale, digest in stale_files(plan):
+        files = chain(stale_files(plan), replaced_files(plan)) if settled else files_of_images(plan)
+        for stale, digest in files:
             if not digest or hash_or_none(stale) == digest:
                 stale.unlink(missing_ok=True)
     except RadiotagError:
         return  # the manifest is missing or damaged, and `force` overwrites it
+
+
+def _remove_replaced(plan: Plan) -> None:
+    for copy, digest in replaced_files(plan):
+        if hash_or_none(copy) not in {digest, None}:
+            hint = "move it away, choose another -o, or start over with --force"
+            raise RadiotagError(f"{copy} was changed, and its image is now to be marked under another name", hint)
+        copy.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- remaining work

@@ -176,7 +176,9 @@ def _pair_labelled(
     names = tuple(outputs)
     known_names = image_classes if 1 < len(image_classes) <= spec.classes else spec.class_names or ()
     position = {name: i for i, name in enumerate(names)}
-    by_order = key.class_names is None and manifest is None and set(spec.class_names or ()) != set(labels)
+    fewer = len(rows) < len(key.carriers)  # where more classes were marked, their order was another
+    named_alike = set(spec.class_names or ()) == set(labels)
+    by_order = key.class_names is None and manifest is None and (fewer or not named_alike)
     carrier_rows = [rows[name] for name in names]
     return Pairing(
         outputs=tuple(outputs.values()),

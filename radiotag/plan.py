@@ -9,17 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
 from radiotag import manifest
 from radiotag.errors import RadiotagError
-from radiotag.expectation import Expectation, expected, short_side
+from radiotag.expectation import Expectation, expected, looks
 from radiotag.files import hash_or_none
 from radiotag.images import OTHER_SUFFIXES, SUFFIXES, decode, extension, psnr
 from radiotag.keys import Key, choose, order, patterned
-from radiotag.listing import Item
+from radiotag.listing import Item, list_folder
 from radiotag.manifest import MANIFEST_FORMAT, Row
 from radiotag.radioactive import Marking
 from radiotag.ranking import NOTHING, Choice, allot, choose_hard
@@ -113,13 +114,23 @@ class Plan:
         """Class → how many images this run's fraction asks for."""
         return allotted(self.key, self.sizes(), self.rows, self.options)
 
-    def expectation(self) -> Expectation:
-        """What the test may be expected to find, by what was measured; the first image stands for the size of all."""
+    def expectation(self, failed: Iterable[Row] = ()) -> Expectation:
+        """What the test may be expected to find, by what was measured; the first image stands for all.
+
+        failed: rows of images that could not be marked.
+        """
+        usual = MarkOptions()
+        names = ("epsilon", "min_psnr", "steps", "choose")
+        if other := [name for name in names if getattr(self.options, name) != getattr(usual, name)]:
+            given = " ".join(f"--{name.replace('_', '-')} {getattr(self.options, name)}" for name in other)
+            return Expectation(log10_p=None, reason=f"not measured with {given}")
+        lost, wanted = Counter(row["class"] for row in failed if row.get("chosen")), self.wanted()
+        marked = {name: count - lost[name] for name, count in wanted.items()}
         try:
-            size = short_side(self.store.read(self.items[0].path))
+            look = looks(self.store.read(self.items[0].path))
         except (RadiotagError, OSError):
-            size = None
-        return expected(self.sizes(), self.wanted(), size)
+            look = None
+        return expected(self.sizes(), marked, look, spread=self.options.spread)
 
     def target(self, item: Item) -> str:
         """An image's relative path in the output: unmarked images keep their format."""
@@ -145,7 +156,10 @@ def make_plan(source: Path, output: Path, key: Key, options: MarkOptions) -> Pla
     wanted = allotted(key, {name: len(members) for name, members in paths.items()}, rows, options)
     ranked = options.choose == "hard" and len(paths) > 1  # of one class, nothing is told from another
     choice = NOTHING if ranked else choose_at_random(key, paths, wanted)
-    _check_collisions(items, choice.marked, options.format)
+    possible = {item.path.as_posix() for item in items} if ranked else choice.marked  # before anything is ranked
+    _check_collisions(items, possible, options.format)
+    if options.held_out:
+        list_folder(options.held_out)  # the public half is written last
     named_output = output if output.name else output.absolute()
     return Plan(
         store=store, key=key, options=options, rows=rows, choice=choice,
@@ -176,10 +190,8 @@ def choose_at_random(key: Key, paths: dict[str, list[str]], wanted: dict[str, in
 
 def choose_hardest(key: Key, ranked: dict[str, list[str]], wanted: dict[str, int], earlier: Choice) -> Choice:
     """So many hard images of each class (class → paths, hardest first), beside what was chosen earlier."""
-    choice = NOTHING
-    for name, paths in ranked.items():
-        choice |= choose_hard(paths, wanted[name], earlier, partial(order, key))
-    return choice
+    found = [choose_hard(paths, wanted[name], earlier, partial(order, key)) for name, paths in ranked.items()]
+    return Choice(*(frozenset(chain.from_iterable(parts)) for parts in zip(*found, strict=True)))
 
 
 def choose_ranked(plan: Plan, ranked: dict[str, list[str]]) -> Plan:
@@ -308,7 +320,24 @@ def with_earlier(plan: Plan) -> Plan:
 
 def stale_files(plan: Plan) -> Iterator[tuple[Path, str]]:
     """Files that earlier runs wrote and this run will not write, with their SHA-256 ("" if unknown)."""
-    return plan.store.stale(_recorded(plan), plan.targets())
+    return plan.store.stale((row for row in _recorded(plan) if not _is_replaced(plan, row)), plan.targets())
+
+
+def replaced_files(plan: Plan) -> Iterator[tuple[Path, str]]:
+    """Like `stale_files`, copies of images that are now to be marked, under names with another suffix.
+
+    Whoever had both could subtract one from the other.
+    """
+    return plan.store.stale((row for row in _recorded(plan) if _is_replaced(plan, row)), plan.targets())
+
+
+def files_of_images(plan: Plan) -> Iterator[tuple[Path, str]]:
+    """Like `stale_files`, all images that earlier runs wrote."""
+    return plan.store.stale(_recorded(plan), {path.as_posix() for path in plan.other_files})
+
+
+def _is_replaced(plan: Plan, row: Row) -> bool:
+    return row["status"] == "copied" and row["path"] in plan.choice.marked
 
 
 def _recorded(plan: Plan) -> Iterator[Row]:
@@ -327,9 +356,11 @@ def _check_links(plan: Plan) -> None:
 
 
 def _check_settings(plan: Plan, recorded: Row) -> None:
+    """Refuse to go on with other settings; the fraction may be raised."""
     for name, value in plan.header.items():
         before = recorded.get(name, {"choose": "random", "spread": True}.get(name))  # as earlier versions did
-        if before != value:
+        more = name == "fraction" and isinstance(before, float) and before < value  # what was marked stays so
+        if before != value and not more:
             raise RadiotagError(
                 f"{plan.output} was begun with {name} {before}, not {value}",
                 "repeat the earlier setting, choose another -o, or start over with --force",

@@ -432,21 +432,22 @@ def evidence(
     if vectors.pattern is not None and patterns is not None:
         parts.append(_compare(vectors.pattern, patterns[index]))
     alive = np.stack([part.alive for part in parts])  # (1 or 2, C)
-    if not alive.any():
+    says = np.logical_or.reduce(alive)  # (C,)
+    if not says.any():
         raise RadiotagError("the suspect's outputs do not depend on its input")
     log_p = np.where(alive, [part.log_p for part in parts], 0.0)  # (1 or 2, C)
     chosen = pattern_or_both(log_p[-1], log_p[0])
-    per_class = np.where(alive.sum(0) == 2, chosen, log_p.sum(0))[alive.any(0)]
+    per_class = np.where(alive.sum(0) == 2, chosen, log_p.sum(0))[says]
     sets = _sets(index, None if best_only else order)
     nested = np.array([_combined(parts, members) for members in sets])
     means = [float(part.cosine[part.alive].mean()) if part.alive.any() else 0.0 for part in parts]
     return Evidence(
         log_p=bonferroni(per_class) if best_only else bonferroni(nested),
         sets=len(sets),
-        first_classes=len(sets[int(nested.argmin())]),
+        first_classes=int(says[sets[int(nested.argmin())]].sum()),
         paper_log_p=None if vectors.paper is None else _paper_log_p(vectors.paper, carriers[index], best_only),
         mean_cosine=means[0], pattern_cosine=means[1] if len(means) > 1 else None,
-        per_class=tuple(per_class.tolist()), compared=tuple(np.flatnonzero(alive.any(0)).tolist()),
+        per_class=tuple(per_class.tolist()), compared=tuple(np.flatnonzero(says).tolist()),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radiotag.keys import PATTERNED
-from radiotag.networks import Network, resized
+from radiotag.networks import Network
 from radiotag.radioactive import padded
 
 FOLDS = 5
@@ -97,16 +97,17 @@ def by_hardness(labels: Mapping[str, str], features: Tensor) -> dict[str, list[s
 def features_of(
     network: Network, images: Iterable[Tensor | None], count: int, batch_size: int, tell: Callable[[int], None]
 ) -> Tensor:
-    """The features φ (count, d) float16 of whole images (3, H, W) in [0, 255], NaN for those that cannot be read.
+    """The features φ (count, d) float16 of images (3, S, S) in [0, 1], NaN for those that cannot be read (None).
 
-    tell(done) reports progress. 200,000 images take 200 MB.
+    S is the network's size: as many photographs of a camera's size would not fit into memory. 200,000 images' features
+    take 200 MB. tell(done) reports progress.
     """
     found = torch.full((count, network.dimension), torch.nan, dtype=torch.float16)
-    numbered, size = enumerate(images), network.spec.image_size
+    numbered = enumerate(images)
     while batch := list(islice(numbered, batch_size)):
         usable = [(i, image) for i, image in batch if image is not None]
         if usable:
-            pixels = padded(torch.cat([resized(image[None] / 255, size) for _, image in usable]))
+            pixels = padded(torch.stack([image for _, image in usable]))
             phi = network.features(pixels.to(network.device))[: len(usable)].cpu()
             found[[i for i, _ in usable]] = phi.clamp(-60_000, 60_000).half()
         tell(batch[-1][0] + 1)

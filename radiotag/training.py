@@ -153,7 +153,7 @@ def random_resized_crops(images: Tensor, size: int, least: float, generator: tor
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """(B, 3, S, S) uint8 → float in [0, 1]: reflected padding of S/8, then a random crop and flip per image."""
     batch, _, size, _ = images.shape
-    pad = max(1, size // 8)
+    pad = min(max(1, size // 8), size - 1)  # of a single pixel, nothing can be reflected
     padded = F.pad(images.float() / 255, (pad,) * 4, mode="reflect")  # (B, 3, S+2p, S+2p)
     top, left = torch.randint(0, 2 * pad + 1, (2, batch, 1), generator=generator)
     steps = torch.arange(size)

@@ -11,13 +11,14 @@ import torch
 from helpers import call, good, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from radiotag import api, ranking, synthetic
 from radiotag.keys import new_key, order, patterned
 from radiotag.manifest import read_manifest
 from radiotag.networks import marking_weights
 from radiotag.plan import MarkOptions
-from radiotag.ranking import NOTHING, Choice, allot, by_hardness, choose_hard, fold, margins
+from radiotag.ranking import NOTHING, Choice, allot, by_hardness, choose_hard, features_of, fold, margins
 
 NAMES = ("ant", "bee", "cat")
 
@@ -187,7 +188,79 @@ def test_a_run_marks_hard_images_and_records_which_carry_the_pattern(place, tmp_
     assert whole["marked"] == len(rows) and 0 < sum(row["pattern"] for row in rows) < len(rows) / 2
 
 
-def test_raising_the_fraction_and_adding_images_keeps_what_was_marked(place, tmp_path):
+@pytest.mark.parametrize("choose", ["hard", "random"])
+def test_raising_the_fraction_marks_more_and_keeps_what_was_marked(place, tmp_path, choose):
+    assert mark(place, tmp_path / "out", "--choose", choose, "--fraction", 0.12).code == 0
+    before = {path: (tmp_path / "out" / path).read_bytes() for path in marked_paths(tmp_path / "out")}
+    assert mark(place, tmp_path / "out", "--choose", choose, "--fraction", 0.4).json["marked"] > 2 * len(before)
+    assert {path: (tmp_path / "out" / path).read_bytes() for path in before} == before
+    assert before.keys() < marked_paths(tmp_path / "out")
+    assert "was begun with fraction 0.4, not 0.12" in mark(place, tmp_path / "out", "--fraction", 0.12).err
+
+
+def as_jpeg(place, target):
+    for path in (place / "imgs").rglob("*.png"):
+        to = target / path.relative_to(place / "imgs").with_suffix(".jpg")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(to, quality=95)
+    return target
+
+
+@pytest.mark.parametrize("choose", ["hard", "random"])
+@pytest.mark.parametrize("force", [False, True])
+def test_no_original_stays_beside_its_marked_version_of_another_format(place, tmp_path, choose, force):
+    """The one less the other is the mark."""
+    source = as_jpeg(place, tmp_path / "imgs")
+    given = ("--format", "png", "--choose", choose)
+    assert mark(place, tmp_path / "out", *given, "--fraction", 0.2, source=source).code == 0
+    more = ["--force"] if force else []
+    again = mark(place, tmp_path / "out", *given, "--fraction", 0.6, *more, source=source)
+    assert again.code == 0, again.err
+    names = [path.relative_to(tmp_path / "out").with_suffix("") for path in (tmp_path / "out").rglob("*.*")]
+    assert len(names) == len(set(names)) == len(list(source.rglob("*.jpg")))
+
+
+def test_a_copy_that_somebody_changed_is_not_removed(place, tmp_path):
+    source = as_jpeg(place, tmp_path / "imgs")
+    assert mark(place, tmp_path / "out", "--format", "png", "--fraction", 0.2, source=source).code == 0
+    for path in (tmp_path / "out").rglob("*.jpg"):
+        path.write_bytes(path.read_bytes() + b"mine")
+    refused = mark(place, tmp_path / "out", "--format", "png", "--fraction", 0.9, source=source)
+    assert refused.code == 1 and "was changed, and its image is now to be marked" in refused.err
+    assert all(path.read_bytes().endswith(b"mine") for path in (tmp_path / "out").rglob("*.jpg"))
+
+
+def test_what_cannot_end_well_is_refused_before_anything_is_ranked(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("radiotag.marking_run.features_of", None)
+    lost = mark(place, tmp_path / "out", "--held-out", tmp_path / "nowhere")
+    assert lost.code == 1 and "nowhere" in lost.err
+    source = shutil.copytree(place / "imgs", tmp_path / "imgs")
+    twin = next((source / "cat").iterdir())
+    Image.open(twin).save(twin.with_suffix(".jpg"))
+    for more in (["--dry-run"], []):
+        refused = mark(place, tmp_path / "out", "--format", "png", "--fraction", 0.1, *more, source=source)
+        assert refused.code == 1 and "two images would both become" in refused.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_photographs_are_made_small_one_by_one_before_they_are_ranked(place, tmp_path, monkeypatch):
+    """A batch of them at full size would not fit into memory."""
+    shapes = []
+
+    def look(network, images, *more):
+        images = list(images)
+        shapes.extend(image.shape for image in images)
+        return features_of(network, images, *more)
+
+    monkeypatch.setattr("radiotag.marking_run.features_of", look)
+    source = shutil.copytree(place / "imgs", tmp_path / "imgs")
+    for path in source.rglob("*.png"):
+        Image.open(path).resize((150, 90)).save(path)
+    assert mark(place, tmp_path / "out", "--fraction", 0.1, source=source).code == 0
+    assert set(shapes) == {(3, 32, 32)}
+
+
+def test_adding_images_keeps_what_was_marked(place, tmp_path):
     source = shutil.copytree(place / "imgs", tmp_path / "imgs")
     assert mark(place, tmp_path / "out", "--fraction", 0.2, source=source).code == 0
     before = {path: (tmp_path / "out" / path).read_bytes() for path in marked_paths(tmp_path / "out")}

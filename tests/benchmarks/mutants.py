@@ -425,7 +425,7 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "there are no fewer than one": {"output_unknown": ("return len(rows) > 1 and len(set(rows)) <= 1",)},
     "there are no more than two": {
-        "evidence": ("per_class = np.where(alive.sum(0) >= 2, chosen, log_p.sum(0))[alive.any(0)]",),
+        "evidence": ("per_class = np.where(alive.sum(0) >= 2, chosen, log_p.sum(0))[says]",),
     },
     "the first of one is the last": {
         "evidence": (
