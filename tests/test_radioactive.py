@@ -933,6 +933,10 @@ def test_the_first_classes_of_the_order_are_tested_alone_and_corrected_for():
     assert found.per_class == evidence(vectors, rows, carriers, mine).per_class
     alone = evidence(vectors, rows, carriers, mine)
     assert (alone.sets, alone.first_classes) == (1, 6) and alone.log_p == pytest.approx(together(range(6)))
+    everywhere, dead = patterns + 6 * mine[list(rows)].double(), [2, 1]
+    features[dead], everywhere[dead] = 0, 0
+    all_of_them = evidence(ClassVectors(features=features, pattern=everywhere), rows, carriers, mine, order)
+    assert all_of_them.first_classes == len(all_of_them.compared) == 4  # those that say something are counted
 
 
 def test_nested_p_values_are_never_too_small_under_the_null():

@@ -185,10 +185,13 @@ def test_who_finds_nothing_is_told_that_the_order_was_a_guess(place, few_synthet
 
 def test_who_finds_nothing_is_told_that_the_classes_were_numbered_by_what_there_was(place, tmp_path):
     """A key without names numbers classes in sorted order: one that only the suspect's file names may shift it."""
-    good("keygen", "-o", tmp_path / "n.safetensors", "--classes", 5)
-    for names, warned in ((NAMES, False), (("aardvark", *NAMES), True), (None, True)):
+    for count in (3, 5):
+        good("keygen", "-o", tmp_path / f"{count}.safetensors", "--classes", count)
+    # Of five classes, which three are these?
+    every = (3, NAMES, False), (5, NAMES, True), (5, ("aardvark", *NAMES), True), (5, None, True)
+    for count, names, warned in every:
         model = suspect(place, "numbered.pt", (0, 1, 2), names, classes=len(names or NAMES))
-        options = ("--key", tmp_path / "n.safetensors", "--data", place / "few", "--json")
+        options = ("--key", tmp_path / f"{count}.safetensors", "--data", place / "few", "--json")
         (found,) = call("verify", model, *options).json["suspects"]
         assert any("paired in order" in warning for warning in found["warnings"]) is warned
 
