@@ -12,8 +12,6 @@ from torch import Tensor
 
 FREQUENCIES = 6  # of a pattern along each axis: 0 to 5 half-waves over the image
 PATTERN_DIMENSION = 3 * (FREQUENCIES * FREQUENCIES // 2 - 1)  # m: three colours, mirror-symmetric, no constant
-OPPONENTS = (1.0, 1.0, 1.0), (1.0, -1.0, 0.0), (1.0, 1.0, -2.0)  # luminance, red–green, yellow–blue, in (R, G, B)
-OPPONENT_AMPLITUDES = 0.35, 1.0, 0.65  # in marks; grey images, which have luminance alone, lose nothing by it
 
 
 def _waves(count: int, size: int, step: int) -> Tensor:
@@ -32,20 +30,15 @@ def pattern_images(patterns: Tensor, height: int, width: int) -> Tensor:
     return torch.einsum("bcij,ih,jw->bchw", grid, down, across)
 
 
-def shaped(patterns: Tensor, power: float) -> Tensor:
-    """(B, m) patterns with the amplitudes that they have in marks; a linear map that uses no key.
+def tilt(patterns: Tensor, power: float) -> Tensor:
+    """(B, m) patterns with each amplitude divided by its frequency to a power; 0 changes nothing.
 
-    Each cosine is divided by its frequency to a power, and what it does in luminance, red–green and yellow–blue is
-    multiplied by `OPPONENT_AMPLITUDES`. The frequency is in half-waves over the image, at least 1. Low frequencies
-    survive random crops. A network answers most to what varies least in its images: colour.
+    The frequency is in half-waves over the image, at least 1. Low frequencies survive random crops of it.
     """
     down = torch.arange(FREQUENCIES, dtype=torch.float64)[:, None]
     across = 2 * torch.arange(FREQUENCIES // 2, dtype=torch.float64)
     frequency = torch.hypot(down, across).flatten()[1:].clamp_min(1)  # (m / 3,)
-    tilted = patterns.double().view(len(patterns), 3, -1) / frequency**power  # (B, 3, m / 3)
-    opponents = F.normalize(torch.tensor(OPPONENTS, dtype=torch.float64), dim=1)  # (3, 3), orthonormal rows
-    amplitudes = torch.tensor(OPPONENT_AMPLITUDES, dtype=torch.float64).diag()
-    return torch.einsum("kc,bcn->bkn", opponents.T @ amplitudes @ opponents, tilted).flatten(1)
+    return patterns.double() / (frequency**power).repeat(3)
 
 
 def pattern_coefficients(images: Tensor) -> Tensor:

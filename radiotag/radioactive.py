@@ -10,8 +10,8 @@ sum of low-frequency cosines over the image (`cosines`).
    ⟨φ(F(x̃)) − φ(F(x)), u_c⟩ grows over random crops and flips F. At most a quarter of a class's images also carry the
    pattern v_c, which then gets three quarters of the change's energy (in photographs up to 95 %). If all images carried
    it, networks would learn the pattern and not the pictures. The pattern's lowest frequencies, which most networks
-   learn and crops leave, are the strongest, and its colour is stronger than its luminance. In photographs the change
-   goes where texture hides it. For lossy formats the loss is computed on the image as decoded from the file.
+   learn and crops leave, are the strongest. In photographs the change goes where texture hides it. For lossy formats
+   the loss is computed on the image as decoded from the file.
 2. A model trained on such images learns to respond along u_c and v_c. Networks learn what all images of a class share
    far more readily than a shift of each image's features. Models trained from scratch therefore mostly learn the
    pattern.
@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from scipy import optimize, special
 from torch import Tensor
 
-from radiotag.cosines import pattern_images, shaped
+from radiotag.cosines import pattern_images, tilt
 from radiotag.errors import RadiotagError
 from radiotag.networks import Network, mixed_precision, resized
 from radiotag.suspect import ClassVectors
@@ -223,8 +223,8 @@ def _start(clean: Tensor, image: ImageToMark, mask: Tensor, marking: Marking) ->
     radius = l2_radius(clean, marking) * min(1.0, 2 * float(mask.square().mean().sqrt()))  # smaller if much is flat
     if not image.pattern.any():
         return torch.zeros_like(clean), radius
-    pattern = shaped(image.pattern[None], default_tilt(*clean.shape[1:]))
-    scaled = pattern_images(pattern, *clean.shape[1:])[0].float().to(clean.device)
+    tilted = tilt(image.pattern[None], default_tilt(*clean.shape[1:]))
+    scaled = pattern_images(tilted, *clean.shape[1:])[0].float().to(clean.device)
     scaled = scaled * mask * 1e9  # large, so that `project` puts it on the ball's surface
     scaled = scaled.mean(0, keepdim=True).repeat(3, 1, 1) if image.grey else scaled
     share = default_share(*clean.shape[1:]) if marking.pattern_share is None else marking.pattern_share

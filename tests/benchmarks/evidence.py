@@ -3,13 +3,13 @@
     python tests/benchmarks/evidence.py run cifar10.zip --work bench-out --fraction 0.1 --seed 2 --clean
     python tests/benchmarks/evidence.py table --work bench-out
 
-`cifar10.zip` holds cifar10/{train,test}/CLASS/*.jpg; `val` may stand for `test`. With --images N, as many images of
-each class are taken, N in all. --size, --crops and --stem are those of the suspects' training. `run` makes a key of its
-own, marks the share, trains one suspect from scratch (its seed is not the marking network's) and verifies it; with
---keys N, N owners mark a share each of the same images, and the one suspect is tested for each of them; with --classes
-K, the share is of K classes alone, the next K for each owner; with --clean it trains the same network on the unmarked
-data and tests that with the key, and with 1,000 fresh keys; with --student it trains another network on the unmarked
-data and the suspect's outputs.
+`cifar10.zip` holds cifar10/{train,test}/CLASS/*.jpg; `val` may stand for `test`. With --images N, as many images
+of each class are taken, N in all. --size, --crops and --stem are those of the suspects' training. `run` makes a key of
+its own, marks the share, trains one suspect from scratch (its seed is not the marking network's) and verifies it; with
+--keys N, N owners mark a share of all images each, each of what those before left unmarked, and the one suspect is
+tested for each of them; with --classes K, the share is of K classes alone, the next K for each owner; with --clean it
+trains the same network on the unmarked data and tests that with the key, and with 1,000 fresh keys; with --student it
+trains another network on the unmarked data and the suspect's outputs.
 Every step is a command line of radiotag, skipped if its result lies in the work folder, so an interrupted run goes on
 (trainings from their last epoch). `table` gathers all runs in results/evidence.json, the confirmatory ones with `--json
 results/confirmed.json`; it keeps those of other work folders that the file holds, writes this program's tables into the
@@ -130,9 +130,9 @@ def once(a: argparse.Namespace) -> None:
         return f"train-demo {source} -o {output} {recipe}{more}"
 
     owners = [""] if a.keys == 1 else [str(number) for number in range(1, a.keys + 1)]
-    source, results = files["train"], {}
-    for place, owner in enumerate(owners):
-        source, results[owner] = owned(a, work, log, source, place, owner)
+    results = {owner: owned(a, work, log, files["train"], place, owner) for place, owner in enumerate(owners)}
+    alone = len(owners) == 1 and not a.classes
+    source = "marked" if alone else together(work, files["train"], owners)
     trained = {"train": step(log, "train", train(source, "suspect.pt", a.seed))}
     if a.clean:
         trained["train clean"] = step(log, "train clean", train(files["train"], "clean.pt", a.seed))
@@ -166,39 +166,50 @@ def shape(a: argparse.Namespace) -> str:
     return "".join(f"--{name} {value} " for name, value in options.items() if value)
 
 
-def owned(a: argparse.Namespace, work: Path, log: Path, source: str, place: int, owner: str) -> tuple[str, dict]:
-    """(images, about them): what an owner makes of what the one before released, or of classes that are all he has."""
+def owned(a: argparse.Namespace, work: Path, log: Path, source: str, place: int, owner: str) -> dict:
+    """About an owner's marks: in images that no owner before him marked, or in classes that are all he has."""
     every = sorted(path.name for path in (a.work / a.data.stem / "train").iterdir())
     mine = every[place * a.classes : (place + 1) * a.classes]
-    images, names = (
-        (part(work, source, mine, f"part{owner}"), f"--data part{owner}") if mine else (source, f"--data {source}")
-    )
-    made = step(log, f"keygen{owner}", f"keygen -o k{owner}.safetensors {names} --network builtin")
-    command = f"mark {images} -o marked{owner} --key k{owner}.safetensors --format {a.format} --fraction {a.fraction:g}"
+    before = [str(number) for number in range(1, place + 1)]
+    images = part(work, source, mine or every, before, f"part{owner}") if mine or before else source
+    share = a.fraction if mine else a.fraction / (1 - place * a.fraction)  # of what is left
+    made = step(log, f"keygen{owner}", f"keygen -o k{owner}.safetensors --data {images} --network builtin")
+    command = f"mark {images} -o marked{owner} --key k{owner}.safetensors --format {a.format} --fraction {share:g}"
     mark = step(log, f"mark{owner}", command)
     psnr = [r["psnr"] for r in read_manifest(work / f"marked{owner}.manifest.jsonl")[1].values() if "psnr" in r]
-    about = {
+    return {
         "fraction": a.fraction, "seed": a.seed, "classes": mine, "owner": owner, "data": a.data.stem,
         "keygen": made, "mark": mark, "psnr_median": statistics.median(psnr),
+        "images": sum(path.is_file() for path in (work / source).rglob("*")),  # of all owners
     }  # fmt: skip
-    return together(work, source, f"marked{owner}") if mine else f"marked{owner}", about
 
 
-def part(work: Path, source: str, classes: list[str], name: str) -> str:
-    """A copy of some classes' images, for an owner who has no others."""
-    for each in classes:
-        shutil.copytree(work / source / each, work / name / each, dirs_exist_ok=True)
+def marks(work: Path, owner: str) -> dict[str, str]:
+    """Path → name in the output of the images that an owner marked."""
+    rows = read_manifest(work / f"marked{owner}.manifest.jsonl")[1].values()
+    return {row["path"]: row["output"] for row in rows if row["status"] == "marked"}
+
+
+def part(work: Path, source: str, classes: list[str], before: list[str], name: str) -> str:
+    """A copy of some classes' images, without those that owners before marked."""
+    if not (work / name).exists() and not (work / f"marked{name.removeprefix('part')}.pub").exists():
+        for each in classes:
+            shutil.copytree(work / source / each, work / name / each)
+        for path in (path for owner in before for path in marks(work, owner)):
+            (work / name / path).unlink(missing_ok=True)
     return name
 
 
-def together(work: Path, source: str, marked: str) -> str:
-    """All classes' images, those marked in place of their originals."""
+def together(work: Path, source: str, owners: list[str]) -> str:
+    """All images, those marked in place of their originals."""
     whole = work / "whole"
-    if not whole.exists():
-        shutil.copytree(work / source, whole)
-    for each in (work / marked).glob("*/"):  # none if the suspect was trained, and the images removed
-        shutil.rmtree(whole / each.name)
-        shutil.copytree(each, whole / each.name)
+    if not whole.exists() and (work / f"marked{owners[0]}").exists():  # not if the images were removed
+        shutil.copytree(work / source, work / "whole.part", dirs_exist_ok=True)
+        for owner in owners:
+            for path, output in marks(work, owner).items():
+                (work / "whole.part" / path).unlink()
+                shutil.copyfile(work / f"marked{owner}" / output, work / "whole.part" / output)
+        (work / "whole.part").rename(whole)
     return "whole"
 
 
@@ -231,8 +242,13 @@ def verified(a: argparse.Namespace, suspects: dict[str, str], log: Path, owner: 
 def place(run: dict) -> tuple:
     """What tells one run from another, in the order of the table."""
     arch, names = run["train"]["architecture"], (bool(run.get("classes")), -run["fraction"], run["train"]["epochs"])
-    which = run.get("data", "cifar10"), run["mark"]["images"], crops_of(run), tuple(run.get("classes") or ())
+    which = run.get("data", "cifar10"), whole_of(run), crops_of(run), tuple(run.get("classes") or ())
     return (arch != "resnet10", arch, *names, run["seed"], run.get("owner", ""), *which)
+
+
+def whole_of(run: dict) -> int:
+    """How many images the suspect was trained on; an owner after the first marks what those before left."""
+    return int(run.get("images", run["mark"]["images"]))
 
 
 def crops_of(run: dict) -> str:
@@ -324,7 +340,7 @@ def groups(results: Results) -> list[list[Run]]:
     """The confirmatory runs, those of the same images, share and suspects together, by keys."""
     found: dict[tuple, list[Run]] = {}
     for run in sorted(results["confirmed"]["runs"], key=place):
-        group = run["data"], run["mark"]["images"], run["fraction"], run["train"]["architecture"], crops_of(run)
+        group = run["data"], whole_of(run), run["fraction"], run["train"]["architecture"], crops_of(run)
         found.setdefault(group, []).append(run)
     return list(found.values())
 
@@ -339,7 +355,7 @@ def confirmed(results: Results) -> list[str]:
             if all(f"suspect, {test}" in one for one in runs) else "" for test in TESTS
         ]  # fmt: skip
         rows.append([
-            DATA[run["data"]][0], f"{run['mark']['marked']:,} of {run['mark']['images']:,}",
+            DATA[run["data"]][0], f"{run['mark']['marked']:,} of {whole_of(run):,}",
             run["train"]["architecture"], percent(median(runs, "train", "accuracy"), 1), str(len(runs)), *figures[:3],
             slashed(log_p(one["suspect, real"]["log10_p"]) for one in runs),
             number(median(runs, "suspect, real", "paper_log10_p")),
@@ -364,7 +380,7 @@ def expectations(results: Results) -> list[dict]:
         run, (name, size) = runs[0], DATA[runs[0]["data"]]
         if len(runs) >= ENOUGH_KEYS:
             rows.append({
-                "data": name, "size": size, "classes": len(run["mark"]["classes"]), "images": run["mark"]["images"],
+                "data": name, "size": size, "classes": len(run["mark"]["classes"]), "images": whole_of(run),
                 "marked": run["mark"]["marked"], "share": max(run["fraction"], ENOUGH),
                 "suspect": run["train"]["architecture"], "keys": len(runs),
                 "log10_p": round(median(runs, "suspect, real", "log10_p"), 2),
