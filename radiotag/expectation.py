@@ -87,11 +87,17 @@ def expected(
         return Expectation(log10_p=None, reason=reason, advice=_advice(alike, images, marked, spread))
     found = f"{best.marked:,} of {best.images:,} images of {best.data}, a {best.suspect} trained from scratch"
     if best.log10_p <= LIKELY:
-        return Expectation(log10_p=best.log10_p, reason=f"as with {found}")
+        weakest = max((row for row in reached if _same_marks(row, best)), key=lambda row: row.log10_p)
+        less = f"; about {weakest.log10_p:.1f} in a {weakest.suspect}" if weakest.log10_p > best.log10_p else ""
+        return Expectation(log10_p=best.log10_p, reason=f"as with {found}{less}")
     if fraction > MORE * best.marked / best.images:
         return Expectation(log10_p=None, reason=f"not measured; less, {found}, left log10 p {best.log10_p:.1f}")
     reason, advice = f"likely nothing, as with {found}", _advice(alike, images, marked, spread)
     return Expectation(log10_p=best.log10_p, reason=reason, advice=advice)
+
+
+def _same_marks(row: Measured, other: Measured) -> bool:
+    return (row.data, row.images, row.marked) == (other.data, other.images, other.marked)
 
 
 def _is_like(row: Measured, images: Mapping[str, int], size: int) -> bool:

@@ -60,6 +60,12 @@ def test_where_as_many_are_marked_as_suffice_the_advice_is_fewer_classes():
     assert (everywhere.log10_p, everywhere.advice) == (None, "mark 10,000 more: --fraction 0.1")
 
 
+def test_the_suspect_that_told_least_of_the_same_marks_is_named_too(monkeypatch):
+    monkeypatch.setattr(expectation, "measured", lambda: [*ROWS, replace(ROWS[0], suspect="wide", log10_p=-1.5)])
+    found = expected(*plan(10_000, 0.1), SMALL)
+    assert found.log10_p == -9.0 and found.reason.endswith("a net trained from scratch; about -1.5 in a wide")
+
+
 def test_marks_in_a_tiny_class_do_not_count_for_those_elsewhere():
     sizes = {**dict.fromkeys("012345678", 5555), "tiny": 5}
     marked = {**dict.fromkeys("012345678", 111), "tiny": 1}  # two in a hundred, and one of five

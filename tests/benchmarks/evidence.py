@@ -356,7 +356,8 @@ def confirmed(results: Results) -> list[str]:
         ]  # fmt: skip
         rows.append([
             DATA[run["data"]][0], f"{run['mark']['marked']:,} of {whole_of(run):,}",
-            run["train"]["architecture"], percent(median(runs, "train", "accuracy"), 1), str(len(runs)), *figures[:3],
+            run["train"]["architecture"], percent(median(runs, "train", "accuracy"), 1), owners_of(run, len(runs)),
+            *figures[:3],
             slashed(log_p(one["suspect, real"]["log10_p"]) for one in runs),
             number(median(runs, "suspect, real", "paper_log10_p")),
         ])  # fmt: skip
@@ -365,12 +366,17 @@ def confirmed(results: Results) -> list[str]:
         "marked",
         "suspect",
         "accuracy",
-        "keys",
+        "owners",
         *HEADS[:3],
         "`--data`, each key",
         "the paper's statistic",
     )
     return lines(heads, rows)
+
+
+def owners_of(run: Run, count: int) -> str:
+    """How many owners marked the suspect's images, and whether some marked those that others had marked."""
+    return f"{count}, apart" if "images" in run else f"{count}, in turn"
 
 
 def expectations(results: Results) -> list[dict]:
