@@ -300,10 +300,10 @@ def _note_classes(report: Report, plan: "Plan") -> None:
 
 def _tell_plan(report: Report, plan: "Plan") -> None:
     from radiotag.manifest import Summary
-    from radiotag.plan import check
+    from radiotag.plan import check, to_mark
 
     check(plan)
-    expected, wanted = plan.expectation(), plan.wanted()
+    expected, wanted = plan.expectation(), to_mark(plan)
     report.say(*_plan_lines(plan, wanted, expected))
     nothing_yet = Summary(images=len(plan.items))
     report.give(**_mark_json(plan, nothing_yet, expected, dry_run=True, would_mark=sum(wanted.values())))
@@ -476,6 +476,7 @@ def _after_marking(plan: "Plan", summary: "Summary", key: Path) -> list[str]:
     epilog=examples("radiotag train-demo", "radiotag train-demo ./imgs-marked -o model.pt --arch resnet18"),
 )
 def train_demo(
+    context: typer.Context,
     data: Annotated[
         Path | None, typer.Argument(metavar="DATA", help="folder of class sub-folders; none: the demonstration")
     ] = None,
@@ -543,6 +544,7 @@ def train_demo(
     """Train a classifier as someone who found the data would; or, with no DATA, show the whole method in minutes."""
     with reporting("train-demo", json_, quiet) as report:
         if data is None:
+            _refuse_training_options(context)
             _demonstrate(report, output or Path("radiotag-demo"), choose_device(device), force, seed)
             return
         target = output or Path("model.pt")
@@ -603,6 +605,16 @@ def training_progress(report: Report, epochs: int) -> Iterator[Callable[[int, fl
             bar.update(task, completed=int(100 * (epoch + share)), detail=detail)
 
         yield show
+
+
+def _refuse_training_options(context: typer.Context) -> None:
+    """The demonstration has a recipe of its own: nothing that was asked for is ignored."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and name not in {"seed", "device", "output", "force", "json_", "quiet"}:
+            raise typer.BadParameter(f"{parameter.opts[0]} is for training on images of yours: name their folder")
 
 
 def _demonstrate(report: Report, folder: Path, device: str, force: bool, seed: int) -> None:

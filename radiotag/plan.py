@@ -318,6 +318,13 @@ def with_earlier(plan: Plan) -> Plan:
     return replace(plan, choice=choice)
 
 
+def to_mark(plan: Plan) -> dict[str, int]:
+    """Class → how many of its images will be marked in the end; those that earlier runs marked stay so."""
+    begun = plan.manifest.exists() and not plan.options.force
+    wanted, had = plan.wanted(), (with_earlier(plan) if begun else plan).choice.marked
+    return {name: max(wanted[name], len(had.intersection(paths))) for name, paths in plan.by_class().items()}
+
+
 def stale_files(plan: Plan) -> Iterator[tuple[Path, str]]:
     """Files that earlier runs wrote and this run will not write, with their SHA-256 ("" if unknown)."""
     return plan.store.stale((row for row in _recorded(plan) if not _is_replaced(plan, row)), plan.targets())

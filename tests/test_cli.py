@@ -233,6 +233,8 @@ def test_every_option_is_explained_and_two_examples_are_given(command):
         ["mark", "imgs"],
         ["mark", "imgs", "--key", "k", "--fraction", "1.5"],
         ["train-demo", "imgs", "--epochs", "many"],
+        ["train-demo", "--epochs", "2"],  # of the demonstration, which has its own
+        ["train-demo", "--crops", "0.25", "--seed", "3"],
         ["verify", "--key", "k"],
         ["verify", "m.pt", "--key", "k", "--alpha", "0"],
         ["verify", "m.pt", "--key", "k", "--decoys", "7"],

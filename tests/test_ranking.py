@@ -198,6 +198,20 @@ def test_raising_the_fraction_marks_more_and_keeps_what_was_marked(place, tmp_pa
     assert "was begun with fraction 0.4, not 0.12" in mark(place, tmp_path / "out", "--fraction", 0.12).err
 
 
+@pytest.mark.parametrize("choose", ["hard", "random"])
+def test_the_dry_run_counts_what_stays_marked_of_earlier_runs(place, tmp_path, choose):
+    source = shutil.copytree(place / "imgs", tmp_path / "imgs")
+    given = ("--choose", choose, "--fraction", 0.5)
+    had = mark(place, tmp_path / "out", *given, source=source).json["marked"]
+    for path in sorted((tmp_path / "imgs" / "cat").iterdir()):
+        if path.relative_to(source).as_posix() not in marked_paths(tmp_path / "out"):
+            path.unlink()
+            (tmp_path / "out" / path.relative_to(source)).unlink()
+    told = mark(place, tmp_path / "out", *given, "--dry-run", source=source).json["would_mark"]
+    done = mark(place, tmp_path / "out", *given, source=source)
+    assert (told, done.code) == (done.json["marked"], 0) and told >= had
+
+
 def as_jpeg(place, target):
     for path in (place / "imgs").rglob("*.png"):
         to = target / path.relative_to(place / "imgs").with_suffix(".jpg")
