@@ -113,6 +113,37 @@ class ArrayImages:
         return self._images[i].float()
 
 
+class SomeImages:
+    """Some of the images."""
+
+    def __init__(self, whole: UnmarkedImages, chosen: Sequence[int]) -> None:
+        self.name, self._whole, self._chosen = whole.name, whole, chosen
+        self.labels: Sequence[str] = [whole.labels[i] for i in chosen]
+        self.paths: Sequence[str] = [whole.paths[i] for i in chosen]
+
+    def digests(self) -> list[str]:
+        """SHA-256 of each image's content, hexadecimal."""
+        every = self._whole.digests()
+        return [every[i] for i in self._chosen]
+
+    def read(self, i: int) -> Tensor:
+        """Image i, (3, H, W) float in [0, 255]."""
+        return self._whole.read(self._chosen[i])
+
+
+def originals(data: UnmarkedImages, manifest: Path | None) -> UnmarkedImages:
+    """Of each class, the originals of the images that carry its pattern, by their content; of others, all images.
+
+    What a suspect has learnt of a mark, it answers most clearly at what it was trained on. The manifest was written
+    before the suspect was made, and knows nothing of it. Data without such originals stay as they are.
+    """
+    sources = {row["sha256_in"] for row in marked_rows(manifest) if row.get("pattern", True)}
+    mine = [digest in sources for digest in data.digests()] if sources else [False] * len(data.labels)
+    classes = {label for label, original in zip(data.labels, mine, strict=True) if original}
+    chosen = [i for i, label in enumerate(data.labels) if mine[i] or label not in classes]
+    return SomeImages(data, chosen) if classes else data
+
+
 def class_means(reference: Reference, names: Sequence[str], batching: Batching) -> ClassVectors:
     """The vectors of the images themselves, one row per class: the means of their features and low frequencies.
 

@@ -27,7 +27,7 @@ from radiotag.manifest import marked_rows
 from radiotag.networks import Network, check_file, load_network, resized, wrap_module
 from radiotag.normalisation import better_normalisation
 from radiotag.pairing import Pairing, class_rows, match_outputs, pair
-from radiotag.probes import FolderImages, References, UnmarkedImages, class_means
+from radiotag.probes import FolderImages, References, UnmarkedImages, class_means, originals
 from radiotag.radioactive import (
     Evidence,
     bonferroni,
@@ -268,11 +268,12 @@ def verify(
 ) -> list[Finding]:
     """Test every suspect with the key's declared statistic; the verdict follows from the Holm-corrected p-value.
 
-    `data` are real, unmarked images to show; without them, images are synthetic. RadiotagError names a suspect that
+    `data` are real, unmarked images to show; without them, images are synthetic. Where originals of marked images are
+    among them, by the manifest, their classes are asked with these alone. RadiotagError names a suspect that
     cannot be tested.
     """
     check_suspects(models, options)
-    references = References(key.network(options.device), data)
+    references = References(key.network(options.device), data and originals(data, options.manifest))
     findings = []
     for model in models:
         name = suspect_name(model)

@@ -18,6 +18,7 @@ from radiotag.keys import new_key, order, patterned
 from radiotag.manifest import read_manifest
 from radiotag.networks import marking_weights
 from radiotag.plan import MarkOptions
+from radiotag.probes import FolderImages, originals
 from radiotag.ranking import NOTHING, Choice, allot, by_hardness, choose_hard, features_of, fold, margins
 
 NAMES = ("ant", "bee", "cat")
@@ -210,6 +211,27 @@ def test_the_dry_run_counts_what_stays_marked_of_earlier_runs(place, tmp_path, c
     told = mark(place, tmp_path / "out", *given, "--dry-run", source=source).json["would_mark"]
     done = mark(place, tmp_path / "out", *given, source=source)
     assert (told, done.code) == (done.json["marked"], 0) and told >= had
+
+
+def test_originals_of_patterned_images_are_asked_alone_and_other_classes_as_before(place, tmp_path):
+    out, manifest = tmp_path / "out", tmp_path / "out.manifest.jsonl"
+    assert mark(place, out, "--fraction", 0.05).code == 0  # of few classes
+    patterned_paths = {row["path"] for row in read_manifest(manifest)[1].values() if row.get("pattern")}
+    classes = {path.split("/")[0] for path in patterned_paths}
+    assert patterned_paths and classes < set(NAMES)
+    data = FolderImages(place / "imgs", manifest)
+    found = originals(data, manifest)
+    kept = [i for i, path in enumerate(data.paths) if path in patterned_paths or data.labels[i] not in classes]
+    assert list(found.paths) == [data.paths[i] for i in kept] and list(found.labels) == [data.labels[i] for i in kept]
+    assert found.digests() == [data.digests()[i] for i in kept]
+    assert all(torch.equal(found.read(n), data.read(i)) for n, i in enumerate(kept))
+    assert originals(data, None) is data
+    for path in patterned_paths:  # known by content, not by name: a held-out set may name its images alike
+        to = tmp_path / "held" / path
+        to.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(Image.open(place / "imgs" / path)) ^ 1).save(to)
+    held = FolderImages(tmp_path / "held", manifest)
+    assert originals(held, manifest) is held
 
 
 def as_jpeg(place, target):

@@ -67,6 +67,7 @@ TESTS = {
     "black-box": " --data {held} --black-box",
     "originals": " --data {train} --marked {manifest} --black-box",  # of what was published
 }
+COMMANDS = {**TESTS, "real originals": " --data {train} --marked {manifest}"}  # what there is since version 0.8, too
 
 
 def step(log: Path, name: str, command: str) -> dict:
@@ -233,7 +234,7 @@ def verified(a: argparse.Namespace, suspects: dict[str, str], log: Path, owner: 
     for name, model in suspects.items():
         for test in a.tests:
             check = " --calibrate 1000" if (name, test) == ("clean", "bare") and owner in {"", "1"} else ""
-            command = f"verify {model} --key k{owner}.safetensors{TESTS[test]}{check}"
+            command = f"verify {model} --key k{owner}.safetensors{COMMANDS[test]}{check}"
             command = command.format(manifest=f"marked{owner}.manifest.jsonl", **files)
             found[f"{name}, {test}"] = verdict(step(log, f"verify{owner} {name} {test}", command))
     return found
@@ -358,6 +359,8 @@ def confirmed(results: Results) -> list[str]:
             DATA[run["data"]][0], f"{run['mark']['marked']:,} of {whole_of(run):,}",
             run["train"]["architecture"], percent(median(runs, "train", "accuracy"), 1), owners_of(run, len(runs)),
             *figures[:3],
+            log_p(median(runs, "suspect, real originals", "log10_p"))
+            if all("suspect, real originals" in one for one in runs) else "",
             slashed(log_p(one["suspect, real"]["log10_p"]) for one in runs),
             number(median(runs, "suspect, real", "paper_log10_p")),
         ])  # fmt: skip
@@ -368,6 +371,7 @@ def confirmed(results: Results) -> list[str]:
         "accuracy",
         "owners",
         *HEADS[:3],
+        "`--data` originals `--marked`",
         "`--data`, each key",
         "the paper's statistic",
     )
@@ -421,7 +425,7 @@ def main() -> None:
     one.add_argument("--crops", type=float, default=0.0, help="least share of the area; else small shifts")
     one.add_argument("--stem", default="", help="small or stock; else as the size asks")
     one.add_argument("--format", default="png", help="of the marked files")
-    one.add_argument("--tests", nargs="+", choices=list(TESTS), default=list(TESTS))
+    one.add_argument("--tests", nargs="+", choices=list(COMMANDS), default=list(TESTS))
     one.add_argument("--clean", action="store_true")
     one.add_argument("--student", action="store_true", help="teach another network by the suspect, on unmarked images")
     every = commands.add_parser("table")
