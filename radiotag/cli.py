@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -767,12 +767,13 @@ class Tested:
 
 def _test(report: Report, asked: "Asked", secret: "Key", options: "VerifyOptions", progress: "ShowProgress") -> Tested:
     from radiotag import api, verification
+    from radiotag.public import of_questions
 
     images, _ = api.unmarked_images(asked.data, None, secret, options)
     conditions = api.conditions(secret, images, options)
     if asked.predictions:
         findings = verification.verify_predictions(asked.predictions, secret, options, progress)
-        return Tested(findings=findings, controls=[], conditions=replace(conditions, data="the exported questions"))
+        return Tested(findings=findings, controls=[], conditions=of_questions(conditions))
     if options.black_box and images:
         queries = _queries(report, secret, images, options)
         test = partial(verification.verify_black_box, queries=queries, key=secret, options=options, progress=progress)

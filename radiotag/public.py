@@ -8,7 +8,7 @@ or time-stamped before a suspect was made, they leave their owner no choice that
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ PUBLIC_FORMAT = 2
 TITLE = f"radiotag public key, format {PUBLIC_FORMAT}"
 MARKED_TITLE = f"radiotag public key of a marked set, format {PUBLIC_FORMAT}"
 LONGEST = 2**26  # characters
+QUESTIONS = "the exported questions"  # what was shown, where answers to them are tested
 REPUBLISH = "give the files that belong to this public half, or leave out --public"
 
 
@@ -184,6 +185,11 @@ class Conditions:
     options: dict[str, Any]  # as plain values
 
 
+def of_questions(conditions: Conditions) -> Conditions:
+    """The conditions of a test by exported questions: nobody compared the images that were exported with anything."""
+    return replace(conditions, data=QUESTIONS, checked=replace(conditions.checked, data=None))
+
+
 def as_json(conditions: Conditions) -> dict[str, Any]:
     """Plain values for `--json`: what was checked, the data, and the options."""
     checked = asdict(conditions.checked)
@@ -195,7 +201,9 @@ def told(conditions: Conditions) -> list[tuple[str, str]]:
     """(what, state) of each condition in plain words, for people."""
     checked = conditions.checked
     where = f"as published in {checked.public}" if checked.public else "not compared with a publication"
-    if conditions.digest is None:
+    if conditions.data == QUESTIONS:
+        data = f"{QUESTIONS}: their images are the choice of whoever exported them, and none of them was compared"
+    elif conditions.digest is None:
         data = "synthetic images, the same for every suspect"
     else:
         choice = "as committed there" if checked.data else "the choice of whoever ran the test"

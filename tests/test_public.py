@@ -323,6 +323,9 @@ def test_conditions_in_words_name_each_choice():
     assert "not compared with a publication" in lines["checked"] and "manifest" in lines
     published = replace(conditions, checked=Checked(public="k.pub", key=True, classes=True, data=True))
     assert "as committed there" in dict(public.told(published))["data"]
+    exported = public.of_questions(replace(published, data="synthetic images", digest=None, images=None))
+    assert exported.checked.data is None and exported.checked.key
+    assert "the choice of whoever exported them" in dict(public.told(exported))["data"]
 
 
 def test_a_digest_never_needs_what_it_commits_to():

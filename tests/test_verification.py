@@ -507,6 +507,8 @@ def predictions(place, path):
 def test_answers_from_elsewhere_are_tested_as_those_from_here(place, asked, answers, tmp_path):
     expected = asked.json["suspects"][0]["log10_p"]
     probabilities = write_csv(tmp_path / "p.csv", ["file", *NAMES], [[f, *p] for f, p in answers.items()])
+    told = predictions(place, probabilities).json
+    assert told["data"] == {"kind": "the exported questions", "digest": None, "images": None}
     logits = tmp_path / "l.json"
     logits.write_text(json.dumps({f: [float(np.log(x)) + 3 for x in p] for f, p in answers.items()}))
     for path in (probabilities, logits):
