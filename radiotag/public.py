@@ -16,7 +16,7 @@ from radiotag import plainjson
 from radiotag.errors import RadiotagError
 from radiotag.files import file_hash
 from radiotag.keys import Key, weights_digest
-from radiotag.manifest import recorded_classes
+from radiotag.manifest import recorded_classes, recorded_rows
 from radiotag.probes import UnmarkedImages
 
 PUBLIC_FORMAT = 2
@@ -154,14 +154,24 @@ def check(
         raise RadiotagError(told, "give the marked set's public half, SRC-marked.pub")
     if manifest is not None:
         _check_manifest(public, manifest)
-    if data is not None and (public.held_out is None or images_digest(data) != public.held_out):
+    if data is not None and not _is_committed(public, manifest, data):
         what = "differ from the held-out images" if public.held_out else "are not among what was published"
-        hint = "leave out --data, or commit held-out images before the suspect is made: mark --held-out DIR"
+        hint = "leave out --data, or give all originals with --marked, or images committed to by mark --held-out DIR"
         raise RadiotagError(f"the images in {data.name} {what}: {public.path}", hint)
     return Checked(
         public=str(public.path), key=True, classes=True, manifest=True if manifest else None, data=True,
         chosen=tuple(chosen),
     )  # fmt: skip
+
+
+def _is_committed(public: Public, manifest: Path | None, data: UnmarkedImages) -> bool:
+    """Whether these are the held-out images, or all originals that a manifest, already compared, records."""
+    if public.held_out is not None and images_digest(data) == public.held_out:
+        return True
+    rows = recorded_rows(manifest) if manifest else ()
+    return sorted((row["class"], row["sha256_in"]) for row in rows if "sha256_in" in row) == sorted(
+        zip(data.labels, data.digests(), strict=True)
+    )
 
 
 def _check_manifest(public: Public, manifest: Path) -> None:

@@ -6,6 +6,7 @@ over many keys are those of chance.
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -310,6 +311,12 @@ def test_verify_says_what_was_checked(place, model, few_synthetic, tmp_path):
     assert "are not among" in bad(*given, *data, "--public", place / "k.pub").err
     committed = call(*given, *data, "--public", place / "imgs-marked.pub").json
     assert committed["checked"]["data"] and committed["data"]["digest"] == chosen["data"]["digest"]
+    originals = shutil.copytree(place / "imgs", tmp_path / "originals")
+    mine = ["--data", originals, "--marked", place / "imgs-marked.manifest.jsonl"]
+    mine += ["--public", place / "imgs-marked.pub"]
+    assert call(*given, *mine).json["checked"]["data"] is True
+    next(originals.rglob("*.png")).unlink()  # all of them, or it is a choice
+    assert "differ from the held-out images" in bad(*given, *mine).err
     other = tmp_path / "other"
     good("keygen", "-o", other.with_suffix(".safetensors"), "--data", place / "imgs")
     assert "is of the key" in bad(*given, "--public", other.with_suffix(".pub")).err
