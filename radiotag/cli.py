@@ -957,7 +957,8 @@ def _advice(findings: "list[Finding]") -> list[str]:
     if not missed:
         return []
     tries = []
-    if any(finding.method == "white-box" for finding in missed) and "--data" not in sys.argv:
+    blind = [finding for finding in missed if finding.method == "white-box" and finding.images_log10_p is None]
+    if blind:
         tries.append("--data DIR with real, unmarked images of the marked classes")
     if any(finding.method == "black-box" for finding in missed):
         tries += ["more --decoys and more images in --data", "probabilities, where only labels were answered"]
