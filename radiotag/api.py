@@ -373,11 +373,11 @@ def check_public(key: Key, images: UnmarkedImages | None, options: VerifyOptions
 
 def conditions(key: Key, images: UnmarkedImages | None, options: VerifyOptions) -> Conditions:
     """Under which conditions a test is made, compared with the publication. RadiotagError where anything differs."""
-    checked, public = check_public(key, images, options)
+    checked, _ = check_public(key, images, options)
     return Conditions(
         checked=checked,
         data=images.name if images else "synthetic",
-        digest=(public.held_out if public else images_digest(images)) if images else None,  # the same, as checked
+        digest=images_digest(images) if images else None,
         images=len(images.labels) if images else None,
         options={name: getattr(options, name) for name in (*FREE, "black_box", "alpha", "calibrate")}
         | {"manifest": str(options.manifest) if options.manifest else None},

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,7 @@ from radiotag.suspect import (
 from radiotag.synthetic import dead_leaves, inverted
 
 ALIGNMENT_IMAGES = 2000  # upper limit for the alignment of two feature spaces; with many classes, up to MANY_IMAGES
+ENOUGH_ORIGINALS = FEW_IMAGES  # of marked images, of a class
 SYNTHETIC_SEED = 20200702  # fixed, so that the images cannot be chosen after seeing a suspect
 LARGE_INPUT = 448  # pixels; beyond this size fewer images are used
 Tell = Callable[[str, int, int], None]  # (activity, number done, total)
@@ -134,12 +136,14 @@ class SomeImages:
 def originals(data: UnmarkedImages, manifest: Path | None) -> UnmarkedImages:
     """Of each class, the originals of the images that carry its pattern, by their content; of others, all images.
 
-    What a suspect has learnt of a mark, it answers most clearly at what it was trained on. The manifest was written
-    before the suspect was made, and knows nothing of it. Data without such originals stay as they are.
+    What a suspect trained from scratch has learnt of a mark, it answers most clearly at what it was trained on. Fewer
+    originals of a class than ENOUGH_ORIGINALS are left to chance, so that all its images serve. The manifest was
+    written before the suspect was made, and knows nothing of it.
     """
     sources = {row["sha256_in"] for row in marked_rows(manifest) if row.get("pattern", True)}
     mine = [digest in sources for digest in data.digests()] if sources else [False] * len(data.labels)
-    classes = {label for label, original in zip(data.labels, mine, strict=True) if original}
+    count = Counter(label for label, original in zip(data.labels, mine, strict=True) if original)
+    classes = {label for label, originals_of_it in count.items() if originals_of_it >= ENOUGH_ORIGINALS}
     chosen = [i for i, label in enumerate(data.labels) if mine[i] or label not in classes]
     return SomeImages(data, chosen) if classes else data
 

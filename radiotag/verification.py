@@ -268,8 +268,8 @@ def verify(
 ) -> list[Finding]:
     """Test every suspect with the key's declared statistic; the verdict follows from the Holm-corrected p-value.
 
-    `data` are real, unmarked images to show; without them, images are synthetic. Where originals of marked images are
-    among them, by the manifest, their classes are asked with these alone. RadiotagError names a suspect that
+    `data` are real, unmarked images to show; without them, images are synthetic. Where enough originals of marked
+    images are among them, by the manifest, their classes are asked with these alone. RadiotagError names a suspect that
     cannot be tested.
     """
     check_suspects(models, options)

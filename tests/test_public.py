@@ -314,7 +314,8 @@ def test_verify_says_what_was_checked(place, model, few_synthetic, tmp_path):
     originals = shutil.copytree(place / "imgs", tmp_path / "originals")
     mine = ["--data", originals, "--marked", place / "imgs-marked.manifest.jsonl"]
     mine += ["--public", place / "imgs-marked.pub"]
-    assert call(*given, *mine).json["checked"]["data"] is True
+    by_manifest = call(*given, *mine).json
+    assert by_manifest["checked"]["data"] is True and by_manifest["data"]["digest"] != committed["data"]["digest"]
     next(originals.rglob("*.png")).unlink()  # all of them, or it is a choice
     assert "differ from the held-out images" in bad(*given, *mine).err
     other = tmp_path / "other"

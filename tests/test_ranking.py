@@ -213,13 +213,15 @@ def test_the_dry_run_counts_what_stays_marked_of_earlier_runs(place, tmp_path, c
     assert (told, done.code) == (done.json["marked"], 0) and told >= had
 
 
-def test_originals_of_patterned_images_are_asked_alone_and_other_classes_as_before(place, tmp_path):
+def test_originals_of_patterned_images_are_asked_alone_and_other_classes_as_before(place, tmp_path, monkeypatch):
     out, manifest = tmp_path / "out", tmp_path / "out.manifest.jsonl"
     assert mark(place, out, "--fraction", 0.05).code == 0  # of few classes
     patterned_paths = {row["path"] for row in read_manifest(manifest)[1].values() if row.get("pattern")}
     classes = {path.split("/")[0] for path in patterned_paths}
     assert patterned_paths and classes < set(NAMES)
     data = FolderImages(place / "imgs", manifest)
+    assert originals(data, manifest) is data  # too few
+    monkeypatch.setattr("radiotag.probes.ENOUGH_ORIGINALS", 1)
     found = originals(data, manifest)
     kept = [i for i, path in enumerate(data.paths) if path in patterned_paths or data.labels[i] not in classes]
     assert list(found.paths) == [data.paths[i] for i in kept] and list(found.labels) == [data.labels[i] for i in kept]
