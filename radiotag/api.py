@@ -37,7 +37,7 @@ from radiotag.plan import (
     make_plan,
 )
 from radiotag.probes import ArrayImages, FolderImages, UnmarkedImages
-from radiotag.public import Checked, Conditions, Public, check, images_digest, public_half, read_public
+from radiotag.public import Checked, Conditions, check, images_digest, public_half, read_public
 from radiotag.ranking import NOTHING, Choice, by_hardness, features_of
 from radiotag.verification import Finding, Model, Progress, VerifyOptions
 
@@ -364,18 +364,17 @@ def unmarked_images(
 FREE = ("architecture", "image_size", "mean", "std", "decoys")  # options that shape a result
 
 
-def check_public(key: Key, images: UnmarkedImages | None, options: VerifyOptions) -> tuple[Checked, Public | None]:
+def check_public(key: Key, images: UnmarkedImages | None, options: VerifyOptions) -> Checked:
     """Compare a test with the publication in `options.public`. RadiotagError where anything differs."""
     chosen = tuple(name for name in FREE if getattr(options, name) is not None)
     public = read_public(options.public) if options.public else None
-    return check(public, key, options.manifest, images, chosen), public
+    return check(public, key, options.manifest, images, chosen)
 
 
 def conditions(key: Key, images: UnmarkedImages | None, options: VerifyOptions) -> Conditions:
     """Under which conditions a test is made, compared with the publication. RadiotagError where anything differs."""
-    checked, _ = check_public(key, images, options)
     return Conditions(
-        checked=checked,
+        checked=check_public(key, images, options),
         data=images.name if images else "synthetic",
         digest=images_digest(images) if images else None,
         images=len(images.labels) if images else None,
