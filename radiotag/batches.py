@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radiotag.errors import RadiotagError, out_of_memory
-from radiotag.images import Picture, decode, encode, psnr, roundtrip
+from radiotag.images import GREY, Picture, decode, encode, psnr, roundtrip
 from radiotag.keys import Key, image_random
 from radiotag.networks import Network, channels_first, resized
 from radiotag.radioactive import ImageToMark, Marking, mark_images, padded
 
 LOSSLESS = {"PNG", "BMP", "TIFF"}
-GREY = {"1", "L", "LA", "I;16"}
 PIXELS_TOGETHER = 2**24  # most pixels per batch, about 2 GiB; many photographs together are slower than one by one
 NEAR_TARGET = 0.95  # of the target squared error: a lossy file with this much is accepted
 LARGEST_SCALE = 1.5  # largest factor by which a mark is enlarged before encoding

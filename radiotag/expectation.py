@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from radiotag.images import GREY
+
 LIKE_SIZE, LIKE_CLASSES = 1.5, 2.0  # ratios up to which image sizes and numbers of classes are alike
 FEWER_IMAGES = 0.5  # of a measured data set's: what smaller sets teach is unknown
 MORE = 1.5  # times the measured share: a plan that marks so much more may give more
@@ -63,7 +65,7 @@ def looks(data: bytes) -> Look | None:
     """What an image file looks like; None if it cannot be read."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return Look(min(image.size), image.mode in {"1", "L", "LA", "I;16", "I"})
+            return Look(min(image.size), image.mode in GREY)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 

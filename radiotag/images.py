@@ -29,6 +29,7 @@ OTHER_SUFFIXES = frozenset(  # of image formats that are only copied
 )
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B"})
+GREY = frozenset({"1", "L", "LA", "I;16"})  # modes without colour
 PNG_MODES = {"1": "L", "P": "RGB", "CMYK": "RGB"}  # replaced under `--format png`: the old modes would lose the mark
 PNG_CHUNKS = frozenset(
     {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"pHYs", b"tIME"}
