@@ -3,7 +3,7 @@
 This module counts carriers and never reads their values: a pairing that depended on them would void the p-value.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,15 @@ from radiotag.suspect import ComparedClasses, Suspect
 
 ENOUGH_IMAGES = 5  # per class, needed to overrule what a suspect's file says about its outputs
 MISFIT = "give --data with labelled, unmarked images, or name the classes marked with --marked MANIFEST"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """What is known of classes and carriers beside the key and the suspect."""
+
+    manifest: Path | None = None  # of the marked data: only the classes marked there are compared
+    carriers: Mapping[str, int] | None = None  # class → carrier row, as published with the marked data
+    classes: tuple[str, ...] = ()  # of all images given, of which a suspect may be shown some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +64,16 @@ class Pairing:
         return {"": self.rows[0]} if "" in labels and len(set(self.rows)) == 1 else {}
 
 
-def pair(key: Key, suspect: Suspect, labels: Sequence[str], manifest: Path | None) -> Pairing:
+def pair(key: Key, suspect: Suspect, labels: Sequence[str], records: Records) -> Pairing:
     """Pair a suspect's outputs with carriers; labels (N,) are the images' class names ("" for none), or empty.
 
     If some labels are classes that the key knows, the images decide which output is which class. RadiotagError if key
     and suspect do not fit. The pairing is empty if the suspect knows none of the images' classes.
     """
     spec, named = suspect.network.spec, [name for name in labels if name]
-    if named and (rows := class_rows(key, named, manifest, spec.class_names)):
-        return _pair_labelled(key, suspect, labels, manifest, rows)
-    pairs = pair_unlabelled(key, spec, manifest)
+    if named and (rows := class_rows(key, named, records, spec.class_names)):
+        return _pair_labelled(key, suspect, labels, records, rows)
+    pairs = pair_unlabelled(key, spec, records)
     class_names = spec.class_names or (tuple(key.class_names) if key.class_names else ())
     names = tuple(class_names[output] for output, _ in pairs) if len(class_names) == spec.classes else ()
     return Pairing(
@@ -93,13 +102,13 @@ def marked_classes(key: Key, manifest: Path) -> dict[str, int]:
 # ---------------------------------------------------------------- without labelled images
 
 
-def pair_unlabelled(key: Key, spec: Spec, manifest: Path | None) -> list[tuple[int, int]]:
+def pair_unlabelled(key: Key, spec: Spec, records: Records) -> list[tuple[int, int]]:
     """(suspect output, carrier row) pairs without labelled images: by name if both sides have names, else in order.
 
     If a single class was marked, every output is paired with its carrier, because it is not known which output the
     class became. With a manifest, only the classes marked there are used. RadiotagError if key and suspect do not fit.
     """
-    pairs = _unlabelled_pairs(key, spec, manifest)
+    pairs = _unlabelled_pairs(key, spec, records)
     if not pairs or max(row for _, row in pairs) >= len(key.carriers):
         how = "paired in order" if pairs else "no class in common"
         sizes = f"{len(key.carriers)} carriers, a suspect of {spec.classes} outputs"
@@ -107,13 +116,14 @@ def pair_unlabelled(key: Key, spec: Spec, manifest: Path | None) -> list[tuple[i
     return pairs
 
 
-def _unlabelled_pairs(key: Key, spec: Spec, manifest: Path | None) -> list[tuple[int, int]]:
-    suspect_names, key_names = spec.class_names, key.class_names
-    marked = marked_classes(key, manifest) if manifest else {}
+def _unlabelled_pairs(key: Key, spec: Spec, records: Records) -> list[tuple[int, int]]:
+    suspect_names, key_names, manifest = spec.class_names, key.class_names, records.manifest
+    every = recorded_classes(manifest) if manifest else {} if key_names else records.carriers or {}
+    marked = marked_classes(key, manifest) if manifest else every
     if marked.keys() == {""} or (len(key.carriers) == 1 and not (key_names and suspect_names)):
         return [(output, 0) for output in range(spec.classes)]
-    if manifest:
-        return _pairs_of_manifest(spec, marked, manifest)
+    if every:
+        return _pairs_of_records(key, spec, marked, every)
     if key_names and suspect_names:
         return [(suspect_names.index(name), row) for row, name in enumerate(key_names) if name in suspect_names]
     if key_names and len(key_names) != spec.classes:
@@ -122,14 +132,16 @@ def _unlabelled_pairs(key: Key, spec: Spec, manifest: Path | None) -> list[tuple
     return [(i, i) for i in range(min(spec.classes, len(key.carriers) + 1))]
 
 
-def _pairs_of_manifest(spec: Spec, marked: dict[str, int], manifest: Path) -> list[tuple[int, int]]:
-    """Pairs of the marked classes: outputs by the suspect's names, else in sorted order of all recorded classes."""
-    rows = recorded_classes(manifest)
-    named_by_row = all(name == str(row) for name, row in rows.items())  # as in shards; some classes may be absent
+def _pairs_of_records(
+    key: Key, spec: Spec, marked: Mapping[str, int], every: Mapping[str, int]
+) -> list[tuple[int, int]]:
+    """Pairs of the marked classes: outputs by the suspect's names, or by the key's, else in sorted order of all."""
+    named_by_row = all(name == str(row) for name, row in every.items())  # as in shards; some classes may be absent
+    of_key = key.class_names if key.class_names and len(key.class_names) == spec.classes else None
     if named_by_row and not spec.class_names:
-        outputs = rows
+        outputs = dict(every)
     else:
-        outputs = {name: i for i, name in enumerate(spec.class_names or sorted(rows))}
+        outputs = {name: i for i, name in enumerate(spec.class_names or of_key or sorted(every))}
     return [
         (outputs[name], row) for name, row in sorted(marked.items()) if outputs.get(name, spec.classes) < spec.classes
     ]
@@ -139,19 +151,21 @@ def _pairs_of_manifest(spec: Spec, marked: dict[str, int], manifest: Path) -> li
 
 
 def class_rows(
-    key: Key, labels: Sequence[str], manifest: Path | None, suspect_names: Sequence[str] | None = None
+    key: Key, labels: Sequence[str], records: Records, suspect_names: Sequence[str] | None = None
 ) -> dict[str, int]:
-    """Class → carrier row for labelled images: from the manifest, from the key's names, or as `mark` numbers classes.
+    """Class → carrier row for labelled images, by the manifest, the key's names or what was published.
 
-    A key without names numbers a folder's classes in sorted order. The suspect's names may add classes that the images
-    lack. The result is empty if the images have no class that the key knows.
+    Else the key numbers a folder's classes as `mark` does, in sorted order. The suspect's names may add classes that
+    the images lack. The result is empty if the images have no class that the key knows.
     """
-    if manifest:
-        all_rows = marked_classes(key, manifest)
+    if records.manifest:
+        all_rows = marked_classes(key, records.manifest)
     elif key.class_names is not None:
         all_rows = {name: row for row, name in enumerate(key.class_names)}
+    elif records.carriers is not None:
+        all_rows = dict(records.carriers)
     else:
-        all_rows = _rows_in_order(key, set(labels), suspect_names)
+        all_rows = _rows_in_order(key, {*labels, *records.classes} - {""}, suspect_names)
     return {name: all_rows[name] for name in sorted(set(labels)) if name in all_rows}
 
 
@@ -167,7 +181,7 @@ def _rows_in_order(key: Key, labels: set[str], suspect_names: Sequence[str] | No
 
 
 def _pair_labelled(
-    key: Key, suspect: Suspect, labels: Sequence[str], manifest: Path | None, rows: dict[str, int]
+    key: Key, suspect: Suspect, labels: Sequence[str], records: Records, rows: dict[str, int]
 ) -> Pairing:
     """Pair the outputs and carriers of those classes of the labelled images that the suspect knows."""
     spec, image_classes = suspect.network.spec, tuple(sorted({*labels} - {""}))
@@ -176,9 +190,11 @@ def _pair_labelled(
     names = tuple(outputs)
     known_names = image_classes if 1 < len(image_classes) <= spec.classes else spec.class_names or ()
     position = {name: i for i, name in enumerate(names)}
-    fewer = len(rows) < len(key.carriers)  # where more classes were marked, their order was another
-    named_alike = set(spec.class_names or ()) == set(labels)
-    by_order = key.class_names is None and manifest is None and (fewer or not named_alike)
+    every = {*image_classes, *records.classes} - {""}
+    fewer = len(every) < len(key.carriers)  # where more classes were marked, their order was another
+    named_alike = set(spec.class_names or ()) == every
+    unrecorded = key.class_names is None and records.manifest is None and records.carriers is None
+    by_order = unrecorded and (fewer or not named_alike)
     carrier_rows = [rows[name] for name in names]
     return Pairing(
         outputs=tuple(outputs.values()),

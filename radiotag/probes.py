@@ -171,14 +171,20 @@ def _whitened_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
     return center_over_classes(means) @ whitening(deviations.T @ deviations / max(1, len(deviations)))
 
 
+def spread_over_classes(labels: Sequence[str], interval: int) -> list[int]:
+    """Positions (sorted) of one of `interval` images, of every class alike, in whatever order they lie."""
+    by_class = sorted(range(len(labels)), key=labels.__getitem__)  # stable
+    return sorted(by_class[::interval])
+
+
 def real_images(data: UnmarkedImages, size: int, tell: Tell) -> tuple[Tensor, list[str]]:
-    """(N, 3, size, size) in [0, 1] and class names of at most ALIGNMENT_IMAGES images at even intervals.
+    """(N, 3, size, size) in [0, 1] and class names of at most ALIGNMENT_IMAGES images, of every class alike.
 
     If the images are small and have many classes, the limit is FEW_IMAGES per class, up to MANY_IMAGES.
     """
     per_class = FEW_IMAGES if size <= SMALL_IMAGE else 0
     limit = max(at_most(ALIGNMENT_IMAGES, size), min(MANY_IMAGES, per_class * len(set(data.labels))))
-    chosen = range(0, len(data.labels), max(1, math.ceil(len(data.labels) / limit)))
+    chosen = spread_over_classes(data.labels, max(1, math.ceil(len(data.labels) / limit)))
     images = []
     for done, i in enumerate(chosen, 1):
         images.append(resized(data.read(i)[None] / 255, size))  # one by one: not all full-size images fit in memory

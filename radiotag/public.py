@@ -152,6 +152,8 @@ def check(
     if public.carriers is None and key.class_names is None:
         told = f"{public.path} does not say which class has which carrier, as the key names no classes"
         raise RadiotagError(told, "give the marked set's public half, SRC-marked.pub")
+    if max((public.carriers or {}).values(), default=0) >= len(key.carriers):
+        raise RadiotagError(f"{public.path} names more carriers than the key has", REPUBLISH)
     if manifest is not None:
         _check_manifest(public, manifest)
     if data is not None and not _is_committed(public, manifest, data):

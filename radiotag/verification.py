@@ -26,8 +26,9 @@ from radiotag.keys import Key
 from radiotag.manifest import marked_rows
 from radiotag.networks import Network, check_file, load_network, resized, wrap_module
 from radiotag.normalisation import better_normalisation
-from radiotag.pairing import Pairing, class_rows, match_outputs, pair
+from radiotag.pairing import Pairing, Records, class_rows, match_outputs, pair
 from radiotag.probes import FolderImages, References, UnmarkedImages, class_means, originals
+from radiotag.public import read_public
 from radiotag.radioactive import (
     Evidence,
     bonferroni,
@@ -207,13 +208,20 @@ def input_size(network: Network, references: References) -> int:
     return max(network.spec.image_size, references.marker.spec.image_size)
 
 
-def examine(network: Network, key: Key, reference: Reference, options: VerifyOptions, batching: Batching) -> Examined:
+def records(data: UnmarkedImages | None, options: VerifyOptions) -> Records:
+    """What manifest, publication and images say about classes and carriers: the same for every suspect."""
+    published = read_public(options.public).carriers if options.public else None
+    classes = tuple(sorted({*data.labels} - {""})) if data else ()
+    return Records(manifest=options.manifest, carriers=published, classes=classes)
+
+
+def examine(network: Network, key: Key, reference: Reference, recorded: Records, batching: Batching) -> Examined:
     """Show a suspect images, pair its outputs with classes and carriers, and compute its class vectors.
 
     RadiotagError if it knows none of the classes, FloatingPointError if it is not finite for most of the images.
     """
     suspect, usable = ask(network, reference, batching)
-    pairing = pair(key, suspect, usable.labels, options.manifest)
+    pairing = pair(key, suspect, usable.labels, recorded)
     if not pairing.outputs:
         raise RadiotagError(f"it knows none of the classes in {reference.name}", "check --image-size, --mean and --std")
     compared = pairing.compared(reference.marker.spec.class_names or (), others=key.by_every_class)
@@ -274,7 +282,7 @@ def verify(
     """
     check_suspects(models, options)
     references = References(key.network(options.device), data and originals(data, options.manifest))
-    findings = []
+    recorded, findings = records(data, options), []
     for model in models:
         name = suspect_name(model)
         batching = _batching(name, options, progress)
@@ -283,7 +291,7 @@ def verify(
             network = load_suspect(model, options)
             reference = references.at(input_size(network, references), batching.tell)
             restated = _in_memory(partial(settle_normalisation, network, reference, options), batching)
-            examined = _in_memory(partial(examine, network, key, reference, options), batching)
+            examined = _in_memory(partial(examine, network, key, reference, recorded), batching)
             paired = examined.pairing.rows
             result = evidence(examined.vectors, paired, key.carriers, key.patterns, key.tested_order)
             rows = examined.pairing.image_rows(reference.labels)
@@ -382,7 +390,7 @@ def choose_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> bl
     marked = {row["path"] for row in marked_rows(options.manifest)}  # a suspect remembers its training images best
     order = sorted(range(len(data.labels)), key=lambda i: data.paths[i] not in marked)  # stable
     order = [order[i] for i in blackbox.choose_images([data.labels[i] for i in order])]
-    rows = class_rows(key, [data.labels[i] for i in order], options.manifest)
+    rows = class_rows(key, [data.labels[i] for i in order], records(data, options))
     pictures = {i: blackbox.shrunk(data.read(i)) for i in order}  # reads all: a marked one is refused
     order = [i for i in order if data.labels[i] in rows]
     if not order:

@@ -1,11 +1,12 @@
 """Which output of a suspect is which class is which carrier."""
 
+import json
 from types import SimpleNamespace
 
 import torch
 
 from radiotag.keys import new_key
-from radiotag.pairing import pair
+from radiotag.pairing import Records, pair
 from radiotag.suspect import Suspect
 
 
@@ -16,9 +17,42 @@ def answering(outputs, classes, names=None):
     return Suspect(network, (sure / sure.sum(1, keepdim=True)).log())
 
 
+def test_carriers_follow_from_all_images_that_were_given_not_from_those_that_were_shown():
+    """A key without names counts a folder's classes: a sample, or a publication's held-out images, may lack some."""
+    key = new_key({}, {}, 4, 3)
+    suspect, shown = answering([1, 2, 1, 2], 3), ("bee", "cat", "bee", "cat")
+    every = Records(classes=("ant", "bee", "cat"))
+    published = Records(carriers={"ant": 0, "bee": 1, "cat": 2})
+    for records, rows, assumed in ((every, (1, 2), True), (published, (1, 2), False), (Records(), (0, 1), True)):
+        pairing = pair(key, suspect, shown, records)
+        assert (pairing.names, pairing.outputs, pairing.rows) == (("bee", "cat"), (1, 2), rows)
+        assert pairing.assumed is assumed
+
+
+def test_a_publication_says_which_carriers_an_unnamed_key_gave_to_which_classes():
+    key, published = new_key({}, {}, 4, 3), Records(carriers={"cat": 0, "bee": 1})
+    named = answering([0], 3, ("ant", "bee", "cat"))
+    assert pair(key, named, (), published).rows == (1, 0)
+    assert pair(key, named, (), published).names == ("bee", "cat")
+    assert pair(key, answering([0], 2), (), published).rows == (1, 0)  # outputs in the order of the folders
+    flat = pair(key, named, (), Records(carriers={"": 0}))
+    assert flat.outputs == (0, 1, 2) and flat.rows == (0, 0, 0)
+
+
+def test_outputs_without_names_are_in_the_order_of_the_keys_names(tmp_path):
+    """With a manifest and without one: the order that the owner gave his classes."""
+    key, nameless = new_key({}, {}, 4, ["dog", "cat"]), answering([0], 2)
+    lines = [{"radiotag": 1, "fingerprint": key.fingerprint}]
+    lines += [{"path": name, "class": name, "row": row, "status": "marked"} for name, row in (("cat", 1), ("dog", 0))]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for records in (Records(), Records(manifest=tmp_path / "m.jsonl")):
+        pairing = pair(key, nameless, (), records)
+        assert dict(zip(pairing.outputs, pairing.rows, strict=True)) == {0: 0, 1: 1}
+
+
 def test_images_of_other_classes_are_labelled_as_such():
     key = new_key({}, {}, 4, ["cat", "dog"])
-    pairing = pair(key, answering([1, 0, 2, 0], 3), ("dog", "cat", "emu", "cat"), None)
+    pairing = pair(key, answering([1, 0, 2, 0], 3), ("dog", "cat", "emu", "cat"), Records())
     assert pairing.names == ("cat", "dog") and pairing.outputs == (0, 1) and pairing.rows == (0, 1)
     assert pairing.labels == (1, 0, -1, 0)
     compared = pairing.compared(("emu", "dog", "cat"), others=True)

@@ -113,6 +113,24 @@ def test_a_third_party_takes_no_key_that_pairs_by_order(tmp_path, place):
     assert check(read_public(tmp_path / "out.pub"), key, None, None, ()).classes  # the marked set's half commits
 
 
+def test_a_publication_with_more_carriers_than_the_key_is_refused(place):
+    key, half = load_key(place / "k.safetensors"), read_public(place / "imgs-marked.pub")
+    with pytest.raises(RadiotagError, match="names more carriers than the key has"):
+        check(replace(half, carriers={"ant": 3}), key, None, None, ())
+
+
+def test_held_out_images_that_lack_a_class_are_paired_as_published(tmp_path, place, model):
+    """The key names no classes, and the images shown begin with the second one."""
+    some = tmp_path / "held-out"
+    shutil.copytree(place / "held-out", some, ignore=lambda _, names: [name for name in names if name == NAMES[0]])
+    good("keygen", "-o", tmp_path / "k.safetensors", "--classes", len(NAMES))
+    options = ("--key", tmp_path / "k.safetensors")
+    good("mark", place / "imgs", *options, "-o", tmp_path / "out", "--steps", 1, "--held-out", some)
+    found = call("verify", model, *options, "--data", some, "--public", tmp_path / "out.pub", "--json").json
+    assert found["checked"]["classes"] and found["checked"]["data"]
+    assert [(one["name"], one["carrier"]) for one in found["suspects"][0]["classes"]] == [("bee", 1), ("cat", 2)]
+
+
 @pytest.mark.parametrize("change", ["class", "row", "path twice", "left out", "other key"])
 def test_a_manifest_that_is_not_the_published_one_is_refused(place, tmp_path, change):
     lines = (place / "imgs-marked.manifest.jsonl").read_text().splitlines()

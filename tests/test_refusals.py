@@ -21,7 +21,7 @@ from radiotag.blackbox import Queries
 from radiotag.errors import RadiotagError
 from radiotag.images import decode, png
 from radiotag.keys import new_key, save_key
-from radiotag.pairing import Pairing, pair_unlabelled
+from radiotag.pairing import Pairing, Records, pair_unlabelled
 from radiotag.probes import synthetic_images
 from radiotag.suspect import ClassVectors
 from radiotag.synthetic import dead_leaves
@@ -45,14 +45,15 @@ def small_key(classes):
 )
 def test_a_key_that_does_not_fit_a_suspect(classes, outputs, names, said):
     with pytest.raises(RadiotagError, match=said) as error:
-        pair_unlabelled(small_key(classes), SimpleNamespace(classes=outputs, class_names=names), None)
+        pair_unlabelled(small_key(classes), SimpleNamespace(classes=outputs, class_names=names), Records())
     assert "--data" in error.value.hint
 
 
 def test_a_key_that_fits_is_paired():
     named = SimpleNamespace(classes=3, class_names=("emu", "dog", "gnu"))
-    assert pair_unlabelled(small_key(["cat", "dog"]), named, None) == [(1, 1)]
-    assert pair_unlabelled(small_key(5), SimpleNamespace(classes=3, class_names=None), None) == [(0, 0), (1, 1), (2, 2)]
+    assert pair_unlabelled(small_key(["cat", "dog"]), named, Records()) == [(1, 1)]
+    three = SimpleNamespace(classes=3, class_names=None)
+    assert pair_unlabelled(small_key(5), three, Records()) == [(0, 0), (1, 1), (2, 2)]
 
 
 def warnings_of(left_out=0, **vectors):

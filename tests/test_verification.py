@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import stat
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -27,8 +28,8 @@ from radiotag.images import decode, png
 from radiotag.keys import load_key, new_key, save_key
 from radiotag.manifest import marked_hashes, marked_rows, read_manifest
 from radiotag.networks import load_network, marking_weights, save_checkpoint
-from radiotag.pairing import marked_classes, match_outputs, pair_unlabelled
-from radiotag.probes import FolderImages, References, real_images
+from radiotag.pairing import Records, marked_classes, match_outputs, pair_unlabelled
+from radiotag.probes import ArrayImages, FolderImages, References, real_images, spread_over_classes
 from radiotag.radioactive import resampled_log_p
 from radiotag.report import histogram
 from radiotag.suspect import Batching, ClassVectors, class_vectors
@@ -118,11 +119,11 @@ def key_and_marker(place):
 
 def examine(path, key, folder, marker=None):
     """Everything computed from a suspect before any carrier is read."""
-    references = References(marker or key.network(), FolderImages(folder) if folder else None)
-    options = VerifyOptions()
+    images, options = FolderImages(folder) if folder else None, VerifyOptions()
+    references = References(marker or key.network(), images)
     network, batching = verification.load_suspect(path, options), Batching()
     reference = references.at(verification.input_size(network, references), batching.tell)
-    return verification.examine(network, key, reference, options, batching)
+    return verification.examine(network, key, reference, verification.records(images, options), batching)
 
 
 def rows_by_carrier(place, path):
@@ -207,7 +208,7 @@ def test_numbered_classes_of_shards_are_outputs_and_those_of_folders_are_counted
         lines = [{"radiotag": 1, "fingerprint": key.fingerprint}]
         lines += [{"path": name, "class": name, "row": row, "status": "marked"} for name, row in rows.items()]
         (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert sorted(pair_unlabelled(key, spec, tmp_path / "m.jsonl")) == expected
+        assert sorted(pair_unlabelled(key, spec, Records(manifest=tmp_path / "m.jsonl"))) == expected
 
 
 def test_a_flat_folder_is_tested_on_every_output_and_corrected(place, tmp_path):
@@ -271,6 +272,15 @@ def test_of_the_classes_that_are_not_compared_those_count_that_the_suspect_knows
     key = new_key(*marking_weights("builtin"), ["cat", "ship", "truck"])
     fewer = suspect(place, "few.pt", (1, None, 0), classes=2)  # knows no ship
     assert names_seen(fewer, place / "three") == [["cat", "truck"], []]
+
+
+def test_every_class_is_shown_in_whatever_order_the_images_lie():
+    """Labels of arrays may be periodic: even intervals of the images would show one class alone."""
+    labels = [f"c{i % 10}" for i in range(10_000)]
+    _, names = real_images(ArrayImages(torch.zeros(10_000, 3, 2, 2, dtype=torch.uint8), labels), 2, quiet)
+    assert Counter(names) == dict.fromkeys(labels, 200)
+    assert spread_over_classes(["b", "a", "b", "a", "b"], 2) == [0, 1, 4]
+    assert spread_over_classes(["a", "a", "a", "b", "b"], 2) == [0, 2, 4]  # a folder's, at even intervals
 
 
 @pytest.mark.parametrize(("size", "images"), [(32, 60), (64, 60), (65, 30)])

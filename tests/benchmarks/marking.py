@@ -274,10 +274,11 @@ def marked_by(
 def verified(model: Path, key_files: list[Path], held_out: Path) -> list[dict[str, float | None]]:
     """What `verify --data` says under each key; what it computes of the suspect is the same under all of them."""
     owners, options = [keys.load_key(path) for path in key_files], verification.VerifyOptions()
-    references = References(owners[0].network(), FolderImages(held_out))
+    images = FolderImages(held_out)
+    references, recorded = References(owners[0].network(), images), verification.records(images, options)
     suspect = verification.load_suspect(model, options)
     reference = references.at(verification.input_size(suspect, references), Batching().tell)
-    _, pairing, vectors, _ = verification.examine(suspect, owners[0], reference, options, Batching())
+    _, pairing, vectors, _ = verification.examine(suspect, owners[0], reference, recorded, Batching())
     found = [radioactive.evidence(vectors, pairing.rows, key.carriers, key.patterns) for key in owners]
     return [
         {

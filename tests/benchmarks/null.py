@@ -63,7 +63,8 @@ def vectors_of(path: str, model: Path, data: Path) -> tuple[Key, Vectors]:
     reference = references.at(verification.input_size(suspect, references), batching.tell)
     if special == "images":
         return key, (class_means(reference, NAMES, batching), tuple(range(10)))
-    _, pairing, vectors, _ = verification.examine(suspect, key, reference, options, batching)
+    recorded = verification.records(images, options)
+    _, pairing, vectors, _ = verification.examine(suspect, key, reference, recorded, batching)
     return key, (vectors, pairing.rows)
 
 
