@@ -387,7 +387,7 @@ def conditions(key: Key, images: UnmarkedImages | None, options: VerifyOptions) 
 
 RANGES: dict[str, tuple[float, float]] = {  # as the commands allow
     "fraction": (0, 1), "epsilon": (0.1, 255), "min_psnr": (10, 80), "steps": (1, 10_000), "seed": (0, math.inf),
-    "image_size": (1, 2048), "alpha": (5e-324, 0.5), "calibrate": (0, 1_000_000), "decoys": (1, 99_999),
+    "image_size": (1, 2048), "alpha": (1e-300, 0.5), "calibrate": (0, 1_000_000), "decoys": (1, 99_999),
     "batch_size": (1, 4096),
 }  # fmt: skip
 

@@ -143,7 +143,10 @@ def decoys_needed(classes: int, alpha: float) -> int:
 
 
 def make(key: Key, pixels: Sequence[Tensor], rows: Sequence[int], labels: Sequence[str], decoys: int) -> Queries:
-    """Queries from images (3, H, W) uint8 (`shrunk`), their carrier rows and classes."""
+    """Queries from images (3, H, W) uint8 (`shrunk`), their carrier rows and classes. RadiotagError if too many."""
+    if (questions := 2 * (decoys + 1) * len(rows)) > MOST_QUESTIONS:
+        told = f"{decoys:,} decoys and {len(rows):,} images make {questions:,} questions, more than {MOST_QUESTIONS:,}"
+        raise RadiotagError(told, "ask with fewer --decoys, or name the classes marked with --marked MANIFEST")
     names = question_names(key, pixels, rows, labels, decoys)
     return Queries(images=tuple(pixels), rows=tuple(rows), labels=tuple(labels), names=names)
 

@@ -682,7 +682,7 @@ def verify(
     ] = None,
     alpha: Annotated[
         float,
-        evidence_option(min=0.0, max=0.5, metavar="P", help="detected if the corrected p is at most this, above 0"),
+        evidence_option(min=1e-300, max=0.5, metavar="P", help="detected if the corrected p is at most this"),
     ] = 1e-4,
     calibrate: Annotated[
         int,
@@ -720,10 +720,12 @@ def verify(
     There is no --seed: a choice made after seeing a suspect would void p.
     """
     with reporting("verify", json_, quiet) as report:
-        if not alpha > 0:
-            raise typer.BadParameter(f"--alpha is above 0 and at most 0.5, not {alpha:g}")
-        asked = {"--data": data, "--marked": marked, "--arch": arch, "--decoys": decoys}
-        _check_verify(models, black_box, export, predictions, calibrate, asked)
+        of_suspects = {"--arch": arch, "--image-size": image_size, "--mean": mean, "--std": std, "--control": control}
+        _check_elsewhere(models, export, predictions, {
+            "--export": {**of_suspects, "--report": report_},
+            "--predictions": {**of_suspects, "--data": data, "--marked": marked, "--decoys": decoys},
+        })  # fmt: skip
+        _check_verify(black_box, export, predictions, calibrate, data, decoys)
         from radiotag import report as pages
         from radiotag import verification
         from radiotag.blackbox import check_export
@@ -816,11 +818,10 @@ class Asked:
     predictions: Path | None
 
 
-def _check_verify(
-    models: list[Path] | None, black_box: bool, export: Path | None, predictions: Path | None, calibrate: int,
-    asked: dict[str, Path | str | int | None],
-) -> None:  # fmt: skip
-    """Combinations that mean nothing; a usage error each. `asked`: options that shape the questions or the network."""
+def _check_elsewhere(
+    models: list[Path] | None, export: Path | None, predictions: Path | None, idle: dict[str, dict[str, Any]]
+) -> None:
+    """Suspects that are elsewhere: a usage error for what means nothing. `idle`: the options that either ignores."""
     if bool(models) == bool(export or predictions):
         raise typer.BadParameter(
             "give one or more MODELs, or --export or --predictions instead of them"
@@ -829,13 +830,22 @@ def _check_verify(
         )
     if export and predictions:
         raise typer.BadParameter("--export comes first, --predictions when the answers are there: give one of them")
-    if predictions and (idle := [name for name, value in asked.items() if value]):
-        raise typer.BadParameter(f"--predictions answers what was exported: leave out {' and '.join(idle)}")
-    if asked["--decoys"] and not black_box:
+    for name, why in (("--export", "asks nobody yet"), ("--predictions", "answers what was exported")):
+        given = [option for option, value in idle[name].items() if value]
+        if given and (export if name == "--export" else predictions):
+            raise typer.BadParameter(f"{name} {why}: leave out {' and '.join(given)}")
+
+
+def _check_verify(
+    black_box: bool, export: Path | None, predictions: Path | None, calibrate: int, data: Path | None,
+    decoys: int | None,
+) -> None:  # fmt: skip
+    """Combinations of the black-box test that mean nothing; a usage error each."""
+    if decoys and not black_box:
         raise typer.BadParameter("--decoys are of the black-box test: add --black-box, or leave it out")
     if export and not black_box:
         raise typer.BadParameter("--export needs --black-box")
-    if black_box and not predictions and asked["--data"] is None:
+    if black_box and not predictions and data is None:
         raise typer.BadParameter("--black-box needs --data DIR: unmarked images in class sub-folders")
     if calibrate and (black_box or predictions):
         raise typer.BadParameter("--calibrate is for the white-box test: black-box counts its null out exactly")

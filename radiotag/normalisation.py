@@ -143,6 +143,11 @@ def _improve(network: Network, shown: _Shown, start: Floats, outputs: Tensor, ba
     if not len(own):
         return start
 
+    with torch.enable_grad():
+        vector = torch.tensor(start, dtype=torch.float32, device=network.device, requires_grad=True)
+        if not _answers(network, pixels[:1], vector).requires_grad:  # a module that rounds its answers, for one
+            return start
+
     def loss(values: Floats) -> tuple[float, Floats]:
         vector = torch.tensor(values, dtype=torch.float32, device=network.device, requires_grad=True)
         total, done = 0.0, 0

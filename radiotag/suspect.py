@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from radiotag.cosines import PATTERN_DIMENSION, pattern_coefficients
+from radiotag.errors import RadiotagError
 from radiotag.networks import SMALL_IMAGE, Network
 
 FEW_IMAGES = 50  # per class, if MANY_IMAGES allows it: the mean over fewer images is largely chance
@@ -184,7 +185,8 @@ def features(network: Network, pixels: Tensor, batching: Batching) -> Tensor:
 def log_probabilities(logits: Tensor) -> Tensor:
     """(B, C') logits → log-probabilities; one output alone is a sigmoid's. A row that is not finite is all NaN."""
     single = logits.shape[1] == 1
-    found = F.pad(logits, (0, int(single))).log_softmax(1)[:, : logits.shape[1]]
+    scores = logits if logits.is_floating_point() else logits.float()
+    found = F.pad(scores, (0, int(single))).log_softmax(1)[:, : logits.shape[1]]
     return found.masked_fill(~finite_rows(logits)[:, None], math.nan)
 
 
@@ -297,7 +299,10 @@ def _of_both(sums: Tensor) -> Tensor:
 def _gradient(marker: Network, network: nn.Module, pixels: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Unit gradients of one batch (B, 3, H, W): how φ moves along them (B, d), and in the patterns' space (B, m)."""
     x = pixels.to(marker.device).requires_grad_()
-    odds = log_odds(network(x), outputs.to(marker.device))  # (B,)
+    logits = network(x)
+    if not logits.requires_grad:
+        raise RadiotagError("its answers have no gradient", "test it by its answers: --black-box --data DIR")
+    odds = log_odds(logits, outputs.to(marker.device))  # (B,)
     (g,) = torch.autograd.grad(odds.sum(), x)
     g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # an overflowing gradient has no usable direction
     g = g / g.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)  # its square might underflow
@@ -467,7 +472,7 @@ def class_vectors(
 
     The alignment uses all images, the response only the probes (`choose_probes`). The part that the classes share is
     removed (`center_over_classes`), the pattern is whitened, and the response of a reference classifier is removed
-    class by class. FloatingPointError if the suspect's outputs are not finite.
+    class by class. FloatingPointError if the suspect's outputs are not finite, RadiotagError if they have no gradient.
     """
     batching = batching or Batching()
     classifier = reference_classifier(reference, suspect, classes, batching)

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,8 +27,8 @@ from radiotag.keys import Key
 from radiotag.manifest import marked_rows
 from radiotag.networks import Network, check_file, load_network, resized, wrap_module
 from radiotag.normalisation import better_normalisation
-from radiotag.pairing import Pairing, Records, class_rows, match_outputs, pair
-from radiotag.probes import FolderImages, References, UnmarkedImages, class_means, originals
+from radiotag.pairing import Pairing, Records, class_rows, marked_classes, match_outputs, pair
+from radiotag.probes import References, UnmarkedImages, class_means, originals
 from radiotag.public import read_public
 from radiotag.radioactive import (
     Evidence,
@@ -154,21 +155,23 @@ def suspect_digest(model: Model) -> str:
         return file_hash(model)
     digest = hashlib.sha256()
     for name, value in model.state_dict().items() if isinstance(model, nn.Module) else ():
+        if not isinstance(value, Tensor):  # a module's extra state may be anything, and is no weight
+            continue
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest() if isinstance(model, nn.Module) else ""
 
 
 @contextmanager
-def _naming(name: str, *other_files: Path | None) -> Iterator[None]:
-    """Put the suspect's name before an error's message, unless the message already names it or another file."""
+def _naming(name: str) -> Iterator[None]:
+    """Put the suspect's name before an error's message, unless the message already names it."""
     try:
         yield
     except FloatingPointError as error:
         hint = "check --image-size, --mean and --std, or leave the file out"
         raise RadiotagError(f"{name}: {error}", hint) from error
     except RadiotagError as error:
-        if any(os.fspath(path) in str(error) for path in (name, *other_files) if path):
+        if re.search(rf"(?<![\w/.-]){re.escape(name)}(?![\w/-])", str(error)):
             raise
         raise RadiotagError(f"{name}: {error}", error.hint) from error
 
@@ -208,8 +211,14 @@ def input_size(network: Network, references: References) -> int:
     return max(network.spec.image_size, references.marker.spec.image_size)
 
 
-def records(data: UnmarkedImages | None, options: VerifyOptions) -> Records:
-    """What manifest, publication and images say about classes and carriers: the same for every suspect."""
+def records(key: Key, data: UnmarkedImages | None, options: VerifyOptions) -> Records:
+    """What manifest, publication and images say about classes and carriers: the same for every suspect.
+
+    RadiotagError for another key's manifest, and for one without a mark.
+    """
+    if options.manifest and not marked_classes(key, options.manifest):
+        hint = "give the manifest of the folder that was published"
+        raise RadiotagError(f"{options.manifest} records no marked image", hint)
     published = read_public(options.public).carriers if options.public else None
     classes = tuple(sorted({*data.labels} - {""})) if data else ()
     return Records(manifest=options.manifest, carriers=published, classes=classes)
@@ -282,20 +291,20 @@ def verify(
     """
     check_suspects(models, options)
     references = References(key.network(options.device), data and originals(data, options.manifest))
-    recorded, findings = records(data, options), []
+    recorded, findings = records(key, data, options), []
     for model in models:
         name = suspect_name(model)
         batching = _batching(name, options, progress)
-        folder = data.folder if isinstance(data, FolderImages) else None
-        with _naming(name, folder, options.manifest):
+        with _naming(name):
             network = load_suspect(model, options)
-            reference = references.at(input_size(network, references), batching.tell)
+        reference = references.at(input_size(network, references), batching.tell)
+        with _naming(name):
             restated = _in_memory(partial(settle_normalisation, network, reference, options), batching)
             examined = _in_memory(partial(examine, network, key, reference, recorded), batching)
             paired = examined.pairing.rows
             result = evidence(examined.vectors, paired, key.carriers, key.patterns, key.tested_order)
-            rows = examined.pairing.image_rows(reference.labels)
-            own = _in_memory(partial(images_log10_p, reference, rows, key), batching)
+        rows = examined.pairing.image_rows(reference.labels)
+        own = _in_memory(partial(images_log10_p, reference, rows, key), batching)
         finding = _white_box_finding(model, examined, result, options)
         finding = replace(finding, images_log10_p=own, warnings=(*_disguised(own), *restated, *finding.warnings))
         if options.calibrate:
@@ -361,6 +370,8 @@ def _warnings(examined: Examined, result: Evidence, options: VerifyOptions) -> l
         texts.append(NOT_FINITE.format(left_out))
     if vectors.r2 is not None and vectors.r2 < POOR_R2:
         texts.append(f"poor alignment (R² {vectors.r2:.2f}): a mark may be missed, an accusation is not made likelier")
+    if vectors.pattern is not None and not vectors.pattern.any():
+        texts.append("no gradient is finite and above zero: nothing can be seen, except by --black-box with --data")
     if network.head is None:
         texts.append("no linear last layer: the response alone is used, and the paper's statistic cannot be")
     if output_unknown(pairing.rows):
@@ -390,7 +401,7 @@ def choose_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> bl
     marked = {row["path"] for row in marked_rows(options.manifest)}  # a suspect remembers its training images best
     order = sorted(range(len(data.labels)), key=lambda i: data.paths[i] not in marked)  # stable
     order = [order[i] for i in blackbox.choose_images([data.labels[i] for i in order])]
-    rows = class_rows(key, [data.labels[i] for i in order], records(data, options))
+    rows = class_rows(key, [data.labels[i] for i in order], records(key, data, options))
     pictures = {i: blackbox.shrunk(data.read(i)) for i in order}  # reads all: a marked one is refused
     order = [i for i in order if data.labels[i] in rows]
     if not order:

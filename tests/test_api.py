@@ -720,6 +720,7 @@ def test_few_images_of_numbered_classes_are_paired_by_number():
         ({"std": (0.2, float("nan"), 0.2)}, "std is three numbers"),
         ({"alpha": 0}, "alpha"),
         ({"alpha": 5}, "alpha"),
+        ({"alpha": 1e-320}, "alpha"),
         ({"image_size": 0}, "image_size"),
         ({"batch_size": 0}, "batch_size"),
         ({"calibrate": -1}, "calibrate"),
@@ -743,13 +744,52 @@ def test_a_module_without_a_linear_last_layer_is_tested_by_its_gradients(world):
     assert any("no linear last layer" in warning for warning in finding.warnings)
 
 
-def test_a_module_that_knows_none_of_the_classes(world):
-    dull = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+class Changed(nn.Module):
+    """A module with other answers than its own."""
+
+    def __init__(self, module, change):
+        super().__init__()
+        self.module, self.change = module, change
+
+    def forward(self, x):
+        return self.change(self.module(x))
+
+    def get_extra_state(self):
+        return {"steps": 7}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize("change", [torch.detach, lambda y: (1000 * y).long(), lambda y: (y == y.max()).float()])
+def test_a_module_without_gradients_can_be_tested_by_its_answers_alone(world, change):
+    data = (world.images, world.names)
+    module = Changed(world.marked, change)
+    with pytest.raises(RadiotagError, match="Changed: its answers have no gradient") as error:
+        radiotag.verify(module, world.key, data[0], labels=data[1], options=HELD)
+    assert "--black-box" in error.value.hint
+    if change is torch.detach:
+        asked = replace(HELD, black_box=True)
+        assert radiotag.verify(module, world.key, data[0], labels=data[1], options=asked).detected
+
+
+def test_a_module_whose_gradients_are_nowhere_finite_is_warned_of(world):
+    module = Changed(world.marked, lambda y: y + (0 * y).sqrt())  # the square root of 0 has no slope
+    finding = radiotag.verify(module, world.key, world.images, labels=world.names, options=HELD)
+    assert any("no gradient is finite" in warning for warning in finding.warnings)
+
+
+@pytest.mark.parametrize("name", ["Sequential", "it", "images"])
+def test_a_module_that_knows_none_of_the_classes(world, name):
+    """Its name may be a part of the message, or the name of the folder of images."""
+    dull = type(name, (nn.Sequential,), {})(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
     nn.init.zeros_(dull[1].weight)
     nn.init.zeros_(dull[1].bias)
-    with pytest.raises(RadiotagError, match="Sequential: it knows none of the classes in the images given") as error:
+    with pytest.raises(RadiotagError, match=f"^{name}: it knows none of the classes in the images given") as error:
         radiotag.verify(dull, world.key, world.images, labels=world.names, options=HELD)
     assert "--mean" in error.value.hint
+    with pytest.raises(RadiotagError, match=f"^{name}: it knows none of the classes in {world.folder}"):
+        radiotag.verify(dull, world.key, world.folder, options=HELD)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

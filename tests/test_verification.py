@@ -123,7 +123,7 @@ def examine(path, key, folder, marker=None):
     references = References(marker or key.network(), images)
     network, batching = verification.load_suspect(path, options), Batching()
     reference = references.at(verification.input_size(network, references), batching.tell)
-    return verification.examine(network, key, reference, verification.records(images, options), batching)
+    return verification.examine(network, key, reference, verification.records(key, images, options), batching)
 
 
 def rows_by_carrier(place, path):
@@ -686,6 +686,37 @@ def test_predictions_need_an_export(place, tmp_path):
 )  # fmt: skip
 def test_combinations_that_mean_nothing(more):
     bad("verify", "--key", "k", *more, code=2)
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [("--arch", "resnet18"), ("--image-size", 32), ("--mean", "0,0,0"), ("--std", "1,1,1"), ("--control", "c.pt")],
+)
+def test_no_option_is_passed_over_where_the_suspect_is_elsewhere(idle):
+    exporting = ("--export", "d", "--black-box", "--data", "x")
+    for what in (exporting, ("--predictions", "p.csv")):
+        assert f"leave out {idle[0]}" in bad("verify", "--key", "k", *what, *idle, code=2).err
+    assert "leave out --report" in bad("verify", "--key", "k", *exporting, "--report", "r.html", code=2).err
+    asked = bad("verify", "--key", "k", "--predictions", "p.csv", "--data", "x", "--decoys", 9, code=2).err
+    assert "leave out --data and --decoys" in asked
+
+
+def test_a_manifest_without_a_mark_is_said_to_be_one(place, tmp_path):
+    path = suspect(place, "plain.pt", (0, 1, 2), NAMES)
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(
+        json.dumps({"radiotag": 1, "fingerprint": load_key(place / "k.safetensors").fingerprint}) + "\n"
+    )
+    for data in ((), ("--data", place / "few"), ("--data", place / "few", "--black-box")):
+        said = bad("verify", path, "--key", place / "k.safetensors", "--marked", manifest, *data).err
+        assert f"{manifest} records no marked image" in said
+
+
+def test_more_questions_than_a_file_may_hold_are_refused_before_they_are_written():
+    key, image = new_key({}, {}, 4, 51), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(RadiotagError, match="10,200,000 questions, more than 10,000,000") as error:
+        blackbox.make(key, [image] * 51, range(51), [str(i) for i in range(51)], 99_999)
+    assert "--decoys" in error.value.hint
 
 
 # ---------------------------------------------------------------- calibration

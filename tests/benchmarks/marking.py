@@ -275,7 +275,7 @@ def verified(model: Path, key_files: list[Path], held_out: Path) -> list[dict[st
     """What `verify --data` says under each key; what it computes of the suspect is the same under all of them."""
     owners, options = [keys.load_key(path) for path in key_files], verification.VerifyOptions()
     images = FolderImages(held_out)
-    references, recorded = References(owners[0].network(), images), verification.records(images, options)
+    references, recorded = References(owners[0].network(), images), verification.records(owners[0], images, options)
     suspect = verification.load_suspect(model, options)
     reference = references.at(verification.input_size(suspect, references), Batching().tell)
     _, pairing, vectors, _ = verification.examine(suspect, owners[0], reference, recorded, Batching())

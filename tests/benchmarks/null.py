@@ -63,7 +63,7 @@ def vectors_of(path: str, model: Path, data: Path) -> tuple[Key, Vectors]:
     reference = references.at(verification.input_size(suspect, references), batching.tell)
     if special == "images":
         return key, (class_means(reference, NAMES, batching), tuple(range(10)))
-    recorded = verification.records(images, options)
+    recorded = verification.records(key, images, options)
     _, pairing, vectors, _ = verification.examine(suspect, key, reference, recorded, batching)
     return key, (vectors, pairing.rows)
 
