@@ -171,7 +171,8 @@ def _naming(name: str) -> Iterator[None]:
         hint = "check --image-size, --mean and --std, or leave the file out"
         raise RadiotagError(f"{name}: {error}", hint) from error
     except RadiotagError as error:
-        if re.search(rf"(?<![\w/.-]){re.escape(name)}(?![\w/-])", str(error)):
+        is_word = name.isidentifier()  # of the message's own, it may be: better named twice than not at all
+        if not is_word and re.search(rf"(?<![\w/.-]){re.escape(name)}(?![\w/-])", str(error)):
             raise
         raise RadiotagError(f"{name}: {error}", error.hint) from error
 
