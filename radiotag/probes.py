@@ -77,14 +77,17 @@ class FolderImages:
         self.folder, self.name = folder, str(folder)
         self.labels: Sequence[str] = [item.label for item in items]
         self.paths: Sequence[str] = [item.path.as_posix() for item in items]
+        self._digests: list[str] | None = None
         self._marked = marked_hashes(marked_rows(manifest))
         for parent in (folder, *folder.resolve().parents, folder.resolve()):
             manifest_path = parent.with_name(f"{parent.name}.manifest.jsonl") if parent.name else parent
             self._marked |= marked_hashes(marked_rows(manifest_path if manifest_path.is_file() else None))
 
     def digests(self) -> list[str]:
-        """SHA-256 of each file, hexadecimal."""
-        return [file_hash(self.folder / path) for path in self.paths]
+        """SHA-256 of each file, hexadecimal; each file is read once."""
+        if self._digests is None:
+            self._digests = [file_hash(self.folder / path) for path in self.paths]
+        return self._digests
 
     def read(self, i: int) -> Tensor:
         """Image i, (3, H, W) float in [0, 255]."""

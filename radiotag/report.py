@@ -45,7 +45,7 @@ WHITE_BOX_HOW = (
 )
 BLACK_BOX_HOW = "The test is black-box: the suspect was asked about images, and nothing but its answers was used."
 COMBINED = (
-    "The verdict rests on all bars together: many that lean a little the same way weigh as much as a few that lean "
+    "The verdict weighs bars together: many that lean a little the same way weigh as much as a few that lean "
     "strongly. The key declares how they are combined, and p is not their product."
 )
 BEST = (
@@ -286,8 +286,10 @@ def _answers(page: Page) -> list[ET.Element]:
     if not page.black_box:
         return []
     parts = [element("h2", "How the answers were counted")]
-    for keys, classes in sorted({(1 + (finding.decoys or 0), finding.classes_used) for finding in page.findings}):
-        log10_ways = classes * math.log10(keys)
+    asked = {(1 + (finding.decoys or 0), finding.classes_used, finding.sets) for finding in page.findings}
+    for keys, classes, sets in sorted(asked):
+        smallest = math.log10(sets) - classes * math.log10(keys)
+        every = "Of all classes together, the" if sets > 1 else "The"
         parts.append(
             paragraph(
                 raised(
@@ -295,12 +297,13 @@ def _answers(page: Page) -> list[ET.Element]:
                     f"and {keys - 1:,} decoys drawn as it was, once with the key's faint pattern added and once with "
                     f"it taken away. How much surer it is of the first than of the second is compared among the keys, "
                     f"in each of {classes:,} classes. Without the marked data the true key is one key among {keys:,}, "
-                    f"so that all {keys:,}^{classes} ways to name a key for each class are equally likely. The "
+                    f"so that all {keys:,}^{classes} ways to name a key for each class are equally likely. {every} "
                     f"p-value is the share of them that speak at least as strongly as the true key does, counted "
-                    f"exactly. It cannot be below {probability(-log10_ways)} with so many keys and classes."
+                    f"exactly. It cannot be below {probability(smallest)} with so many keys and classes."
                 ),
             )
         )
+        parts += [paragraph(NESTED)] if sets > 1 else []
     return parts
 
 
@@ -332,14 +335,26 @@ def _evidence(page: Page) -> list[ET.Element]:
     ]
     for finding in with_classes:
         parts += [element("h3", element("code", finding.path))] if len(page.findings) > 1 else []
-        parts += _class_evidence(finding)
+        parts += _class_evidence(finding, page.key)
     return parts
 
 
-def _class_evidence(finding: Finding) -> list[ET.Element]:
+def _strongest_set(finding: Finding, key: Key) -> list[str]:
+    """Which set of classes gave the p-value, if there were several."""
+    if finding.sets == 1:
+        return []
+    in_order = sorted(finding.classes, key=lambda result: key.class_order.index(result.carrier))
+    names = [_label(result) for result in in_order[: finding.first_classes]]
+    if len(names) == len(in_order):
+        return ["The strongest set is that of all classes."]
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return [f"The strongest set is that of the first {len(names):,}: {', '.join(names[:SHOWN])}{more}."]
+
+
+def _class_evidence(finding: Finding, key: Key) -> list[ET.Element]:
     ordered = sorted(finding.classes, key=lambda result: result.log10_p)
     noun, count = ("outputs" if best_counts(finding) else "classes"), len(ordered)
-    ends, notes = [(f"all {count} {noun}", ordered)], []
+    ends, notes = [(f"all {count} {noun}", ordered)], _strongest_set(finding, key)
     if count > 2 * SHOWN:
         ends = [(f"the {SHOWN} strongest {noun}", ordered[:SHOWN]), (f"the {SHOWN} weakest {noun}", ordered[-SHOWN:])]
         notes.append(f"Of {count:,} {noun} the {SHOWN} strongest and the {SHOWN} weakest are shown.")

@@ -394,6 +394,24 @@ def test_a_black_box_report_speaks_of_black_box_alone(key):
         assert part not in rest, part
 
 
+def test_a_black_box_report_counts_the_sets_of_classes(key):
+    """p is the smallest of the sets', multiplied by their number, and so is what it cannot be below."""
+    said = words(tree(text_of(key, black_box(classes_used=3, sets=2))))
+    assert f"cannot be below {report.raised(report.probability(math.log10(2) - 3 * math.log10(24)))}" in said
+    assert report.NESTED in said and "Of all classes together, the p-value is the share" in said
+    assert report.NESTED not in words(tree(text_of(key, black_box(classes_used=3))))
+
+
+def test_a_white_box_report_names_the_classes_of_the_strongest_set(key):
+    rows = dict(zip(range(3), NAMES, strict=True))
+    some = tuple(ClassResult(name=name, output=i, carrier=i, log10_p=-1.0) for i, name in rows.items())
+    first = [rows[row] for row in key.class_order[:2]]
+    said = words(tree(text_of(key, finding(classes=some, sets=2, first_classes=2))))
+    assert f"The strongest set is that of the first 2: {', '.join(first)}." in said and report.NESTED in said
+    assert "The strongest set is that of all classes." in words(tree(text_of(key, finding(classes=some, sets=2))))
+    assert "strongest set is" not in words(tree(text_of(key, finding(classes=some))))
+
+
 def test_a_white_box_report_speaks_of_no_questions(key):
     said = words(tree(text_of(key, *everything()))).lower()
     for part in ("decoy", "black-box", "question"):
@@ -469,14 +487,14 @@ def test_of_a_thousand_classes_the_strongest_and_the_weakest_are_shown(key):
 def test_outputs_of_one_marked_class_are_told_from_classes(key):
     said = words(tree(text_of(key, finding(classes=results((-4.0, -0.1), carrier=0), calibration=BEST))))
     assert "every output was compared with the same carrier" in said and "all 2 outputs" in said
-    assert "rests on all bars" not in said and "chance alone: 0 ±" not in said
+    assert "weighs bars together" not in said and "chance alone: 0 ±" not in said
     assert "no excess of small p-values" in said and "uniform distribution" not in said
     assert "at most about 100 are expected in each but the last" in said
 
 
 def test_one_class_alone_is_no_best_of_many(key):
     said = words(tree(text_of(key, finding(classes=results((-4.0,), NAMES), classes_used=1, calibration=UNIFORM))))
-    assert "rests on all bars" in said and "chance alone: 0 ±" in said and "uniform distribution" in said
+    assert "weighs bars together" in said and "chance alone: 0 ±" in said and "uniform distribution" in said
 
 
 @given(st.text(max_size=60))
