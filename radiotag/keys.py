@@ -36,7 +36,8 @@ from radiotag.radioactive import uniform_carriers
 KEY_FORMAT = 2  # version of key files
 CONTRASTED = "contrasted pattern or pattern+response+ridge"
 NESTED = f"nested {CONTRASTED}"
-STATISTIC = f"{NESTED}, by images of every class"  # what new keys declare
+EVERY_CLASS = f"{NESTED}, by images of every class"
+STATISTIC = f"{EVERY_CLASS}, a manifest's classes as one"  # what new keys declare
 STATISTICS = {
     CONTRASTED: "the sum of two unit vectors, response and ridge alignment (the latter at half weight without labelled "
     "images), and the whitened pattern; what the classes share and a reference classifier's response are removed "
@@ -44,8 +45,10 @@ STATISTICS = {
     "the choice",
     NESTED: "of the first 1, 2, 5, 10, … classes of an order that only the key knows, and of all: "
     f"{CONTRASTED}; the smallest p, times the number of these sets",
-    STATISTIC: f"{NESTED}; response and pattern are each the sum of two unit vectors, from a class's own images and "
+    EVERY_CLASS: f"{NESTED}; response and pattern are each the sum of two unit vectors, from a class's own images and "
     "from as many of the others",
+    STATISTIC: f"{EVERY_CLASS}; where a manifest names the marked classes, these are tested all together, as one set, "
+    "without a correction",
 }
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
 DECLARED = ("format", "statistic", "network", "dimension", "classes", "class_names", "beacon")  # carriers follow
@@ -82,12 +85,14 @@ class Key:
     @property
     def by_every_class(self) -> bool:
         """Whether the declared statistic asks images of the other classes, too, what would make them a class's."""
-        return self.statistic == STATISTIC
+        return self.statistic in {EVERY_CLASS, STATISTIC}
 
-    @property
-    def tested_order(self) -> tuple[int, ...] | None:
-        """The order whose first classes are tested alone, too; None if the statistic tests all together."""
-        return self.class_order if self.nested else None
+    def tested_order(self, *, by_manifest: bool) -> tuple[int, ...] | None:
+        """The order whose first classes are tested alone, too; None if the statistic tests all together.
+
+        by_manifest: whether a manifest names the classes that are marked.
+        """
+        return self.class_order if self.nested and not (by_manifest and self.statistic == STATISTIC) else None
 
     @property
     def statistic(self) -> str:

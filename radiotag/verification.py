@@ -303,13 +303,14 @@ def verify(
             restated = _in_memory(partial(settle_normalisation, network, reference, options), batching)
             examined = _in_memory(partial(examine, network, key, reference, recorded), batching)
             paired = examined.pairing.rows
-            result = evidence(examined.vectors, paired, key.carriers, key.patterns, key.tested_order)
+            order = key.tested_order(by_manifest=options.manifest is not None)
+            result = evidence(examined.vectors, paired, key.carriers, key.patterns, order)
         rows = examined.pairing.image_rows(reference.labels)
         own = _in_memory(partial(images_log10_p, reference, rows, key), batching)
         finding = _white_box_finding(model, examined, result, options)
         finding = replace(finding, images_log10_p=own, warnings=(*_disguised(own), *restated, *finding.warnings))
         if options.calibrate:
-            arguments = examined.vectors, examined.pairing.rows, key, result.log_p, options.calibrate, batching.tell
+            arguments = examined.vectors, examined.pairing.rows, key, result, options.calibrate, batching.tell
             finding = replace(finding, calibration=calibrate(*arguments))
         findings.append(finding)
     return corrected(findings, options.alpha)

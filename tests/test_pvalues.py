@@ -6,7 +6,6 @@
 import hashlib
 import itertools
 import math
-from dataclasses import replace
 from fractions import Fraction
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from radiotag import blackbox, calibration
 from radiotag.blackbox import Queries, decoys_needed, pattern_effects
 from radiotag.calibration import calibrate
 from radiotag.errors import RadiotagError
-from radiotag.keys import CONTRASTED, new_key, null_carriers
+from radiotag.keys import new_key, null_carriers
 from radiotag.pairing import match_outputs
 from radiotag.radioactive import (
     _tilt,
@@ -267,7 +266,7 @@ def test_calibration_is_made_of_the_keys_own_null_keys():
         p.append((1 - carrier @ vector / np.linalg.norm(carrier)) / 2)
     vectors = ClassVectors(features=torch.from_numpy(vector[None]), paper=torch.ones(1, 3))
     true = float(np.log(sorted(p)[4])) + 1e-5  # between the fifth and the sixth
-    found = calibrate(vectors, (0,), key, true, count, lambda *said: told.append(said))
+    found = calibrate(vectors, (0,), key, judged(true), count, lambda *said: told.append(said))
     assert told == [("null keys", done, 35) for done in (10, 20, 30)]
     assert (found.n, found.rank) == (35, 6)
     assert found.histogram == tuple(sum(i <= 10 * v < i + 1 for v in p) for i in range(10))
@@ -276,6 +275,11 @@ def test_calibration_is_made_of_the_keys_own_null_keys():
     above = max((i + 1) / count - v for i, v in enumerate(ordered))
     below = max(v - i / count for i, v in enumerate(ordered))
     assert found.ks_p == pytest.approx(stats.kstwo.sf(max(above, below), count), rel=1e-3)  # carriers are of 32 bits
+
+
+def judged(log_p, sets=1):
+    """What matters here of a suspect's result."""
+    return SimpleNamespace(log_p=log_p, sets=sets)
 
 
 def answered(monkeypatch, log_p):
@@ -287,28 +291,29 @@ def answered(monkeypatch, log_p):
 def test_only_too_many_small_p_values_speak_against_the_best_of_many_outputs(monkeypatch):
     p, key, vectors = [0.3, 0.31, 0.9], new_key({}, {}, 3, 1), ClassVectors(features=torch.ones(2, 3))
     answered(monkeypatch, np.log(p))
-    found = calibrate(vectors, (0, 0), key, 0.0, 3)
+    found = calibrate(vectors, (0, 0), key, judged(0.0), 3)
     assert found.ks_p == pytest.approx(stats.ksone.sf(2 / 3 - 0.31, 3), rel=1e-9)
     answered(monkeypatch, np.log(p))
-    assert calibrate(vectors, (0, 1), key, 0.0, 3).ks_p == pytest.approx(stats.ksone.sf(2 / 3 - 0.31, 3), rel=1e-9)
+    found = calibrate(vectors, (0, 1), key, judged(0.0, sets=2), 3)
+    assert found.ks_p == pytest.approx(stats.ksone.sf(2 / 3 - 0.31, 3), rel=1e-9)
     answered(monkeypatch, np.log(p))
-    key = replace(key, metadata={**key.metadata, "statistic": CONTRASTED})  # which tests all classes together
-    assert calibrate(vectors, (0, 1), key, 0.0, 3).ks_p == pytest.approx(stats.kstwo.sf(2 / 3 - 0.31, 3), rel=1e-9)
+    found = calibrate(vectors, (0, 1), key, judged(0.0), 3)
+    assert found.ks_p == pytest.approx(stats.kstwo.sf(2 / 3 - 0.31, 3), rel=1e-9)
 
 
 def test_a_p_value_counts_where_it_is_reached(monkeypatch):
     key, vectors = new_key({}, {}, 3, 1), ClassVectors(features=torch.ones(1, 3))
     answered(monkeypatch, np.log([5e-5, 2e-4, 5e-3, 0.05, 0.5]))
-    assert calibrate(vectors, (0,), key, 0.0, 5).tail == (4, 3, 2, 1)
+    assert calibrate(vectors, (0,), key, judged(0.0), 5).tail == (4, 3, 2, 1)
     answered(monkeypatch, [math.log(0.7), -1.0, 0.0, -1.0])
     monkeypatch.setattr(calibration, "TAIL", (1.0, 0.5))
-    found = calibrate(vectors, (0,), key, -1.0, 4)
+    found = calibrate(vectors, (0,), key, judged(-1.0), 4)
     assert (found.rank, found.tail) == (3, (4, 2))  # a tie with a null key is the suspect's gain
     some = sum(math.comb(4, k) for k in (2, 3, 4)) / 2**4  # two or more of four, at a level of a half
     assert found.tail_p == pytest.approx(min(1, 2 * some)) == 1
     answered(monkeypatch, [-9.0, -9.0, -9.0, 0.0])
     monkeypatch.setattr(calibration, "TAIL", (0.5, 0.1, 0.01))
-    found = calibrate(vectors, (0,), key, -9.5, 4)
+    found = calibrate(vectors, (0,), key, judged(-9.5), 4)
     assert (found.rank, found.tail) == (1, (3, 3, 3))
     assert found.tail_p == pytest.approx(3 * (4 * 0.01**3 * 0.99 + 0.01**4))
 

@@ -72,7 +72,7 @@ def white_box(path: str, model: Path, data: Path, keys: int) -> dict[str, object
     key, (vectors, rows) = vectors_of(path, model, data)
     found, seed = np.empty(keys), hashlib.sha256(path.encode()).digest()
     vectors = ClassVectors(features=vectors.features, pattern=vectors.pattern)
-    order = key.tested_order if PATHS[path][2] == "nested" else None  # else all classes together, as one set of these
+    order = key.class_order if PATHS[path][2] == "nested" else None  # else all classes together, as one set of these
     for number_ in range(keys):
         carriers, patterns = null_carriers(key, hashlib.shake_256(seed + number_.to_bytes(8, "big")).digest)
         found[number_] = evidence(vectors, rows, carriers, patterns, order).log_p
