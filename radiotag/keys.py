@@ -38,17 +38,25 @@ CONTRASTED = "contrasted pattern or pattern+response+ridge"
 NESTED = f"nested {CONTRASTED}"
 EVERY_CLASS = f"{NESTED}, by images of every class"
 STATISTIC = f"{EVERY_CLASS}, a manifest's classes as one"  # what new keys declare
+_CONTRASTED = (
+    "the sum of two unit vectors, response and ridge alignment (the latter at half weight without labelled images), "
+    "and the whitened pattern; what the classes share and a reference classifier's response are removed from each; "
+    "Stouffer over the classes of each; the smaller of the pattern's p and Fisher's of both, corrected for the choice"
+)
+_NESTED = (
+    f"{_CONTRASTED}; so of the first 1, 2, 5, 10, … classes of an order that only the key knows, and of all: the "
+    "smallest p, times the number of these sets"
+)
+_EVERY_CLASS = (
+    f"{_NESTED}; response and pattern are each the sum of two unit vectors, from a class's own images and from as many "
+    "of the others"
+)
 STATISTICS = {
-    CONTRASTED: "the sum of two unit vectors, response and ridge alignment (the latter at half weight without labelled "
-    "images), and the whitened pattern; what the classes share and a reference classifier's response are removed "
-    "from each; Stouffer over the classes of each; the smaller of the pattern's p and Fisher's of both, corrected for "
-    "the choice",
-    NESTED: "of the first 1, 2, 5, 10, … classes of an order that only the key knows, and of all: "
-    f"{CONTRASTED}; the smallest p, times the number of these sets",
-    EVERY_CLASS: f"{NESTED}; response and pattern are each the sum of two unit vectors, from a class's own images and "
-    "from as many of the others",
-    STATISTIC: f"{EVERY_CLASS}; where a manifest names the marked classes, these are tested all together, as one set, "
-    "without a correction",
+    CONTRASTED: _CONTRASTED,
+    NESTED: _NESTED,
+    EVERY_CLASS: _EVERY_CLASS,
+    STATISTIC: f"{_EVERY_CLASS}; where a manifest names the marked classes, these alone are tested, as one set, which "
+    "takes no correction",
 }
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
 DECLARED = ("format", "statistic", "network", "dimension", "classes", "class_names", "beacon")  # carriers follow

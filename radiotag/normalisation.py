@@ -145,7 +145,7 @@ def _improve(network: Network, shown: _Shown, start: Floats, outputs: Tensor, ba
 
     with torch.enable_grad():
         vector = torch.tensor(start, dtype=torch.float32, device=network.device, requires_grad=True)
-        if not _answers(network, pixels[:1], vector).requires_grad:  # a module that rounds its answers, for one
+        if not _answers(network, pixels[:2], vector).requires_grad:  # a module that rounds its answers, for one
             return start
 
     def loss(values: Floats) -> tuple[float, Floats]:

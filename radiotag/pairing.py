@@ -122,7 +122,7 @@ def _unlabelled_pairs(key: Key, spec: Spec, records: Records) -> list[tuple[int,
     marked = marked_classes(key, manifest) if manifest else every
     if marked.keys() == {""} or (len(key.carriers) == 1 and not (key_names and suspect_names)):
         return [(output, 0) for output in range(spec.classes)]
-    if every:
+    if every and (manifest or not suspect_names or every.keys() & set(suspect_names)):
         return _pairs_of_records(key, spec, marked, every)
     if key_names and suspect_names:
         return [(suspect_names.index(name), row) for row, name in enumerate(key_names) if name in suspect_names]

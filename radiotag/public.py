@@ -16,7 +16,7 @@ from radiotag import plainjson
 from radiotag.errors import RadiotagError
 from radiotag.files import file_hash
 from radiotag.keys import Key, weights_digest
-from radiotag.manifest import recorded_classes, recorded_rows
+from radiotag.manifest import rank_journals, recorded_classes, recorded_rows
 from radiotag.probes import UnmarkedImages
 
 PUBLIC_FORMAT = 2
@@ -134,6 +134,8 @@ def _table(text: str) -> dict[str, int]:
     table = plainjson.parse(text)
     if not isinstance(table, dict) or not all(type(row) is int and row >= 0 for row in table.values()):
         raise ValueError("its carriers are no table")
+    if len(set(table.values())) < len(table):
+        raise ValueError("two of its classes have one carrier")
     return table
 
 
@@ -152,17 +154,21 @@ def check(
     if public.carriers is None and key.class_names is None:
         told = f"{public.path} does not say which class has which carrier, as the key names no classes"
         raise RadiotagError(told, "give the marked set's public half, SRC-marked.pub")
-    if max((public.carriers or {}).values(), default=0) >= len(key.carriers):
+    table, named = public.carriers or {}, {name: row for row, name in enumerate(key.class_names or ())}
+    if max(table.values(), default=0) >= len(key.carriers):
         raise RadiotagError(f"{public.path} names more carriers than the key has", REPUBLISH)
+    if named and any(named.get(name) != row for name, row in table.items()):
+        raise RadiotagError(f"{public.path} pairs classes and carriers otherwise than the key", REPUBLISH)
     if manifest is not None:
         _check_manifest(public, manifest)
     if data is not None and not _is_committed(public, manifest, data):
         what = "differ from the held-out images" if public.held_out else "are not among what was published"
         hint = "leave out --data, or give all originals with --marked, or images committed to by mark --held-out DIR"
         raise RadiotagError(f"the images in {data.name} {what}: {public.path}", hint)
+    left = [("manifest", public.manifest and not manifest), ("held-out images", public.held_out and not data)]
     return Checked(
         public=str(public.path), key=True, classes=True, manifest=True if manifest else None, data=True,
-        chosen=tuple(chosen),
+        chosen=(*(f"no {what}" for what, left_out in left if left_out), *chosen),
     )  # fmt: skip
 
 
@@ -181,6 +187,8 @@ def _check_manifest(public: Public, manifest: Path) -> None:
         raise RadiotagError(f"{public.path} says nothing about a manifest", "give the marked set's SRC-marked.pub")
     if file_hash(manifest) != public.manifest:
         raise RadiotagError(f"{manifest} is not the manifest that {public.path} commits to", REPUBLISH)
+    if journals := rank_journals(manifest):  # they would count as rows of the manifest, and were not published
+        raise RadiotagError(f"{journals[0]} is not published", "move it away, or finish that run and publish its half")
     rows = recorded_classes(manifest)
     if any(public.carriers is None or public.carriers.get(name) != row for name, row in rows.items()):
         raise RadiotagError(f"{manifest} pairs classes and carriers otherwise than {public.path}", REPUBLISH)

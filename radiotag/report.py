@@ -56,6 +56,10 @@ NESTED = (
     "Few marks are laid into few classes, the first ones of an order that follows from the key. So the key's first 1, "
     "2, 5, … classes were tested, and all; the strongest of these sets counts, its p-value multiplied by their number."
 )
+AS_ONE = (
+    "The manifest names the marked classes. So these were tested all together, as one set, and p needs no correction "
+    "for a choice among sets."
+)
 ORDINALS = ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -332,11 +336,18 @@ def _evidence(page: Page) -> list[ET.Element]:
         element("h2", "Evidence per class"),
         paragraph(how + (BEST if any(map(best_counts, with_classes)) else COMBINED)),
         *(paragraph(NESTED) for _ in range(any(finding.sets > 1 for finding in with_classes))),
+        *(paragraph(AS_ONE) for _ in range(_as_one(page))),
     ]
     for finding in with_classes:
         parts += [element("h3", element("code", finding.path))] if len(page.findings) > 1 else []
         parts += _class_evidence(finding, page.key)
     return parts
+
+
+def _as_one(page: Page) -> bool:
+    """Whether a manifest spared the sets of classes that the key declares."""
+    by_manifest = page.conditions.options.get("manifest") is not None
+    return by_manifest and page.key.tested_order(by_manifest=False) != page.key.tested_order(by_manifest=True)
 
 
 def _strongest_set(finding: Finding, key: Key) -> list[str]:

@@ -373,7 +373,8 @@ def _warnings(examined: Examined, result: Evidence, options: VerifyOptions) -> l
     if vectors.r2 is not None and vectors.r2 < POOR_R2:
         texts.append(f"poor alignment (R² {vectors.r2:.2f}): a mark may be missed, an accusation is not made likelier")
     if vectors.pattern is not None and not vectors.pattern.any():
-        texts.append("no gradient is finite and above zero: nothing can be seen, except by --black-box with --data")
+        seen = "nothing can be seen" if network.head is None else "only the last layer's alignment counts"
+        texts.append(f"no gradient is finite and above zero: {seen}; --black-box with --data needs none")
     if network.head is None:
         texts.append("no linear last layer: the response alone is used, and the paper's statistic cannot be")
     if output_unknown(pairing.rows):
@@ -492,6 +493,14 @@ def marker_answers(
     return MarkerAnswers(answers, marker.spec.class_names or ())
 
 
+def _published_rows(key: Key, options: VerifyOptions) -> dict[str, int] | None:
+    """Class → carrier row by the public half, or by the key's names, to which it commits, too."""
+    if options.public is None:
+        return None
+    table = read_public(options.public).carriers
+    return {name: row for row, name in enumerate(key.class_names or ())} if table is None else table
+
+
 def verify_predictions(
     path: Path, key: Key, options: VerifyOptions, progress: Progress = lambda *_: None
 ) -> list[Finding]:
@@ -506,6 +515,7 @@ def verify_predictions(
             f"no queries lie beside {key_path}", "make them first: radiotag verify --black-box --export DIR --data DIR"
         )
     failure: RadiotagError | None = None
+    published = _published_rows(key, options)
     for query_file in query_files:
         try:
             queries = blackbox.load_queries(query_file, key)
@@ -513,6 +523,10 @@ def verify_predictions(
         except (NotAnswered, blackbox.OfAnotherKey) as error:
             failure = error
             continue
+        pairs = set(zip(queries.labels, queries.rows, strict=True))
+        if published is not None and not pairs <= published.items():
+            differ = f"the questions of {query_file} pair classes and carriers otherwise than {options.public}"
+            raise RadiotagError(differ, "export them with the same --public")
         finding = _black_box_finding(
             os.fspath(path), queries, answers, marker_answers(queries, key, options, progress), key, options
         )

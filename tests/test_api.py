@@ -744,6 +744,20 @@ def test_a_module_without_a_linear_last_layer_is_tested_by_its_gradients(world):
     assert any("no linear last layer" in warning for warning in finding.warnings)
 
 
+class Rounded(nn.Module):
+    """A first layer without slope."""
+
+    def forward(self, x):
+        return x.round(decimals=1)
+
+
+class Squeezed(nn.Module):
+    """A layer that forgets a batch of one."""
+
+    def forward(self, x):
+        return x.squeeze()
+
+
 class Changed(nn.Module):
     """A module with other answers than its own."""
 
@@ -774,9 +788,24 @@ def test_a_module_without_gradients_can_be_tested_by_its_answers_alone(world, ch
 
 
 def test_a_module_whose_gradients_are_nowhere_finite_is_warned_of(world):
-    module = Changed(world.marked, lambda y: y + (0 * y).sqrt())  # the square root of 0 has no slope
+    module = Changed(world.marked, lambda y: y + 1 + (0 * y).sqrt())  # the square root of 0 has no slope
     finding = radiotag.verify(module, world.key, world.images, labels=world.names, options=HELD)
-    assert any("no gradient is finite" in warning for warning in finding.warnings)
+    assert any("zero: nothing can be seen" in warning for warning in finding.warnings)
+
+
+def test_a_module_whose_last_layer_alone_answers_is_warned_of(world):
+    """Its images are rounded: no gradient, but the last layer's alignment counts."""
+    layer = nn.Linear(48, 3)
+    module = nn.Sequential(Rounded(), nn.AvgPool2d(8), nn.Flatten(), layer)
+    finding = radiotag.verify(module, world.key, world.images, labels=world.names, options=HELD)
+    assert finding.alignment_r2 is not None
+    assert any("only the last layer's alignment counts" in warning for warning in finding.warnings)
+
+
+def test_a_module_that_squeezes_is_asked_with_several_images(world):
+    images, labels = pictures(60, seed=9)  # enough to look for another normalisation
+    module = nn.Sequential(nn.AvgPool2d(32), Squeezed(), nn.Linear(3, 3))
+    radiotag.verify(module, world.key, images, labels=[NAMES[label] for label in labels], options=HELD)
 
 
 @pytest.mark.parametrize("name", ["Sequential", "it", "images"])

@@ -1597,6 +1597,12 @@ def test_a_manifest_restricts_the_classes(world, radioactive_model, tmp_path, fe
     answer = call("verify", radioactive_model, "--key", world.key, "--marked", manifest, "--json").json
     assert answer["suspects"][0]["classes_used"] == 2
     assert answer["detected"] is True
+    assert answer["suspects"][0]["sets"] == 1  # which classes are marked is known, so that nothing is chosen
+    page = tmp_path / "page.html"
+    call("verify", radioactive_model, "--key", world.key, "--marked", manifest, "--report", page)
+    assert "needs no correction for a choice among sets" in page.read_text()
+    every = call("verify", radioactive_model, "--key", world.key, "--json").json["suspects"][0]
+    assert (every["classes_used"], every["sets"]) == (3, 3)
     foreign = verify(world, radioactive_model, more=["--marked", manifest], key=world.numbered)
     assert foreign.code == 1
     assert fingerprint_of(world.key) in foreign.err

@@ -35,6 +35,8 @@ def test_a_publication_says_which_carriers_an_unnamed_key_gave_to_which_classes(
     assert pair(key, named, (), published).rows == (1, 0)
     assert pair(key, named, (), published).names == ("bee", "cat")
     assert pair(key, answering([0], 2), (), published).rows == (1, 0)  # outputs in the order of the folders
+    others = pair(key, answering([0], 3, ("n1", "n2", "n3")), (), Records(carriers={"ant": 0, "bee": 1, "cat": 2}))
+    assert others.outputs == others.rows == (0, 1, 2) and others.assumed  # by order, as without a publication
     flat = pair(key, named, (), Records(carriers={"": 0}))
     assert flat.outputs == (0, 1, 2) and flat.rows == (0, 0, 0)
 

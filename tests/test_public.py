@@ -121,14 +121,57 @@ def test_a_publication_with_more_carriers_than_the_key_is_refused(place):
 
 def test_held_out_images_that_lack_a_class_are_paired_as_published(tmp_path, place, model):
     """The key names no classes, and the images shown begin with the second one."""
+    weights = torch.load(model, weights_only=True)
+    weights["radiotag"]["class_names"] = None
+    torch.save(weights, nameless := tmp_path / "nameless.pt")
     some = tmp_path / "held-out"
     shutil.copytree(place / "held-out", some, ignore=lambda _, names: [name for name in names if name == NAMES[0]])
     good("keygen", "-o", tmp_path / "k.safetensors", "--classes", len(NAMES))
     options = ("--key", tmp_path / "k.safetensors")
     good("mark", place / "imgs", *options, "-o", tmp_path / "out", "--steps", 1, "--held-out", some)
-    found = call("verify", model, *options, "--data", some, "--public", tmp_path / "out.pub", "--json").json
+    found = call("verify", nameless, *options, "--data", some, "--public", tmp_path / "out.pub", "--json").json
     assert found["checked"]["classes"] and found["checked"]["data"]
     assert [(one["name"], one["carrier"]) for one in found["suspects"][0]["classes"]] == [("bee", 1), ("cat", 2)]
+
+
+def test_a_table_that_contradicts_the_keys_names_is_refused(place):
+    key, half = load_key(place / "k.safetensors"), read_public(place / "imgs-marked.pub")
+    with pytest.raises(RadiotagError, match="pairs classes and carriers otherwise than the key"):
+        check(replace(half, carriers={"ant": 1, "bee": 0, "cat": 2}), key, None, None, ())
+
+
+def test_what_lies_beside_a_published_manifest_is_not_published(place, tmp_path):
+    """A journal of another process would add marked classes, and originals to ask with."""
+    key, half = load_key(place / "k.safetensors"), read_public(place / "imgs-marked.pub")
+    manifest = shutil.copy(place / "imgs-marked.manifest.jsonl", tmp_path / "m.jsonl")
+    check(half, key, manifest, None, ())
+    header, row, *_ = manifest.read_text().splitlines()
+    manifest.with_name("m.jsonl.rank1").write_text(f"{header}\n{row}\n")
+    with pytest.raises(RadiotagError, match=r"m\.jsonl\.rank1 is not published"):
+        check(half, key, manifest, None, ())
+
+
+def test_to_leave_out_what_was_published_is_a_choice_that_is_told(place):
+    key, half = load_key(place / "k.safetensors"), read_public(place / "imgs-marked.pub")
+    assert check(half, key, None, None, ("mean",)).chosen == ("no manifest", "no held-out images", "mean")
+    manifest, held_out = place / "imgs-marked.manifest.jsonl", FolderImages(place / "held-out")
+    assert check(half, key, manifest, None, ()).chosen == ("no held-out images",)
+    assert check(half, key, manifest, held_out, ()).chosen == ()
+
+
+def test_questions_with_other_carriers_than_those_published_are_refused(tmp_path, place, model):
+    """They were exported without the publication, and begin with the second class."""
+    some = tmp_path / "held-out"
+    shutil.copytree(place / "held-out", some, ignore=lambda _, names: [name for name in names if name == NAMES[0]])
+    key = tmp_path / "k.safetensors"
+    good("keygen", "-o", key, "--classes", len(NAMES))
+    good("mark", place / "imgs", "--key", key, "-o", tmp_path / "out", "--steps", 1)
+    good("verify", "--key", key, "--black-box", "--data", some, "--decoys", 1, "--export", tmp_path / "questions")
+    names = sorted(path.name for path in (tmp_path / "questions").iterdir() if path.suffix == ".png")
+    (tmp_path / "a.csv").write_text("file,label\n" + "".join(f"{name},{i % 3}\n" for i, name in enumerate(names)))
+    asked = ("verify", "--key", key, "--predictions", tmp_path / "a.csv")
+    assert call(*asked).code == 3
+    assert "pair classes and carriers otherwise" in bad(*asked, "--public", tmp_path / "out.pub").err
 
 
 @pytest.mark.parametrize("change", ["class", "row", "path twice", "left out", "other key"])
@@ -294,7 +337,8 @@ def test_a_public_half_reads_back_and_what_is_none_is_refused(place, tmp_path):
     assert text == public_half(key) and read_public(place / "k.pub").manifest is None
     table = (place / "imgs-marked.pub").read_text().replace('carriers: {"ant": 0', 'carriers: {"ant": -1')
     for wrong in ("", "hello\n", text.replace("format 2", "format 9"), text.replace("fingerprint", "print"), table,
-                  text.replace(key.fingerprint, "xyz"), text + "no colon\n"):  # fmt: skip
+                  table.replace('"ant": -1', '"ant": 1'), text.replace(key.fingerprint, "xyz"),
+                  text + "no colon\n"):  # fmt: skip
         (tmp_path / "x.pub").write_text(wrong)
         with pytest.raises(RadiotagError, match=r"x\.pub"):
             read_public(tmp_path / "x.pub")
