@@ -434,7 +434,8 @@ def evidence(
     alive = np.stack([part.alive for part in parts])  # (1 or 2, C)
     says = np.logical_or.reduce(alive)  # (C,)
     if not says.any():
-        raise RadiotagError("the suspect's outputs do not depend on its input")
+        told = "the suspect's outputs do not depend on its input, or their gradients are not finite"
+        raise RadiotagError(told, "test it by its answers: --black-box --data DIR")
     log_p = np.where(alive, [part.log_p for part in parts], 0.0)  # (1 or 2, C)
     chosen = pattern_or_both(log_p[-1], log_p[0])
     per_class = np.where(alive.sum(0) == 2, chosen, log_p.sum(0))[says]

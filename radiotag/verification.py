@@ -373,8 +373,10 @@ def _warnings(examined: Examined, result: Evidence, options: VerifyOptions) -> l
     if vectors.r2 is not None and vectors.r2 < POOR_R2:
         texts.append(f"poor alignment (R² {vectors.r2:.2f}): a mark may be missed, an accusation is not made likelier")
     if vectors.pattern is not None and not vectors.pattern.any():
-        seen = "nothing can be seen" if network.head is None else "only the last layer's alignment counts"
-        texts.append(f"no gradient is finite and above zero: {seen}; --black-box with --data needs none")
+        texts.append(
+            "no gradient is finite and above zero: only the last layer's alignment counts; --black-box with --data "
+            "needs no gradient"
+        )
     if network.head is None:
         texts.append("no linear last layer: the response alone is used, and the paper's statistic cannot be")
     if output_unknown(pairing.rows):

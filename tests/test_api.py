@@ -787,10 +787,11 @@ def test_a_module_without_gradients_can_be_tested_by_its_answers_alone(world, ch
         assert radiotag.verify(module, world.key, data[0], labels=data[1], options=asked).detected
 
 
-def test_a_module_whose_gradients_are_nowhere_finite_is_warned_of(world):
+def test_a_module_whose_gradients_are_nowhere_finite_is_refused(world):
     module = Changed(world.marked, lambda y: y + 1 + (0 * y).sqrt())  # the square root of 0 has no slope
-    finding = radiotag.verify(module, world.key, world.images, labels=world.names, options=HELD)
-    assert any("zero: nothing can be seen" in warning for warning in finding.warnings)
+    with pytest.raises(RadiotagError, match="or their gradients are not finite") as error:
+        radiotag.verify(module, world.key, world.images, labels=world.names, options=HELD)
+    assert "--black-box" in error.value.hint
 
 
 def test_a_module_whose_last_layer_alone_answers_is_warned_of(world):
