@@ -338,10 +338,11 @@ def seconds(results: Results) -> list[str]:
 
 
 def groups(results: Results) -> list[list[Run]]:
-    """The confirmatory runs, those of the same images, share and suspects together, by keys."""
+    """The confirmatory runs, those of the same images, share, suspects and version together, by keys."""
     found: dict[tuple, list[Run]] = {}
     for run in sorted(results["confirmed"]["runs"], key=place):
-        group = run["data"], whole_of(run), run["fraction"], run["train"]["architecture"], crops_of(run)
+        training = run["train"]["architecture"], run["train"]["epochs"], crops_of(run)
+        group = run["data"], whole_of(run), run["fraction"], *training, "images" in run, version_of(run)
         found.setdefault(group, []).append(run)
     return list(found.values())
 
@@ -357,25 +358,36 @@ def confirmed(results: Results) -> list[str]:
         ]  # fmt: skip
         rows.append([
             DATA[run["data"]][0], f"{run['mark']['marked']:,} of {whole_of(run):,}",
-            run["train"]["architecture"], percent(median(runs, "train", "accuracy"), 1), owners_of(run, len(runs)),
-            *figures[:3],
+            run["train"]["architecture"], str(run["train"]["epochs"]), percent(median(runs, "train", "accuracy"), 1),
+            owners_of(run, len(runs)), version_of(run), *figures[:3],
             log_p(median(runs, "suspect, real originals", "log10_p"))
             if all("suspect, real originals" in one for one in runs) else "",
             slashed(log_p(one["suspect, real"]["log10_p"]) for one in runs),
+            slashed(
+                log_p(one["suspect, real originals"]["log10_p"]) for one in runs if "suspect, real originals" in one
+            ),
             number(median(runs, "suspect, real", "paper_log10_p")),
         ])  # fmt: skip
     heads = (
         "images",
         "marked",
         "suspect",
+        "epochs",
         "accuracy",
         "owners",
+        "version",
         *HEADS[:3],
         "`--data` originals `--marked`",
         "`--data`, each key",
+        "originals, each key",
         "the paper's statistic",
     )
     return lines(heads, rows)
+
+
+def version_of(run: Run) -> str:
+    """The version of radiotag that made the key, and so declared the statistic."""
+    return str(run["keygen"]["version"]).removesuffix(".0")
 
 
 def owners_of(run: Run, count: int) -> str:

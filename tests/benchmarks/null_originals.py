@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from radiotag import suspect as science
 from radiotag.keys import Key, new_key
-from radiotag.networks import Network, load_network, marking_weights
+from radiotag.networks import Network, State, load_network, marking_weights
 from radiotag.pairing import Pairing, Records, pair
 from radiotag.plan import choose_hardest
 from radiotag.probes import FolderImages
@@ -130,11 +130,13 @@ def without_the_papers(phi: Tensor, psi: Tensor, weight: Tensor, ridge: float) -
     return aligned_rows(phi, psi, weight, ridge) if ridge else (torch.zeros(len(weight), phi.shape[1]).double(), 0.0)
 
 
-def null_key(number_: int) -> Key:
+def null_key(number_: int, marking: tuple[State, dict[str, Any], int]) -> Key:
+    """A key that marked nothing, with a marking network as `marking_weights` gives it."""
+
     def entropy(count: int) -> bytes:
         return hashlib.shake_256(f"{NAME}{number_}".encode()).digest(count)
 
-    return new_key(*marking_weights("builtin"), NAMES, entropy)
+    return new_key(*marking, NAMES, entropy)
 
 
 def main() -> None:
@@ -146,15 +148,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=FOLDER / "null.json")
     a = parser.parse_args()
     started, folder = time.monotonic(), a.work / subset(a.work, unpacked(a.data, a.work).name, IMAGES)
-    every = known(a.model, folder)
+    every, marking = known(a.model, folder), marking_weights("builtin")
     for number_ in range(3):
-        by_package, here = asked(every, null_key(number_), looked_up=False), asked(every, null_key(number_))
+        by_package, here = (asked(every, null_key(number_, marking), looked_up=how) for how in (False, True))
         assert by_package[0] == here[0]
         torch.testing.assert_close(by_package[1].features, here[1].features)
         torch.testing.assert_close(by_package[1].pattern, here[1].pattern)
     found = np.empty(a.keys)
     for number_ in range(a.keys):
-        key = null_key(number_)
+        key = null_key(number_, marking)
         pairing, vectors = asked(every, key)
         vectors = ClassVectors(features=vectors.features, pattern=vectors.pattern)
         found[number_] = evidence(vectors, pairing.rows, key.carriers, key.patterns).log_p
