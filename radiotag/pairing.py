@@ -27,7 +27,7 @@ class Records:
     """What is known of classes and carriers beside the key and the suspect."""
 
     manifest: Path | None = None  # of the marked data: only the classes marked there are compared
-    carriers: Mapping[str, int] | None = None  # class → carrier row, as published with the marked data
+    published: Mapping[str, int] | None = None  # class → carrier row, by the public half of the marked data
     classes: tuple[str, ...] = ()  # of all images given, of which a suspect may be shown some
 
 
@@ -118,7 +118,7 @@ def pair_unlabelled(key: Key, spec: Spec, records: Records) -> list[tuple[int, i
 
 def _unlabelled_pairs(key: Key, spec: Spec, records: Records) -> list[tuple[int, int]]:
     suspect_names, key_names, manifest = spec.class_names, key.class_names, records.manifest
-    every = recorded_classes(manifest) if manifest else {} if key_names else records.carriers or {}
+    every = recorded_classes(manifest) if manifest else {} if key_names else records.published or {}
     marked = marked_classes(key, manifest) if manifest else every
     if marked.keys() == {""} or (len(key.carriers) == 1 and not (key_names and suspect_names)):
         return [(output, 0) for output in range(spec.classes)]
@@ -162,8 +162,8 @@ def class_rows(
         all_rows = marked_classes(key, records.manifest)
     elif key.class_names is not None:
         all_rows = {name: row for row, name in enumerate(key.class_names)}
-    elif records.carriers is not None:
-        all_rows = dict(records.carriers)
+    elif records.published is not None:
+        all_rows = dict(records.published)
     else:
         all_rows = _rows_in_order(key, {*labels, *records.classes} - {""}, suspect_names)
     return {name: all_rows[name] for name in sorted(set(labels)) if name in all_rows}
@@ -193,7 +193,7 @@ def _pair_labelled(
     every = {*image_classes, *records.classes} - {""}
     fewer = len(every) < len(key.carriers)  # where more classes were marked, their order was another
     named_alike = set(spec.class_names or ()) == every
-    unrecorded = key.class_names is None and records.manifest is None and records.carriers is None
+    unrecorded = key.class_names is None and records.manifest is None and records.published is None
     by_order = unrecorded and (fewer or not named_alike)
     carrier_rows = [rows[name] for name in names]
     return Pairing(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from radiotag import blackbox
 from radiotag.answers import NOT_FINITE, NotAnswered, ask_function, read_answers
 from radiotag.calibration import Calibration, calibrate
+from radiotag.conventions import settle_convention, some
 from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.files import file_hash
 from radiotag.keys import Key
@@ -222,7 +223,7 @@ def records(key: Key, data: UnmarkedImages | None, options: VerifyOptions) -> Re
         raise RadiotagError(f"{options.manifest} records no marked image", hint)
     published = read_public(options.public).carriers if options.public else None
     classes = tuple(sorted({*data.labels} - {""})) if data else ()
-    return Records(manifest=options.manifest, carriers=published, classes=classes)
+    return Records(manifest=options.manifest, published=published, classes=classes)
 
 
 def examine(network: Network, key: Key, reference: Reference, recorded: Records, batching: Batching) -> Examined:
@@ -237,6 +238,18 @@ def examine(network: Network, key: Key, reference: Reference, recorded: Records,
     compared = pairing.compared(reference.marker.spec.class_names or (), others=key.by_every_class)
     vectors, left_out = class_vectors(usable, suspect, compared, batching), len(reference.pixels) - len(usable.pixels)
     return Examined(network, pairing, vectors, left_out)
+
+
+def settle_input(
+    network: Network, pixels: Tensor, options: VerifyOptions, from_file: bool, batching: Batching
+) -> list[str]:
+    """Give a suspect without metadata the convention for its input that its batch norms remember.
+
+    from_file: whether it was rebuilt from a file's tensors; a module's stem is as its code says.
+    """
+    stated = bool(options.mean or options.std)
+    fixed_stem = not from_file or ":" in (options.architecture or "")
+    return settle_convention(network, pixels, batching, fixed_normalisation=stated, fixed_stem=fixed_stem)
 
 
 def settle_normalisation(
@@ -300,7 +313,9 @@ def verify(
             network = load_suspect(model, options)
         reference = references.at(input_size(network, references), batching.tell)
         with _naming(name):
-            restated = _in_memory(partial(settle_normalisation, network, reference, options), batching)
+            settle = partial(settle_input, network, reference.pixels, options, isinstance(model, Path))
+            restated = _in_memory(settle, batching)
+            restated += _in_memory(partial(settle_normalisation, network, reference, options), batching)
             examined = _in_memory(partial(examine, network, key, reference, recorded), batching)
             paired = examined.pairing.rows
             order = key.tested_order(by_manifest=options.manifest is not None)
@@ -448,10 +463,13 @@ def verify_black_box(
         name, architecture, assumed = suspect_name(model), "unknown", list[str]()
         with _naming(name):
             if isinstance(model, Path | nn.Module):
-                network = load_suspect(model, options)
-                architecture, assumed = network.spec.architecture, _assumed_input(network, options)
-                settle = partial(settle_normalisation, network, shown, options)
-                assumed += _in_memory(settle, _batching(name, options, progress))
+                network, batching = load_suspect(model, options), _batching(name, options, progress)
+                pictures, size = queries.images[some(len(queries.images))], network.spec.image_size
+                pixels = torch.cat([resized(picture[None].float() / 255, size) for picture in pictures])
+                settle = partial(settle_input, network, pixels, options, isinstance(model, Path))
+                assumed = _in_memory(settle, batching)
+                assumed += _in_memory(partial(settle_normalisation, network, shown, options), batching)
+                architecture, assumed = network.spec.architecture, _assumed_input(network, options) + assumed
                 answers = _ask_all(name, network, queries, key, options, progress)
             else:
                 answers = ask_function(model, queries, key, _batching(name, options, progress))

@@ -22,7 +22,7 @@ def test_carriers_follow_from_all_images_that_were_given_not_from_those_that_wer
     key = new_key({}, {}, 4, 3)
     suspect, shown = answering([1, 2, 1, 2], 3), ("bee", "cat", "bee", "cat")
     every = Records(classes=("ant", "bee", "cat"))
-    published = Records(carriers={"ant": 0, "bee": 1, "cat": 2})
+    published = Records(published={"ant": 0, "bee": 1, "cat": 2})
     for records, rows, assumed in ((every, (1, 2), True), (published, (1, 2), False), (Records(), (0, 1), True)):
         pairing = pair(key, suspect, shown, records)
         assert (pairing.names, pairing.outputs, pairing.rows) == (("bee", "cat"), (1, 2), rows)
@@ -30,14 +30,14 @@ def test_carriers_follow_from_all_images_that_were_given_not_from_those_that_wer
 
 
 def test_a_publication_says_which_carriers_an_unnamed_key_gave_to_which_classes():
-    key, published = new_key({}, {}, 4, 3), Records(carriers={"cat": 0, "bee": 1})
+    key, published = new_key({}, {}, 4, 3), Records(published={"cat": 0, "bee": 1})
     named = answering([0], 3, ("ant", "bee", "cat"))
     assert pair(key, named, (), published).rows == (1, 0)
     assert pair(key, named, (), published).names == ("bee", "cat")
     assert pair(key, answering([0], 2), (), published).rows == (1, 0)  # outputs in the order of the folders
-    others = pair(key, answering([0], 3, ("n1", "n2", "n3")), (), Records(carriers={"ant": 0, "bee": 1, "cat": 2}))
+    others = pair(key, answering([0], 3, ("n1", "n2", "n3")), (), Records(published={"ant": 0, "bee": 1, "cat": 2}))
     assert others.outputs == others.rows == (0, 1, 2) and others.assumed  # by order, as without a publication
-    flat = pair(key, named, (), Records(carriers={"": 0}))
+    flat = pair(key, named, (), Records(published={"": 0}))
     assert flat.outputs == (0, 1, 2) and flat.rows == (0, 0, 0)
 
 

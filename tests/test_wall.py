@@ -36,7 +36,7 @@ def reached(module):
     return seen
 
 
-@pytest.mark.parametrize("module", ["suspect", "probes", "normalisation"])
+@pytest.mark.parametrize("module", ["suspect", "probes", "normalisation", "conventions"])
 def test_what_is_computed_of_a_suspect_reaches_no_key_and_no_carrier(module):
     assert "networks" in reached(module)  # the walk goes somewhere
     assert not reached(module) & BEHIND
