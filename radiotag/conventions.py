@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from radiotag.networks import Network
+from radiotag.networks import SMALL_IMAGE, Network
 from radiotag.normalisation import CONVENTIONS
 from radiotag.suspect import Batching
 
-IMAGES = 64  # enough for means over images and places
+IMAGES, LARGE_IMAGES = 64, 16  # shown, small and large ones: enough for means over images and places
 NEARER = 0.7  # another convention counts if the distance is at most this part of the assumed one's
 CLOSE = 0.3  # a right convention gives 0.01 on images like the suspect's, 0.2 on synthetic ones
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # mean and standard deviation, as is usual there
@@ -49,7 +49,7 @@ def settle_convention(
     What is fixed stays. Nothing is done for a suspect whose file states its convention, or that has no batch norms.
     Returns a warning if another convention than the assumed one is taken, or if none comes near.
     """
-    shown = pixels[some(len(pixels))]
+    shown = pixels[some(len(pixels), network.spec.image_size)]
     if not network.assumed or (nearest := distance(network, shown, batching)) is None:
         return []
     assumed = best = Convention(network.spec.mean, network.spec.std, None if fixed_stem else stem_of(network))
@@ -66,10 +66,11 @@ def settle_convention(
     return []
 
 
-def some(count: int) -> slice:
-    """IMAGES of so many, at even intervals."""
-    step = max(1, count // IMAGES)
-    return slice(0, step * IMAGES, step)
+def some(count: int, size: int) -> slice:
+    """Which of so many images are shown to a suspect of this size (pixels): some at even intervals."""
+    images = IMAGES if size <= SMALL_IMAGE else LARGE_IMAGES
+    step = max(1, count // images)
+    return slice(0, step * images, step)
 
 
 def candidates(assumed: Convention, *, fixed_normalisation: bool) -> Iterator[Convention]:

@@ -464,7 +464,8 @@ def verify_black_box(
         with _naming(name):
             if isinstance(model, Path | nn.Module):
                 network, batching = load_suspect(model, options), _batching(name, options, progress)
-                pictures, size = queries.images[some(len(queries.images))], network.spec.image_size
+                size = network.spec.image_size
+                pictures = queries.images[some(len(queries.images), size)]
                 pixels = torch.cat([resized(picture[None].float() / 255, size) for picture in pictures])
                 settle = partial(settle_input, network, pixels, options, isinstance(model, Path))
                 assumed = _in_memory(settle, batching)

@@ -120,7 +120,10 @@ def test_a_suspect_that_overflows_is_left_as_it_is(tmp_path, cifar_net):
 
 
 def test_images_are_taken_at_even_intervals():
-    assert list(range(1000))[some(1000)] == list(range(0, 960, 15)) and list(range(9))[some(9)] == list(range(9))
+    assert list(range(1000))[some(1000, 32)] == list(range(0, 960, 15)) and list(range(9))[some(9, 32)] == list(
+        range(9)
+    )
+    assert len(list(range(1000))[some(1000, 224)]) == 16
 
 
 def test_verify_rebuilds_the_network_as_it_was_trained(tmp_path, cifar_net):
