@@ -62,7 +62,8 @@ def settle_convention(
     take(network, best)
     network.assumed = nearest > CLOSE
     if best != assumed:
-        return [f"its batch norms fit another convention than the usual one, which was used: {best}"]
+        told = best if best.stem != assumed.stem else best._replace(stem=None)
+        return [f"its batch norms fit another convention than the usual one, which was used: {told}"]
     return []
 
 

@@ -59,7 +59,7 @@ def test_stem_and_normalisation_are_found_from_the_tensors_alone(tmp_path, stem,
     told = settle_convention(network, pictures(200, 5), Batching(), fixed_normalisation=False, fixed_stem=False)
     assert stem_of(network) == stem and not network.assumed
     assert (network.spec.mean, network.spec.std) == (tuple(normalisation[0]), tuple(normalisation[1]))
-    assert len(told) == 1 and f"stride {stem[0]}" in told[0]
+    assert len(told) == 1 and (f"stride {stem[0]}" in told[0]) == (stem != (2, False))  # which is the usual one
     x = pictures(8, 6)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation)
     with torch.no_grad():
