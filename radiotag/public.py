@@ -154,10 +154,11 @@ def check(
     if public.carriers is None and key.class_names is None:
         told = f"{public.path} does not say which class has which carrier, as the key names no classes"
         raise RadiotagError(told, "give the marked set's public half, SRC-marked.pub")
-    table, named = public.carriers or {}, {name: row for row, name in enumerate(key.class_names or ())}
+    table, named = public.carriers or {}, key.named_rows
     if max(table.values(), default=0) >= len(key.carriers):
         raise RadiotagError(f"{public.path} names more carriers than the key has", REPUBLISH)
-    if named and any(named.get(name) != row for name, row in table.items()):
+    flat = len(named) == 1 and table == {"": 0}  # a folder without classes may be marked with a key of one
+    if named and not flat and any(named.get(name) != row for name, row in table.items()):
         raise RadiotagError(f"{public.path} pairs classes and carriers otherwise than the key", REPUBLISH)
     if manifest is not None:
         _check_manifest(public, manifest)

@@ -140,6 +140,16 @@ def test_a_table_that_contradicts_the_keys_names_is_refused(place):
         check(replace(half, carriers={"ant": 1, "bee": 0, "cat": 2}), key, None, None, ())
 
 
+def test_a_flat_folder_s_half_goes_with_a_key_of_one_named_class(tmp_path, place):
+    shutil.copytree(place / "imgs" / "ant", tmp_path / "flat")
+    shutil.copytree(tmp_path / "flat", tmp_path / "sorted" / "ant")
+    good("keygen", "-o", tmp_path / "k.safetensors", "--data", tmp_path / "sorted")
+    good("mark", tmp_path / "flat", "--key", tmp_path / "k.safetensors", "-o", tmp_path / "out", "--steps", 1)
+    half, key = read_public(tmp_path / "out.pub"), load_key(tmp_path / "k.safetensors")
+    assert half.carriers == {"": 0} and key.class_names == ["ant"]
+    assert check(half, key, tmp_path / "out.manifest.jsonl", None, ()).classes
+
+
 def test_what_lies_beside_a_published_manifest_is_not_published(place, tmp_path):
     """A journal of another process would add marked classes, and originals to ask with."""
     key, half = load_key(place / "k.safetensors"), read_public(place / "imgs-marked.pub")
