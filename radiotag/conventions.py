@@ -54,7 +54,9 @@ def settle_convention(
         return []
     assumed = best = Convention(network.spec.mean, network.spec.std, None if fixed_stem else stem_of(network))
     start = nearest
-    for candidate in candidates(assumed, fixed_normalisation=fixed_normalisation):
+    for candidate in dict.fromkeys(candidates(assumed, fixed_normalisation=fixed_normalisation)):
+        if candidate == assumed:
+            continue
         take(network, candidate)
         found = distance(network, shown, batching)
         if found is not None and found < min(nearest, NEARER * start):

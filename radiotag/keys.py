@@ -86,6 +86,11 @@ class Key:
         return names
 
     @property
+    def named_rows(self) -> dict[str, int]:
+        """Class → carrier row; empty if the key only counts its classes."""
+        return {name: row for row, name in enumerate(self.class_names or ())}
+
+    @property
     def nested(self) -> bool:
         """Whether the declared statistic tests the first classes of the order alone, too."""
         return self.statistic != CONTRASTED

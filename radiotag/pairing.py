@@ -161,7 +161,7 @@ def class_rows(
     if records.manifest:
         all_rows = marked_classes(key, records.manifest)
     elif key.class_names is not None:
-        all_rows = {name: row for row, name in enumerate(key.class_names)}
+        all_rows = key.named_rows
     elif records.published is not None:
         all_rows = dict(records.published)
     else:

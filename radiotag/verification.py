@@ -519,7 +519,7 @@ def _published_rows(key: Key, options: VerifyOptions) -> dict[str, int] | None:
     if options.public is None:
         return None
     table = read_public(options.public).carriers
-    return {name: row for row, name in enumerate(key.class_names or ())} if table is None else table
+    return key.named_rows if table is None else table
 
 
 def verify_predictions(
