@@ -37,7 +37,8 @@ KEY_FORMAT = 2  # version of key files
 CONTRASTED = "contrasted pattern or pattern+response+ridge"
 NESTED = f"nested {CONTRASTED}"
 EVERY_CLASS = f"{NESTED}, by images of every class"
-STATISTIC = f"{EVERY_CLASS}, a manifest's classes as one"  # what new keys declare
+AS_ONE = f"{EVERY_CLASS}, a manifest's classes as one"
+STATISTIC = f"{AS_ONE}, against all that it records"  # what new keys declare
 _CONTRASTED = (
     "the sum of two unit vectors, response and ridge alignment (the latter at half weight without labelled images), "
     "and the whitened pattern; what the classes share and a reference classifier's response are removed from each; "
@@ -51,12 +52,17 @@ _EVERY_CLASS = (
     f"{_NESTED}; response and pattern are each the sum of two unit vectors, from a class's own images and from as many "
     "of the others"
 )
-STATISTICS = {
+_AS_ONE = (
+    f"{_EVERY_CLASS}; where a manifest names the marked classes, these alone are tested, as one set, which takes no "
+    "correction"
+)
+STATISTICS = {  # in the order of the versions that declared them
     CONTRASTED: _CONTRASTED,
     NESTED: _NESTED,
     EVERY_CLASS: _EVERY_CLASS,
-    STATISTIC: f"{_EVERY_CLASS}; where a manifest names the marked classes, these alone are tested, as one set, which "
-    "takes no correction",
+    AS_ONE: _AS_ONE,
+    STATISTIC: f"{_AS_ONE}; what the classes share is that of all classes which the manifest records; if images are "
+    "too many, as many of every class are shown",
 }
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
 DECLARED = ("format", "statistic", "network", "dimension", "classes", "class_names", "beacon")  # carriers follow
@@ -93,19 +99,29 @@ class Key:
     @property
     def nested(self) -> bool:
         """Whether the declared statistic tests the first classes of the order alone, too."""
-        return self.statistic != CONTRASTED
+        return self._declares(NESTED)
 
     @property
     def by_every_class(self) -> bool:
         """Whether the declared statistic asks images of the other classes, too, what would make them a class's."""
-        return self.statistic in {EVERY_CLASS, STATISTIC}
+        return self._declares(EVERY_CLASS)
+
+    @property
+    def against_all(self) -> bool:
+        """Whether a manifest's marked classes are compared with all that it records, by as many images of each."""
+        return self._declares(STATISTIC)
+
+    def _declares(self, statistic: str) -> bool:
+        """Whether the declared statistic is this one, or a later one, which does the same and more."""
+        order = list(STATISTICS)
+        return order.index(self.statistic) >= order.index(statistic)
 
     def tested_order(self, *, by_manifest: bool) -> tuple[int, ...] | None:
         """The order whose first classes are tested alone, too; None if the statistic tests all together.
 
         by_manifest: whether a manifest names the classes that are marked.
         """
-        return self.class_order if self.nested and not (by_manifest and self.statistic == STATISTIC) else None
+        return self.class_order if self.nested and not (by_manifest and self._declares(AS_ONE)) else None
 
     @property
     def statistic(self) -> str:

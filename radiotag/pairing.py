@@ -4,7 +4,7 @@ This module counts carriers and never reads their values: a pairing that depende
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,9 +26,16 @@ MISFIT = "give --data with labelled, unmarked images, or name the classes marked
 class Records:
     """What is known of classes and carriers beside the key and the suspect."""
 
-    manifest: Path | None = None  # of the marked data: only the classes marked there are compared
+    marked: Mapping[str, int] | None = None  # class → carrier row by a manifest: only classes marked there are tested
+    recorded: Mapping[str, int] | None = None  # of all that the manifest records
+    against_all: bool = False  # whether the recorded classes without a mark are compared, too, to see what they share
     published: Mapping[str, int] | None = None  # class → carrier row, by the public half of the marked data
     classes: tuple[str, ...] = ()  # of all images given, of which a suspect may be shown some
+
+    @property
+    def compared(self) -> Mapping[str, int] | None:
+        """Class → carrier row of the manifest's classes that are compared; None without a manifest."""
+        return self.recorded if self.against_all else self.marked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +62,24 @@ class Pairing:
             marker_outputs=tuple(position[name] for name in self.names) if complete else None,
             marker_besides=tuple(position[name] for name in self.besides if name in position) if complete else (),
             others=others,
+        )
+
+    def tested(self, records: Records) -> list[int]:
+        """Positions of the classes that are tested: all, or those that a manifest records as marked."""
+        rows = None if records.marked is None else set(records.marked.values())
+        return [i for i, row in enumerate(self.rows) if rows is None or row in rows]
+
+    def only(self, positions: Sequence[int]) -> "Pairing":
+        """The pairing of some of its classes; the others are known besides."""
+        place = {old: new for new, old in enumerate(positions)}
+        left = tuple(name for i, name in enumerate(self.names) if i not in place)
+        return replace(
+            self,
+            outputs=tuple(self.outputs[i] for i in positions),
+            rows=tuple(self.rows[i] for i in positions),
+            names=tuple(self.names[i] for i in positions) if self.names else (),
+            besides=(*left, *self.besides),
+            labels=None if self.labels is None else tuple(place.get(label, -1) for label in self.labels),
         )
 
     def image_rows(self, labels: Sequence[str]) -> dict[str, int]:
@@ -106,7 +131,7 @@ def pair_unlabelled(key: Key, spec: Spec, records: Records) -> list[tuple[int, i
     """(suspect output, carrier row) pairs without labelled images: by name if both sides have names, else in order.
 
     If a single class was marked, every output is paired with its carrier, because it is not known which output the
-    class became. With a manifest, only the classes marked there are used. RadiotagError if key and suspect do not fit.
+    class became. With a manifest, only its classes are used. RadiotagError if key and suspect do not fit.
     """
     pairs = _unlabelled_pairs(key, spec, records)
     if not pairs or max(row for _, row in pairs) >= len(key.carriers):
@@ -117,13 +142,14 @@ def pair_unlabelled(key: Key, spec: Spec, records: Records) -> list[tuple[int, i
 
 
 def _unlabelled_pairs(key: Key, spec: Spec, records: Records) -> list[tuple[int, int]]:
-    suspect_names, key_names, manifest = spec.class_names, key.class_names, records.manifest
-    every = recorded_classes(manifest) if manifest else {} if key_names else records.published or {}
-    marked = marked_classes(key, manifest) if manifest else every
+    suspect_names, key_names, by_manifest = spec.class_names, key.class_names, records.marked is not None
+    every = (records.recorded if by_manifest else None if key_names else records.published) or {}
+    compared = every if records.compared is None else records.compared
+    marked = every if records.marked is None else records.marked
     if marked.keys() == {""} or (len(key.carriers) == 1 and not (key_names and suspect_names)):
         return [(output, 0) for output in range(spec.classes)]
-    if every and (manifest or not suspect_names or every.keys() & set(suspect_names)):
-        return _pairs_of_records(key, spec, marked, every)
+    if every and (by_manifest or not suspect_names or every.keys() & set(suspect_names)):
+        return _pairs_of_records(key, spec, compared, every)
     if key_names and suspect_names:
         return [(suspect_names.index(name), row) for row, name in enumerate(key_names) if name in suspect_names]
     if key_names and len(key_names) != spec.classes:
@@ -133,9 +159,9 @@ def _unlabelled_pairs(key: Key, spec: Spec, records: Records) -> list[tuple[int,
 
 
 def _pairs_of_records(
-    key: Key, spec: Spec, marked: Mapping[str, int], every: Mapping[str, int]
+    key: Key, spec: Spec, compared: Mapping[str, int], every: Mapping[str, int]
 ) -> list[tuple[int, int]]:
-    """Pairs of the marked classes: outputs by the suspect's names, or by the key's, else in sorted order of all."""
+    """Pairs of the compared classes: outputs by the suspect's names, or by the key's, else in sorted order of all."""
     named_by_row = all(name == str(row) for name, row in every.items())  # as in shards; some classes may be absent
     of_key = key.class_names if key.class_names and len(key.class_names) == spec.classes else None
     if named_by_row and not spec.class_names:
@@ -143,7 +169,7 @@ def _pairs_of_records(
     else:
         outputs = {name: i for i, name in enumerate(spec.class_names or of_key or sorted(every))}
     return [
-        (outputs[name], row) for name, row in sorted(marked.items()) if outputs.get(name, spec.classes) < spec.classes
+        (outputs[name], row) for name, row in sorted(compared.items()) if outputs.get(name, spec.classes) < spec.classes
     ]
 
 
@@ -158,8 +184,8 @@ def class_rows(
     Else the key numbers a folder's classes as `mark` does, in sorted order. The suspect's names may add classes that
     the images lack. The result is empty if the images have no class that the key knows.
     """
-    if records.manifest:
-        all_rows = marked_classes(key, records.manifest)
+    if records.compared is not None:
+        all_rows = dict(records.compared)
     elif key.class_names is not None:
         all_rows = key.named_rows
     elif records.published is not None:
@@ -193,7 +219,7 @@ def _pair_labelled(
     every = {*image_classes, *records.classes} - {""}
     fewer = len(every) < len(key.carriers)  # where more classes were marked, their order was another
     named_alike = set(spec.class_names or ()) == every
-    unrecorded = key.class_names is None and records.manifest is None and records.published is None
+    unrecorded = key.class_names is None and records.marked is None and records.published is None
     by_order = unrecorded and (fewer or not named_alike)
     carrier_rows = [rows[name] for name in names]
     return Pairing(

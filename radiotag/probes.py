@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -180,14 +181,33 @@ def spread_over_classes(labels: Sequence[str], interval: int) -> list[int]:
     return sorted(by_class[::interval])
 
 
-def real_images(data: UnmarkedImages, size: int, tell: Tell) -> tuple[Tensor, list[str]]:
-    """(N, 3, size, size) in [0, 1] and class names of at most ALIGNMENT_IMAGES images, of every class alike.
+def even_over_classes(labels: Sequence[str], limit: int) -> list[int]:
+    """Positions (sorted) of `limit` images, or of all: of every class as many up to one, or all that it has."""
+    by_class: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        by_class.setdefault(label, []).append(i)
+    sizes = {name: len(places) for name, places in by_class.items()}
+    each = bisect_right(range(1, limit + 1), limit, key=lambda each: sum(min(size, each) for size in sizes.values()))
+    counts = {name: min(each, size) for name, size in sizes.items()}
+    larger = [name for name, size in sizes.items() if size > each]
+    more = min(len(larger), limit - sum(counts.values()))  # which do not suffice for one more of every class
+    counts |= {larger[number * len(larger) // more]: each + 1 for number in range(more)}
+    taken = list[int]()
+    for name, places in by_class.items():
+        taken += (places[number * len(places) // counts[name]] for number in range(counts[name]))
+    return sorted(taken)
 
-    If the images are small and have many classes, the limit is FEW_IMAGES per class, up to MANY_IMAGES.
+
+def real_images(data: UnmarkedImages, size: int, tell: Tell, *, evenly: bool = True) -> tuple[Tensor, list[str]]:
+    """(N, 3, size, size) in [0, 1] and class names of at most ALIGNMENT_IMAGES images.
+
+    If the images are small and have many classes, the limit is FEW_IMAGES per class, up to MANY_IMAGES. evenly: of
+    every class as many; else of large classes more, as keys of versions up to 0.9 declare.
     """
     per_class = FEW_IMAGES if size <= SMALL_IMAGE else 0
     limit = max(at_most(ALIGNMENT_IMAGES, size), min(MANY_IMAGES, per_class * len(set(data.labels))))
-    chosen = spread_over_classes(data.labels, max(1, math.ceil(len(data.labels) / limit)))
+    interval = max(1, math.ceil(len(data.labels) / limit))
+    chosen = even_over_classes(data.labels, limit) if evenly else spread_over_classes(data.labels, interval)
     images = []
     for done, i in enumerate(chosen, 1):
         images.append(resized(data.read(i)[None] / 255, size))  # one by one: not all full-size images fit in memory
@@ -198,8 +218,8 @@ def real_images(data: UnmarkedImages, size: int, tell: Tell) -> tuple[Tensor, li
 class References:
     """The reference for each input size. Only the last is cached: most suspects of a run have the same size."""
 
-    def __init__(self, marker: Network, data: UnmarkedImages | None) -> None:
-        self.marker, self.data = marker, data
+    def __init__(self, marker: Network, data: UnmarkedImages | None, *, evenly: bool = True) -> None:
+        self.marker, self.data, self.evenly = marker, data, evenly
         self._last: Reference | None = None
 
     def at(self, size: int, tell: Tell) -> Reference:
@@ -210,5 +230,6 @@ class References:
                 tell("drawing images", 0, 1)
                 self._last = Reference(self.marker, synthetic_images(size))
             else:
-                self._last = Reference(self.marker, *real_images(self.data, size, tell), self.data.name)
+                shown, labels = real_images(self.data, size, tell, evenly=self.evenly)
+                self._last = Reference(self.marker, shown, labels, self.data.name)
         return self._last

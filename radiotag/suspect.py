@@ -112,6 +112,12 @@ class ClassVectors:
     paper: Tensor | None = None  # (C, d) from the paper's alignment; None without a linear head
     r2: float | None = None  # R² of the paper's alignment
 
+    def only(self, positions: Sequence[int]) -> "ClassVectors":
+        """The rows of some classes."""
+        rows = list(positions)
+        pattern, paper = (None if part is None else part[rows] for part in (self.pattern, self.paper))
+        return ClassVectors(features=self.features[rows], pattern=pattern, paper=paper, r2=self.r2)
+
 
 class Reference:
     """The marking network and the images that are shown to all suspects of a run.

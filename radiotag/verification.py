@@ -25,7 +25,7 @@ from radiotag.conventions import settle_convention, some
 from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.files import file_hash
 from radiotag.keys import Key
-from radiotag.manifest import marked_rows
+from radiotag.manifest import marked_rows, recorded_classes
 from radiotag.networks import Network, check_file, load_network, resized, wrap_module
 from radiotag.normalisation import better_normalisation
 from radiotag.pairing import Pairing, Records, class_rows, marked_classes, match_outputs, pair
@@ -68,7 +68,7 @@ class VerifyOptions:
     image_size: int | None = None  # pixels, square; None: from the file, else the architecture's usual one
     mean: tuple[float, ...] | None = None  # the suspects' normalisation for pixels in [0, 1]
     std: tuple[float, ...] | None = None
-    manifest: Path | None = None  # of the marked data: only the classes marked there are compared
+    manifest: Path | None = None  # of the marked data: only the classes marked there are tested
     public: Path | None = None  # key, manifest, classes and data must be those published here
     alpha: float = 1e-4  # a mark is detected if the corrected p-value is at most this
     calibrate: int = 0  # number of null keys to test the same suspects with
@@ -218,12 +218,16 @@ def records(key: Key, data: UnmarkedImages | None, options: VerifyOptions) -> Re
 
     RadiotagError for another key's manifest, and for one without a mark.
     """
-    if options.manifest and not marked_classes(key, options.manifest):
+    marked = marked_classes(key, options.manifest) if options.manifest else None
+    if marked is not None and not marked:
         hint = "give the manifest of the folder that was published"
         raise RadiotagError(f"{options.manifest} records no marked image", hint)
     published = read_public(options.public).carriers if options.public else None
     classes = tuple(sorted({*data.labels} - {""})) if data else ()
-    return Records(manifest=options.manifest, published=published, classes=classes)
+    return Records(
+        marked=marked, recorded=recorded_classes(options.manifest) if options.manifest else None,
+        against_all=key.against_all, published=published, classes=classes,
+    )  # fmt: skip
 
 
 def examine(network: Network, key: Key, reference: Reference, recorded: Records, batching: Batching) -> Examined:
@@ -233,11 +237,13 @@ def examine(network: Network, key: Key, reference: Reference, recorded: Records,
     """
     suspect, usable = ask(network, reference, batching)
     pairing = pair(key, suspect, usable.labels, recorded)
-    if not pairing.outputs:
+    tested = pairing.tested(recorded)
+    if not tested:
         raise RadiotagError(f"it knows none of the classes in {reference.name}", "check --image-size, --mean and --std")
     compared = pairing.compared(reference.marker.spec.class_names or (), others=key.by_every_class)
-    vectors, left_out = class_vectors(usable, suspect, compared, batching), len(reference.pixels) - len(usable.pixels)
-    return Examined(network, pairing, vectors, left_out)
+    vectors = class_vectors(usable, suspect, compared, batching)
+    left_out = len(reference.pixels) - len(usable.pixels)
+    return Examined(network, pairing.only(tested), vectors.only(tested), left_out)
 
 
 def settle_input(
@@ -304,7 +310,8 @@ def verify(
     cannot be tested.
     """
     check_suspects(models, options)
-    references = References(key.network(options.device), data and originals(data, options.manifest))
+    shown = data and originals(data, options.manifest)
+    references = References(key.network(options.device), shown, evenly=key.against_all)
     recorded, findings = records(key, data, options), []
     for model in models:
         name = suspect_name(model)
@@ -421,7 +428,8 @@ def choose_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> bl
     marked = {row["path"] for row in marked_rows(options.manifest)}  # a suspect remembers its training images best
     order = sorted(range(len(data.labels)), key=lambda i: data.paths[i] not in marked)  # stable
     order = [order[i] for i in blackbox.choose_images([data.labels[i] for i in order])]
-    rows = class_rows(key, [data.labels[i] for i in order], records(key, data, options))
+    recorded = replace(records(key, data, options), against_all=False)  # nothing is asked about unmarked classes
+    rows = class_rows(key, [data.labels[i] for i in order], recorded)
     pictures = {i: blackbox.shrunk(data.read(i)) for i in order}  # reads all: a marked one is refused
     order = [i for i in order if data.labels[i] in rows]
     if not order:

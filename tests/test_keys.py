@@ -526,6 +526,12 @@ def test_every_class_is_as_likely_to_come_first():
             (0, 5, 4, 1, 2, 6, 3),
             -18.249141295732,
         ),
+        (
+            "nested contrasted pattern or pattern+response+ridge, by images of every class, "
+            "a manifest's classes as one, against all that it records",
+            (1, 2, 0, 3, 6, 4, 5),
+            -15.928352278665594,
+        ),
     ],
 )
 def test_every_statistic_that_a_released_key_declares_stays_computable(statistic, order, log10_p):
@@ -544,7 +550,7 @@ def test_every_statistic_that_a_released_key_declares_stays_computable(statistic
 
 
 def test_with_a_manifest_no_choice_of_classes_is_left_to_correct_for():
-    """Since 0.9; keys of earlier versions declared the sets of first classes, with a manifest and without."""
+    """Since 0.9: keys of earlier versions declared the sets of first classes, with a manifest and without."""
     keys = {
         statistic: dataclasses.replace(key, metadata=key.metadata | {"statistic": statistic})
         for key in [new_key({}, {}, 4, 7)]
@@ -552,7 +558,7 @@ def test_with_a_manifest_no_choice_of_classes_is_left_to_correct_for():
     }
     for statistic, key in keys.items():
         assert (key.tested_order(by_manifest=False) is None) == (statistic == keys_module.CONTRASTED)
-        together = statistic in {keys_module.CONTRASTED, keys_module.STATISTIC}
+        together = statistic in {keys_module.CONTRASTED, keys_module.AS_ONE, keys_module.STATISTIC}
         assert (key.tested_order(by_manifest=True) is None) == together
 
 
@@ -562,7 +568,8 @@ def test_with_a_manifest_no_choice_of_classes_is_left_to_correct_for():
         (keys_module.CONTRASTED, -10.6773655930039),
         (keys_module.NESTED, -5.062176915011999),
         (keys_module.EVERY_CLASS, -8.581338582515672),
-        (keys_module.STATISTIC, -6.431603071738701),
+        (keys_module.AS_ONE, -6.431603071738701),
+        (keys_module.STATISTIC, -5.981117695478295),
     ],
 )
 def test_the_same_suspect_gives_the_same_p_for_ever(statistic, log10_p):

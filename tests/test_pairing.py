@@ -1,8 +1,9 @@
 """Which output of a suspect is which class is which carrier."""
 
-import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from radiotag.keys import new_key
@@ -41,13 +42,11 @@ def test_a_publication_says_which_carriers_an_unnamed_key_gave_to_which_classes(
     assert flat.outputs == (0, 1, 2) and flat.rows == (0, 0, 0)
 
 
-def test_outputs_without_names_are_in_the_order_of_the_keys_names(tmp_path):
+def test_outputs_without_names_are_in_the_order_of_the_keys_names():
     """With a manifest and without one: the order that the owner gave his classes."""
     key, nameless = new_key({}, {}, 4, ["dog", "cat"]), answering([0], 2)
-    lines = [{"radiotag": 1, "fingerprint": key.fingerprint}]
-    lines += [{"path": name, "class": name, "row": row, "status": "marked"} for name, row in (("cat", 1), ("dog", 0))]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for records in (Records(), Records(manifest=tmp_path / "m.jsonl")):
+    rows = {"cat": 1, "dog": 0}
+    for records in (Records(), Records(marked=rows, recorded=rows)):
         pairing = pair(key, nameless, (), records)
         assert dict(zip(pairing.outputs, pairing.rows, strict=True)) == {0: 0, 1: 1}
 
@@ -59,3 +58,23 @@ def test_images_of_other_classes_are_labelled_as_such():
     assert pairing.labels == (1, 0, -1, 0)
     compared = pairing.compared(("emu", "dog", "cat"), others=True)
     assert (compared.marker_outputs, compared.marker_besides) == ((2, 1), (0,))
+
+
+@pytest.mark.parametrize("labels", [(), ("ant", "bee", "cat", "dog") * 5])
+def test_a_manifests_classes_without_a_mark_are_compared_and_not_tested(labels):
+    """What all classes share is seen in the unmarked ones, too; keys of versions up to 0.9 left them out."""
+    rows = {"ant": 2, "bee": 0, "cat": 1}
+    key, names = new_key({}, {}, 4, 3), ("dog", "cat", "bee", "ant")
+    suspect = answering([names.index(label) for label in labels] or [0], 4, names)
+    records = Records(marked={"cat": 1}, recorded=rows, against_all=True)
+    pairing = pair(key, suspect, labels, records)
+    assert (pairing.names, pairing.outputs, pairing.rows) == (("ant", "bee", "cat"), (3, 2, 1), (2, 0, 1))
+    tested = pairing.tested(records)
+    alone = pairing.only(tested)
+    assert (alone.names, alone.outputs, alone.rows) == (("cat",), (1,), (1,))
+    assert set(alone.besides) == {"ant", "bee", "dog"}
+    assert alone.labels == ((-1, -1, 0, -1) * 5 if labels else None)
+    before = replace(records, against_all=False)
+    assert pair(key, suspect, labels, before).rows == (1,)
+    assert pair(key, suspect, labels, before).tested(before) == [0]
+    assert pair(key, suspect, labels, Records(published=rows)).tested(Records()) == [0, 1, 2]

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import bad, call, good
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import nn
 
@@ -25,11 +27,11 @@ from radiotag.calibration import TAIL, calibrate
 from radiotag.cosines import pattern_images
 from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.images import decode, png
-from radiotag.keys import load_key, new_key, save_key
+from radiotag.keys import AS_ONE, load_key, new_key, save_key
 from radiotag.manifest import marked_hashes, marked_rows, read_manifest
 from radiotag.networks import load_network, marking_weights, save_checkpoint
 from radiotag.pairing import Records, marked_classes, match_outputs, pair_unlabelled
-from radiotag.probes import ArrayImages, FolderImages, References, real_images, spread_over_classes
+from radiotag.probes import ArrayImages, FolderImages, References, even_over_classes, real_images, spread_over_classes
 from radiotag.radioactive import resampled_log_p
 from radiotag.report import histogram
 from radiotag.suspect import Batching, ClassVectors, class_vectors
@@ -117,9 +119,9 @@ def key_and_marker(place):
     return key, key.network()
 
 
-def examine(path, key, folder, marker=None):
+def examine(path, key, folder, marker=None, manifest=None):
     """Everything computed from a suspect before any carrier is read."""
-    images, options = FolderImages(folder) if folder else None, VerifyOptions()
+    images, options = FolderImages(folder) if folder else None, VerifyOptions(manifest=manifest)
     references = References(marker or key.network(), images)
     network, batching = verification.load_suspect(path, options), Batching()
     reference = references.at(verification.input_size(network, references), batching.tell)
@@ -197,7 +199,7 @@ def test_who_finds_nothing_is_told_that_the_classes_were_numbered_by_what_there_
         assert any("paired in order" in warning for warning in found["warnings"]) is warned
 
 
-def test_numbered_classes_of_shards_are_outputs_and_those_of_folders_are_counted(tmp_path):
+def test_numbered_classes_of_shards_are_outputs_and_those_of_folders_are_counted():
     """Shards name their classes by number: 11 is output 11, even if 10 is absent. A folder's are sorted as text."""
     key = new_key(*marking_weights("builtin"), 12)
     spec = SimpleNamespace(class_names=None, classes=12)
@@ -205,10 +207,7 @@ def test_numbered_classes_of_shards_are_outputs_and_those_of_folders_are_counted
         ({"2": 2, "11": 11}, [(2, 2), (11, 11)]),
         ({"11": 0, "2": 1}, [(0, 0), (1, 1)]),
     ):
-        lines = [{"radiotag": 1, "fingerprint": key.fingerprint}]
-        lines += [{"path": name, "class": name, "row": row, "status": "marked"} for name, row in rows.items()]
-        (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert sorted(pair_unlabelled(key, spec, Records(manifest=tmp_path / "m.jsonl"))) == expected
+        assert sorted(pair_unlabelled(key, spec, Records(marked=rows, recorded=rows))) == expected
 
 
 def test_a_flat_folder_is_tested_on_every_output_and_corrected(place, tmp_path):
@@ -224,6 +223,26 @@ def test_a_flat_folder_is_tested_on_every_output_and_corrected(place, tmp_path):
         answer = call("verify", model, "--key", key, "--json", "--data", flat, *more).json["suspects"][0]
         assert answer["classes_used"] == 3
         assert any("corrected for the choice" in warning for warning in answer["warnings"])
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_of_few_marked_classes_the_vectors_are_those_beside_all_others(place, tmp_path, few_synthetic, real):
+    """A manifest of one marked class: it is tested as if all had been compared, and alone."""
+    key = load_key(place / "k.safetensors")
+    model, data = suspect(place, "plain.pt", (0, 1, 2), NAMES), place / "few" if real else None
+    lines = [{"radiotag": 1, "fingerprint": key.fingerprint}]
+    lines += [{"path": name, "class": name, "row": row, "status": "marked" if row == 1 else "copied"}
+              for row, name in enumerate(NAMES)]  # fmt: skip
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (_, every, vectors, _), (_, pairing, alone, _) = (
+        examine(model, key, data, manifest=manifest) for manifest in (None, tmp_path / "m.jsonl")
+    )
+    assert every.rows == (0, 1, 2) and pairing.rows == (1,) and pairing.names == ("bee",)
+    for part in ("features", "pattern", "paper"):
+        torch.testing.assert_close(getattr(alone, part), getattr(vectors, part)[1:2])
+    before = replace(key, metadata=key.metadata | {"statistic": AS_ONE})
+    _, pairing, lonely, _ = examine(model, before, data, manifest=tmp_path / "m.jsonl")
+    assert pairing.rows == (1,) and not torch.allclose(lonely.pattern, alone.pattern)
 
 
 def test_a_key_of_one_named_class_is_tested_on_that_class_alone(place):
@@ -280,7 +299,26 @@ def test_every_class_is_shown_in_whatever_order_the_images_lie():
     _, names = real_images(ArrayImages(torch.zeros(10_000, 3, 2, 2, dtype=torch.uint8), labels), 2, quiet)
     assert Counter(names) == dict.fromkeys(labels, 200)
     assert spread_over_classes(["b", "a", "b", "a", "b"], 2) == [0, 1, 4]
+    assert even_over_classes(labels, 2000) == spread_over_classes(labels, 5)
     assert spread_over_classes(["a", "a", "a", "b", "b"], 2) == [0, 2, 4]  # a folder's, at even intervals
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), st.integers(1, 50))
+def test_of_every_class_as_many_images_are_shown_as_the_limit_allows(labels, limit):
+    chosen = even_over_classes(labels, limit)
+    assert chosen == sorted(set(chosen)) and len(chosen) <= limit
+    assert len(chosen) == min(limit, len(labels))
+    sizes, shown = Counter(labels), Counter(labels[i] for i in chosen)
+    most = max(shown.values())
+    assert all(min(most - 1, size) <= shown[name] <= min(most, size) for name, size in sizes.items())
+
+
+def test_of_a_marked_class_its_originals_are_not_lost_among_the_images_of_the_others():
+    labels = ["marked"] * 500 + ["other"] * 5000 + ["another"] * 5000
+    images = ArrayImages(torch.zeros(10_500, 3, 2, 2, dtype=torch.uint8), labels)
+    assert Counter(real_images(images, 2, quiet)[1]) == {"marked": 500, "other": 750, "another": 750}
+    before = Counter(real_images(images, 2, quiet, evenly=False)[1])  # of versions up to 0.9
+    assert before["marked"] < 100
 
 
 @pytest.mark.parametrize(("size", "images"), [(32, 60), (64, 60), (65, 30)])
