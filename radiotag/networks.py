@@ -5,6 +5,7 @@ and a file's metadata (architecture, sizes, names) are checked before they are u
 """
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import io
@@ -35,8 +36,10 @@ from radiotag import plainjson
 from radiotag.errors import RadiotagError, first_line, out_of_memory
 from radiotag.files import write_atomically
 from radiotag.foreign import kind_of
+from radiotag.inert import Inert, load_inert
 from radiotag.pickles import TooLarge, check_pickles
 from radiotag.programs import grown, read_archive
+from radiotag.weights import COUNTERS, Found, state_dicts, versions
 
 SMALL_IMAGE = 64  # pixels; networks for inputs up to this size get the small-image stem by default
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fallback; its use is reported
@@ -45,7 +48,6 @@ LEGACY_PICKLES = 5  # in a file of torch.save before 1.6: magic number, protocol
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # extra heads of GoogLeNet and Inception, only used for training
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # old names, used by torchvision's weight files
 BARE = "save the bare weights: torch.save(model.state_dict(), FILE), or a safetensors file"
-CONTAINERS = ("model", "state_dict", "model_state_dict", "net", "weights", "model_ema", "ema")  # of a state dict
 NO_CLASSIFIER = "radiotag tests image classifiers alone; if it is one, name it with --arch FILE.py:FUNCTION"
 CHECKPOINTS = "a checkpoint of train-demo or of a torchvision classifier"  # what keygen accepts as a marking network
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -91,6 +93,7 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
         self.head: nn.Linear | None = None
         self.assumed = False  # input size and normalisation are guessed, because the file has none
+        self.taken = ""  # what of its file was taken, if that holds more than one network
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] → the network's input (B, 3, S, S)."""
@@ -254,7 +257,9 @@ def from_state(state: Mapping[str, Tensor], spec: Spec, *, builder: Callable[...
     except RuntimeError as error:
         message = f"the weights do not fit {spec.architecture}: {first_line(error)}"
         raise RadiotagError(message, "name it with --arch") from error
-    network = Network(module.to(memory_format=torch.channels_last), spec)
+    if builder is None:
+        module = module.to(memory_format=torch.channels_last)
+    network = Network(module, spec, own_layout=builder is not None)
     network.head, outputs = find_head(network)
     if builder and outputs != spec.classes:
         network.spec = replace(spec, classes=outputs, class_names=None)
@@ -298,10 +303,23 @@ def _call_builder(builder: Callable[..., Any], spec: Spec) -> nn.Module:
             module = _build_either_way(builder, spec.classes) if passes_on else builder()
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise RadiotagError(f"{spec.architecture} failed: {reason}", "fix the function, or name another one") from error
+        raise RadiotagError(f"{spec.architecture} failed: {reason}", _way_out(spec.architecture, parameters)) from error
     if not isinstance(module, nn.Module):
         raise RadiotagError(f"{spec.architecture} returned {type(module).__name__}, not a torch.nn.Module")
     return module.float()
+
+
+def _way_out(architecture: str, parameters: Mapping[str, inspect.Parameter]) -> str:
+    """What to do about a function that failed: most lack the arguments that its author gave it."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in kinds and n != "num_classes"]
+    if not needed:
+        return "fix the function, or name another one"
+    file, _, function = architecture.rpartition(":")
+    given = ", ".join(f"{name}=…" for name in needed)
+    stem = Path(file).stem
+    return f"write net.py beside it, with its values (from {stem} import {function}; def net(): return " \
+        f"{function}({given})), and give --arch net.py:net"
 
 
 def _build_either_way(builder: Callable[..., Any], classes: int) -> object:
@@ -315,14 +333,16 @@ def builder_from(argument: str) -> Callable[..., Any]:
     """The function named by FILE.py:FUNCTION. This runs the user's Python file. RadiotagError if that fails."""
     file, _, function = argument.rpartition(":")
     path = Path(file)
-    name = f"radiotag_arch_{path.stem}"
+    root, name = _package(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise RadiotagError(f"cannot read {file}", "--arch takes a torchvision name or FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module there
-    sys.path.insert(0, str(path.resolve().parent))  # for modules beside it
+    sys.path.insert(0, str(root))  # for modules beside it
     try:
+        if "." in name:
+            importlib.import_module(name.rpartition(".")[0])  # its package, which relative imports start from
+        sys.modules[name] = module  # dataclasses look up their module there
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -332,6 +352,17 @@ def builder_from(argument: str) -> Callable[..., Any]:
     if not callable(getattr(module, function, None)):
         raise RadiotagError(f"{file} has no function '{function}'", "--arch takes FILE.py:FUNCTION")
     return getattr(module, function)  # type: ignore[no-any-return]
+
+
+def _package(path: Path) -> tuple[Path, str]:
+    """The folder from which a Python file is imported, and its module's name, with its packages if it lies in some."""
+    folder = path.resolve().parent
+    root, names = folder, list[str]()
+    while (root / "__init__.py").is_file() and root != root.parent:
+        root, names = root.parent, [root.name, *names]
+    if not names:
+        return folder, f"radiotag_arch_{path.stem}"
+    return root, ".".join([*names, path.stem])
 
 
 # ---------------------------------------------------------------- recognising
@@ -384,13 +415,15 @@ def _family(name: str) -> str:
     return "torchvision.models.resnet" if name == "resnet10" else torchvision.models.get_model_builder(name).__module__
 
 
-def recognise(state: Mapping[str, Tensor]) -> tuple[str, bool, int | None] | None:
+def recognise(
+    state: Mapping[str, Tensor], stock_shapes: Callable[[str, bool, int], Shapes] | None = None
+) -> tuple[str, bool, int | None] | None:
     """(architecture, small stem, input size of a ViT) with these names and shapes of tensors; None if unknown.
 
     Candidates are tried by their number of parameters, closest first, so that few are built. If the first or last
     tensor of a candidate has another name, its whole family (a module of torchvision) is skipped.
     """
-    shapes = _shapes(_without_auxiliary(state))
+    shapes, stock_shapes = _shapes(_without_auxiliary(state)), stock_shapes or _stock_shapes
     count = sum(math.prod(shape) for name, shape in shapes.items() if "running_" not in name)
     image_size = _vit_image_size(state)
     excluded = set()
@@ -398,7 +431,7 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, bool, int | None] | Non
         if name.startswith("vit_") != (image_size is not None) or _family(name) in excluded:
             continue
         try:
-            stock = _stock_shapes(name, False, image_size or 224)
+            stock = stock_shapes(name, False, image_size or 224)
         except RadiotagError:  # a ViT with another patch size
             continue
         names = list(stock)
@@ -406,7 +439,7 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, bool, int | None] | Non
             excluded.add(_family(name))
         elif stock.keys() == shapes.keys():
             for stem in (False, True)[: 1 if image_size else 2]:
-                if _same(shapes, _stock_shapes(name, stem, image_size or 224)):
+                if _same(shapes, stock_shapes(name, stem, image_size or 224)):
                     return name, stem, image_size
     return None
 
@@ -454,6 +487,12 @@ def read_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
 
     No code in the file is ever run. RadiotagError for a file that cannot be read safely or holds no state dict.
     """
+    found, metadata = _read_file(path)
+    return clean_state(found[0].values, path), metadata
+
+
+def _read_file(path: Path) -> tuple[list[Found], dict[str, Any]]:
+    """The state dicts in a file, the likeliest first, and radiotag's metadata."""
     try:
         check_file(path)
         with path.open("rb") as file:
@@ -465,24 +504,24 @@ def read_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
     return _read_torch(path, head)
 
 
-def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
+def _read_safetensors(path: Path) -> tuple[list[Found], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = plainjson.parse((file.metadata() or {}).get("radiotag", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise RadiotagError(f"{path} is not a whole safetensors file: {first_line(error)}", "copy it again") from error
-    return clean_state(state, path), metadata if isinstance(metadata, dict) else {}
+    return [Found("", state)], metadata if isinstance(metadata, dict) else {}
 
 
-def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
+def _read_torch(path: Path, head: bytes) -> tuple[list[Found], dict[str, Any]]:
     content: Any
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = read_archive(path) if head.startswith(b"PK") else _read_pickles(path)
-        if _is_tampered(content) or (isinstance(content, dict) and any(map(_is_tampered, content.values()))):
-            raise ValueError("a mapping whose methods the file has replaced")
+        _refuse_growth(content, path)
+        found = state_dicts(content)
     except RadiotagError:
         raise
     except TooLarge as error:
@@ -492,34 +531,32 @@ def _read_torch(path: Path, head: bytes) -> tuple[State, dict[str, Any]]:
             raise
         reason = "holds a pickle that is more than weights" if "weights_only" in str(error) else "is not a whole file"
         raise RadiotagError(f"{path} {reason}; it was not run", BARE) from error
+    if not found:
+        raise RadiotagError(f"{path} holds no weights", "save model.state_dict()")
     metadata = content.get("radiotag", {}) if isinstance(content, dict) else {}
-    if isinstance(content, dict):
-        _refuse_growth(content, path)
-    for key in CONTAINERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            if any(map(_is_tampered, content.values())):
-                raise RadiotagError(f"{path} is not a whole file; it was not run", BARE)
-    if not isinstance(content, dict):
-        raise RadiotagError(f"{path} holds no state dict", "save model.state_dict()")
-    return clean_state(content, path), metadata if isinstance(metadata, dict) else {}
+    return found, metadata if isinstance(metadata, dict) else {}
 
 
 def _is_tampered(value: object) -> bool:
     return isinstance(value, dict) and not getattr(value, "__dict__", {}).keys() <= {"_metadata"}  # state dicts have it
 
 
-def _refuse_growth(content: Mapping[Any, Any], path: Path) -> None:
+def _refuse_growth(content: object, path: Path) -> None:
     """RadiotagError if tensors, nested at any depth, are larger than their file."""
-    pending, seen, sizes = list(content.values()), set[int](), dict[int, int]()
+    pending, seen, sizes = [content], set[int](), dict[int, int]()
     while pending:
         value = pending.pop()
         if _is_usable(value):
             storage = Tensor.untyped_storage(value)
             sizes[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+        elif isinstance(value, dict | list | tuple | set | Inert) and id(value) not in seen:
             seen.add(id(value))
-            pending += dict.values(value) if isinstance(value, dict) else value
+            if isinstance(value, Inert):
+                pending += [value.state, value.items, value.parts]
+            else:
+                pending += dict.values(value) if isinstance(value, dict) else value
+            if _is_tampered(value):
+                raise ValueError("a mapping whose methods the file has replaced")
     if sum(sizes.values()) > path.stat().st_size:
         raise grown(path)
 
@@ -528,8 +565,9 @@ def _read_pickles(path: Path) -> Any:
     """Read a file of PyTorch before 1.6: pickles, followed by the weights."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         # A mapped file cannot return more bytes than it has.
-        check_pickles(cast(IO[bytes], mapped), LEGACY_PICKLES, len(mapped))
-        return torch.load(file, map_location="cpu", weights_only=True)
+        if check_pickles(cast(IO[bytes], mapped), LEGACY_PICKLES, len(mapped)):
+            return torch.load(file, map_location="cpu", weights_only=True)
+        return load_inert(io.BytesIO(mapped))  # PyTorch would read a file as a tar archive if it can, but no buffer
 
 
 def _without(state: State, prefixes: Iterable[str]) -> State:
@@ -631,12 +669,11 @@ def load_network(
     RadiotagError for a file that cannot be read or run, and for one that asks for images of more than `largest` pixels:
     the network never runs at such a size unless `image_size` allows it.
     """
-    state, metadata = read_checkpoint(path)
+    found, metadata = _read_file(path)
     described = spec_from(metadata)
     builder = builder_from(architecture) if architecture and ":" in architecture else None
-    if builder is None:  # a trainer's attribute for its network; a user's own module may need it
-        state = _without(state, ("model.", "net.", "_orig_mod.", "module."))
     try:
+        state, taken = _choose(found, path, _fit(architecture, builder, described))
         if described is None or (architecture and architecture != described.architecture):
             spec = _guess(state, architecture, builder, image_size or (described.image_size if described else None))
             spec = replace(spec, mean=described.mean, std=described.std) if described else spec
@@ -651,8 +688,44 @@ def load_network(
         network = from_state(state, spec, builder=builder)
     except RadiotagError as error:
         raise RadiotagError(f"{path}: {error}", error.hint) from error
-    network.assumed = described is None
+    network.assumed, network.taken = described is None, taken
     return network
+
+
+def _fit(
+    architecture: str | None, builder: Callable[..., Any] | None, described: Spec | None
+) -> Callable[[State], bool]:
+    """The test whether tensors are those of a network: of the one described or named, or of any that is known."""
+    if builder is not None or architecture in architectures():
+        spec = Spec(architecture=architecture or "", classes=2, small_stem=False, image_size=224, mean=(), std=())
+        names = _shapes((_call_builder(builder, spec) if builder else _skeleton(spec)).state_dict()).keys()
+        return lambda state: _shapes(state if builder else _without_auxiliary(state)).keys() == names
+    if described is not None:
+        return lambda _: True
+    stock = functools.cache(_stock_shapes)  # for this file alone
+    return lambda state: recognise(state, stock) is not None
+
+
+def _choose(found: Sequence[Found], path: Path, fits: Callable[[State], bool]) -> tuple[State, str]:
+    """The tensors of the first network in a file that fits, else its likeliest ones; and what was taken, if it matters.
+
+    RadiotagError for tensors that are not finite.
+    """
+    for one in found:
+        state = clean_state(one.values, path)
+        for version in versions(state):
+            if fits(version):
+                left = sum(name.rpartition(".")[2] not in COUNTERS for name in state) - len(version)
+                return version, _taken(one, found, left)
+    return clean_state(found[0].values, path), ""
+
+
+def _taken(one: Found, found: Sequence[Found], left: int) -> str:
+    """What was taken from a file that holds more than one network."""
+    others = [f"'{other.place}'" for other in found if other is not one and 2 * other.size >= one.size]
+    text = f"the weights are those under '{one.place}', not {', '.join(others)}" if others else ""
+    rest = f"{left} of its tensors are not of the network" if left > 0 else ""
+    return "; ".join(part for part in (text, rest) if part)
 
 
 def _guess(state: State, architecture: str | None, builder: Callable[..., Any] | None, image_size: int | None) -> Spec:

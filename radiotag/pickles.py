@@ -1,8 +1,9 @@
 """What a pickle of weights may do, found out before it is read: attacks that `weights_only=True` does not stop.
 
 PyTorch's reader calls a list of functions with arguments from the file. Some of them make a tensor of any size, others
-count through one whose millions of elements are a single number. So a pickle is simulated first. Every call must be one
-that weights come in, and every tensor must fit in its storage, and every storage in the file.
+count through one whose millions of elements are a single number. So a pickle is simulated first. Every tensor must fit
+in its storage, and every storage in the file. A call must be one that weights come in, or of a class or function that
+is none of PyTorch's or Python's containers, for which `radiotag.inert` puts something that does nothing.
 """
 
 import math
@@ -34,6 +35,7 @@ DERIVED = {  # these go through the tensors that they get
     f"torch._utils _rebuild_{name}" for name in ("sparse_tensor", "nested_tensor", "device_tensor_from_cpu_tensor")
 }
 TYPED = "torch._tensor _rebuild_from_type_v2"  # calls a function that is its first argument
+REAL = {*COUNTING, *HARMLESS, *VIEWS, *DERIVED, TYPED, ENCODE}
 PROGRAM = ("__torch__", "torch.jit._pickle ")  # stood in for by radiotag.programs
 
 
@@ -41,19 +43,39 @@ class TooLarge(pickle.UnpicklingError):
     """A pickle asks for more memory than its file has bytes."""
 
 
-def check_pickles(file: IO[bytes], count: int = 1, limit: float = math.inf) -> None:
-    """UnpicklingError for attacks that `weights_only` does not stop; ValueError and others for damaged pickles.
+def is_real(name: str) -> bool:
+    """Whether the function or class "MODULE NAME" is one that weights come in, and none that `radiotag.inert` replaces.
+
+    >>> is_real("torch._utils _rebuild_tensor_v2"), is_real("torch FloatStorage"), is_real("os system")
+    (True, True, False)
+    """
+    if name in REAL or name.startswith(PROGRAM):
+        return True
+    module, _, part = name.partition(" ")
+    if part.endswith("Storage"):
+        return module in {"torch", "torch.storage", "torch.cuda"}
+    found = getattr(torch, part, None) if module == "torch" and "." not in part else None
+    is_tensor_class = part.endswith("Tensor") and isinstance(found, type)
+    return is_tensor_class or isinstance(found, torch.dtype | torch.layout | torch.qscheme)
+
+
+def check_pickles(file: IO[bytes], count: int = 1, limit: float = math.inf) -> bool:
+    """Whether PyTorch's own reader suffices, because a pickle names no class or function besides those of weights.
+
+    UnpicklingError for attacks that `weights_only` does not stop; ValueError and others for damaged pickles.
 
     ValueError, too, if the storages take more than `limit` bytes, as in a truncated file; TooLarge if a tensor takes
     more than its storage. A `bytearray` can have any size, and so can text that is encoded again and again. Nested
     tuples, each holding the next one twice, take a few bytes per level, but hashing them takes exponential time and
     cannot be stopped by Ctrl-C. The same is true of many integers with equal hashes (multiples of 2^61 − 1).
     """
+    plain = True
     for _ in range(count):
         start = file.tell()
         if file.read(1):
             file.seek(start)
-            _Simulation(limit).run(file)
+            plain &= _Simulation(limit).run(file)
+    return plain
 
 
 class _Call(NamedTuple):
@@ -111,10 +133,12 @@ class _Simulation:
     stored: int = 0  # bytes
     work: int = 0
     large_numbers: int = 0
+    plain: bool = True
 
-    def run(self, file: IO[bytes]) -> None:
-        """Go through one pickle."""
+    def run(self, file: IO[bytes]) -> bool:
+        """Go through one pickle; returns whether all that it names is what weights come in."""
         for code, argument, _ in pickletools.genops(file):
+            self.plain &= code.name != "GLOBAL" or is_real(str(argument))
             if code.name == "MARK":
                 self.marks.append(len(self.stack))
             elif code.name in {"PUT", "BINPUT", "LONG_BINPUT"}:
@@ -125,6 +149,7 @@ class _Simulation:
                 self._step(code, argument)
             if self.work > WORK:
                 raise pickle.UnpicklingError("weights_only: objects in objects")
+        return self.plain
 
     def _step(self, code: pickletools.OpcodeInfo, argument: Any) -> None:
         kinds = [kind.name for kind in code.stack_before]
@@ -146,12 +171,20 @@ class _Simulation:
             function, arguments = parts
             if arguments.code not in TUPLES:
                 raise pickle.UnpicklingError("weights_only: arguments that are no tuple")
+            if _is_inert(function.value):
+                return
             if function.value in COUNTING and (arguments.holds or arguments.deep):
                 raise pickle.UnpicklingError(f"weights_only: {function.value} of a tensor's elements")
             _check_call(function.value, arguments.value or ())
         elif code == "BINPERSID":
-            self._store(made.value.identifier)
+            kind, name, *_ = made.value.identifier
+            if kind == "module" and _is_inert(name):  # a class and its source, as PyTorch before 1.6 wrote modules
+                made.value = name
+            else:
+                self._store(made.value.identifier)
         elif code == "BUILD":
+            if isinstance(made.value, _Call) and _is_inert(made.value.function):
+                return
             name = str(made.value.function) if isinstance(made.value, _Call) else ""
             if name == "collections OrderedDict" and parts[0].code not in DICTS:
                 raise pickle.UnpicklingError("weights_only: attributes that are no mapping")
@@ -168,6 +201,13 @@ class _Simulation:
         self.storages[key] = size
         if self.stored > self.limit:
             raise ValueError("storages beyond the end of the file")
+
+
+def _is_inert(function: Any) -> bool:
+    """Whether a function does nothing when it is called, nor what it returns."""
+    if isinstance(function, _Call):
+        return _is_inert(function.function)
+    return isinstance(function, str) and " " in function and not is_real(function)
 
 
 def _check_call(function: Any, arguments: Any) -> None:

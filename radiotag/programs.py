@@ -2,10 +2,10 @@
 
 The files come from `torch.save`, or contain a program with its tensors (TorchScript, torch.export). Programs are never
 read. From the output of `torch.save` and from a TorchScript archive, only the entries that `torch.save` writes are
-copied and read with `weights_only=True`; the modules of a program become plain bundles of attributes. A torch.export
-archive lists its tensors in JSON. The result is always the module's state dict. PyTorch stores weights uncompressed, so
-files that would unpack to more bytes than they have are refused. The entries are copied because a zip file can look
-different to two readers.
+copied and read with `weights_only=True`, or where they name other classes, as inert objects (`radiotag.inert`). The
+modules of a program become plain bundles of attributes. A torch.export archive lists its tensors in JSON. The result
+is always the module's state dict. PyTorch stores weights uncompressed, so files that would unpack to more bytes than
+they have are refused. The entries are copied because a zip file can look different to two readers.
 """
 
 import io
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from radiotag.errors import RadiotagError, first_line
+from radiotag.inert import load_inert
 from radiotag.pickles import check_pickles
 
 # From the schema of torch.export's archives; complex and 8-bit float weights are of no use here.
@@ -115,7 +116,7 @@ HINTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollis
 
 def _saved_by_torch(archive: zipfile.ZipFile, names: Sequence[str], path: Path, program: bool) -> Any:
     pickle_name = next(name for name in names if name.endswith("/data.pkl"))
-    check_pickles(io.BytesIO(_bytes(archive, pickle_name, path)), limit=path.stat().st_size)
+    plain = check_pickles(io.BytesIO(_bytes(archive, pickle_name, path)), limit=path.stat().st_size)
     root, buffer = pickle_name.removesuffix("data.pkl"), io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as copy:  # without constants.pkl and code, which would mark it as a program
         for name in names:
@@ -124,7 +125,7 @@ def _saved_by_torch(archive: zipfile.ZipFile, names: Sequence[str], path: Path, 
                 copy.writestr(name, _bytes(archive, name, path))
     buffer.seek(0)
     if not program:
-        return torch.load(buffer, map_location="cpu", weights_only=True)
+        return torch.load(buffer, map_location="cpu", weights_only=True) if plain else load_inert(buffer)
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]]
     allowed = [(_value, f"torch.jit._pickle.{hint}") for hint in HINTS]
     for name in torch.serialization.get_unsafe_globals_in_checkpoint(buffer):

@@ -389,7 +389,7 @@ def _assumed_input(network: Network, options: VerifyOptions) -> list[str]:
 
 def _warnings(examined: Examined, result: Evidence, options: VerifyOptions) -> list[str]:
     network, pairing, vectors, left_out = examined
-    texts = _assumed_input(network, options)
+    texts = _assumed_input(network, options) + ([network.taken] if network.taken else [])
     if left_out:
         texts.append(NOT_FINITE.format(left_out))
     if vectors.r2 is not None and vectors.r2 < POOR_R2:
