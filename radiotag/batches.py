@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radiotag.errors import RadiotagError, out_of_memory
-from radiotag.images import GREY, Picture, decode, encode, psnr, roundtrip
+from radiotag.images import GREY, Picture, decode, encode, finer, psnr, roundtrip
 from radiotag.keys import Key, image_random
 from radiotag.networks import Network, channels_first, resized
 from radiotag.radioactive import ImageToMark, Marking, mark_images, padded
@@ -26,6 +26,7 @@ LOSSLESS = {"PNG", "BMP", "TIFF"}
 PIXELS_TOGETHER = 2**24  # most pixels per batch, about 2 GiB; many photographs together are slower than one by one
 NEAR_TARGET = 0.95  # of the target squared error: a lossy file with this much is accepted
 LARGEST_SCALE = 1.5  # largest factor by which a mark is enlarged before encoding
+ROOM = 0.25  # of the squared error that the PSNR allows: the least that writing again must leave to a mark
 TRIALS = 8  # encodings per image to find the scale
 Pixels = NDArray[np.float32]  # (H, W, 3) in [0, 255]
 
@@ -138,13 +139,10 @@ def _encode_mark(picture: Picture, marked: Pixels, marking: Marking, format: str
 
     Some encoders round small changes away (JPEG of low quality). Then the mark is enlarged, within ±ε, until it
     changes the file as much as it changed the image before encoding. The factor is at most LARGEST_SCALE, because such
-    encoders turn fine changes into coarse ones, which are visible. If encoding alone uses more than half of the squared
-    error that the PSNR allows, the mark still gets the other half: this format has no better file.
+    encoders turn fine changes into coarse ones, which are visible. RadiotagError if no file keeps the PSNR.
     """
-    height, width, _ = picture.rgb.shape
-    min_psnr, lossless, change = marking.psnr(height, width), _lossless(picture, format), marked - picture.rgb
-    codec_error = 0.0 if lossless else _error(picture.rgb, roundtrip(picture, picture.rgb, format))
-    allowed = max(10 ** (-min_psnr / 10), codec_error + 10 ** (-min_psnr / 10) / 2)
+    lossless, change, codec_error = _lossless(picture, format), marked - picture.rgb, _codec_error(picture, format)
+    allowed = _allowed(picture, marking)
     target = min(allowed, codec_error + _error(picture.rgb, marked))
     sufficient = 0.0 if lossless else NEAR_TARGET * target
     scale, low, high, best_error, best = 1.0, 0.0, math.inf, math.inf, (b"", marked)
@@ -162,7 +160,41 @@ def _encode_mark(picture: Picture, marked: Pixels, marking: Marking, format: str
         # A coarse encoder's error has steps, before which this would creep: the second half of the trials bisects.
         creeps = trial >= TRIALS // 2 and math.isfinite(high)
         scale = min(scale, LARGEST_SCALE) if low < scale < high and not creeps else (low + high) / 2
+    if best_error > allowed:
+        better = finer(picture) if format == "keep" else None
+        if better is None:
+            raise _too_coarse(picture, best_error)
+        return _encode_mark(better, marked, marking, format)
     return best
+
+
+def with_room(picture: Picture, format: str, marking: Marking) -> Picture:
+    """The picture in a coding of its format that leaves room for a mark. RadiotagError if there is none.
+
+    Writing a file again may cost more than the PSNR allows, before anything is marked: few colours among many levels of
+    alpha, for one.
+    """
+    found: Picture | None = picture
+    while found is not None:
+        if (error := _codec_error(found, format)) <= (1 - ROOM) * _allowed(picture, marking):
+            return found
+        found = finer(found) if format == "keep" else None
+    raise _too_coarse(picture, error)
+
+
+def _too_coarse(picture: Picture, error: float) -> RadiotagError:
+    told = f"written again as {picture.format} it has {-10 * math.log10(error):.1f} dB, less than --min-psnr allows"
+    return RadiotagError(f"{picture.name}: {told}", "write PNG files instead: --format png, or give a lower --min-psnr")
+
+
+def _codec_error(picture: Picture, format: str) -> float:
+    return 0.0 if _lossless(picture, format) else _error(picture.rgb, roundtrip(picture, picture.rgb, format))
+
+
+def _allowed(picture: Picture, marking: Marking) -> float:
+    """The squared error that the minimum PSNR allows."""
+    height, width, _ = picture.rgb.shape
+    return float(10 ** (-marking.psnr(height, width) / 10))
 
 
 def _error(a: Pixels, b: Pixels) -> float:

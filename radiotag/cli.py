@@ -452,6 +452,8 @@ def _mark_warnings(plan: "Plan", summary: "Summary") -> Iterator[str]:
 
     if summary.dropped:
         yield f"warning      {summary.dropped} marked files lack what lay behind the picture (gain map, depth, film)"
+    if summary.full_colour:
+        yield f"warning      {summary.full_colour} marked files have no palette: 256 colours were too few"
     if summary.unchanged:
         yield f"warning      {summary.unchanged} of the marked images came out unchanged: no room for a mark"
     if strange := unexpected_files(plan):

@@ -9,7 +9,7 @@ import math
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath, PurePosixPath
 from typing import Any
 
@@ -53,6 +53,7 @@ FURTHER_PICTURES = b"MPF\0"  # start of the list of further pictures, whose offs
 METADATA = ("exif", "icc_profile", "xmp", "dpi")  # in Pillow's words
 WEBP_QUALITY = 90  # a lossy WebP does not record its quality; the usual 75-80 would remove part of the mark
 SHEET_SMALLEST, SHEET_LARGEST = 128, 320  # pixels on the long side of an image in the contact sheet
+UNSIGNED = 1  # a TIFF's format of samples
 LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
 # Pillow warns of odd metadata, and of large images, which are refused here. The filter is global because
 # `catch_warnings` is not safe in threads.
@@ -145,15 +146,30 @@ def _depth_loss(image: Image.Image, data: bytes) -> str:
         return "a PNG whose header is not where it must be"
     if image.format == "PNG" and data[24] == 16 and not grey16:
         return "a 16-bit PNG with colour or alpha, which could only be kept at 8 bits"
-    if isinstance(image, TiffImageFile):
-        bits = max(image.tag_v2.get(258, (1,)))
-        if bits > 8 and not (grey16 and bits == 16):
-            return f"a TIFF of {bits} bits per sample, which cannot be kept"
-        if grey16 and image.tag_v2.get(262) == 0:
-            return "a 16-bit TIFF in which 0 is white, which cannot be kept"
+    if isinstance(image, TiffImageFile) and (loss := _tiff_loss(image, grey16)):
+        return loss
     if image.mode not in MODES or (grey16 and image.has_transparency_data):
         return f"pixels of mode {image.mode} with this layout cannot be kept"
     return ""
+
+
+def _tiff_loss(image: TiffImageFile, grey16: bool) -> str:
+    bits = max(image.tag_v2.get(258, (1,)))
+    if bits > 8 and not (grey16 and bits == 16):
+        return f"a TIFF of {bits} bits per sample, which cannot be kept"
+    if grey16 and image.tag_v2.get(262) == 0:
+        return "a 16-bit TIFF in which 0 is white, which cannot be kept"
+    if any(kind != UNSIGNED for kind in _values(image, 339, UNSIGNED)):
+        return "a TIFF of samples that are signed or floating, which would become others"
+    bands, kept = _values(image, 277, 1)[0], len(image.getbands())
+    if image.mode in MODES and bands != kept:
+        return f"a TIFF of {bands} bands, of which {kept} would be kept"
+    return ""
+
+
+def _values(image: TiffImageFile, tag: int, default: int) -> tuple[Any, ...]:
+    value = image.tag_v2.get(tag, default)
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _depth(image: Image.Image, data: bytes) -> int:
@@ -429,6 +445,15 @@ def _palette(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> Image.I
     if alpha is not None:
         image.info["transparency"] = opacity
     return image
+
+
+def finer(picture: Picture) -> Picture | None:
+    """The picture in a coding of the same format that costs less; None if there is none."""
+    if picture.mode == "P":  # 256 colours in all, or fewer for each level of alpha
+        return replace(picture, mode="RGB" if picture.plane is None else "RGBA", depth=8)
+    if picture.format == "WEBP" and not picture.options["lossless"] and picture.options["quality"] < 100:
+        return replace(picture, options=picture.options | {"quality": 100})
+    return None
 
 
 def roundtrip(picture: Picture, rgb: NDArray[Any], format: str = "keep") -> NDArray[np.float32]:

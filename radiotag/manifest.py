@@ -48,6 +48,7 @@ class Summary:
     linf: "array[float]" = field(default_factory=lambda: array("d"))
     gain: "array[float]" = field(default_factory=lambda: array("d"))
     dropped: int = 0  # images whose marked files lack further pictures of the source's file
+    full_colour: int = 0  # images with a palette whose marked files have none
     places: "array[int]" = field(default_factory=lambda: array("q"))  # of their rows, in bytes
 
     @property
@@ -72,6 +73,7 @@ class Summary:
             for name in QUALITY:
                 getattr(self, name).append(row[name])
             self.dropped += "dropped" in row
+            self.full_colour += "full_colour" in row
             self.places.append(place)
 
     def statistics(self) -> dict[str, float | None]:

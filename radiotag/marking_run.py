@@ -21,7 +21,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from radiotag import manifest
-from radiotag.batches import Marked, Marker, Request, fits, mark_requests, request_for
+from radiotag.batches import Marked, Marker, Request, fits, mark_requests, request_for, with_room
 from radiotag.errors import RadiotagError
 from radiotag.files import fill_atomically, hash_or_none, write_atomically
 from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, ssim
@@ -323,6 +323,7 @@ class _Decoded:
     item: Item
     digest: str  # SHA-256 of the source's file
     picture: Picture
+    palette: bool  # whether its file has one
 
 
 def _process(state: _Run, todo: Sequence[Item], other_files: Sequence[PurePosixPath]) -> Iterator[Row]:
@@ -387,11 +388,13 @@ def _read(plan: Plan, item: Item) -> _Decoded | Row:
         data = plan.store.read(item.path)
         picture = decode(data, str(name))
         encode(picture, picture.rgb, plan.options.format)  # if it cannot be written, only this image fails
+        palette = picture.mode == "P"
+        picture = with_room(picture, plan.options.format, plan.options.marking)
     except OSError as error:
         return _row(plan, item, "failed", error=f"cannot read {name}: {error.strerror}")
     except RadiotagError as error:
         return _failed(plan, item, error)
-    return _Decoded(item=item, digest=hashlib.sha256(data).hexdigest(), picture=picture)
+    return _Decoded(item=item, digest=hashlib.sha256(data).hexdigest(), picture=picture, palette=palette)
 
 
 def _mark_batch(plan: Plan, marker: Marker, batch: Sequence[_Decoded]) -> Iterator[Row]:
@@ -418,7 +421,13 @@ def _write(plan: Plan, image: _Decoded, result: Marked | RadiotagError) -> Row:
         sha256_out=hashlib.sha256(result.file).hexdigest(), psnr=round(min(psnr(before, after), BEST_PSNR), 3),
         ssim=round(ssim(before, after), 5), linf=round(linf(before, after), 3), gain=round(result.gain, 5),
         **({"dropped": image.picture.dropped} if image.picture.dropped else {}),
+        **({"full_colour": True} if _became_full_colour(plan, image, result) else {}),
     )  # fmt: skip
+
+
+def _became_full_colour(plan: Plan, image: _Decoded, result: Marked) -> bool:
+    """Whether a palette's colours were too few for the marked image."""
+    return image.palette and plan.options.format == "keep" and decode(result.file, image.picture.name).mode != "P"
 
 
 # ---------------------------------------------------------------- the preview

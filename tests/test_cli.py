@@ -46,7 +46,7 @@ from safetensors import safe_open
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from radiotag import __version__, batches, cli, demo, images, keys, networks, probes, synthetic, terminal, training
+from radiotag import __version__, batches, cli, demo, keys, networks, probes, synthetic, terminal, training
 from radiotag import suspect as suspect_module
 from radiotag.errors import RadiotagError
 from radiotag.keys import load_key
@@ -1228,20 +1228,35 @@ def test_a_grey_image_is_marked_as_strongly_as_it_may_be_and_stays_grey(world, t
             assert f.mode != "RGB" or np.ptp(np.asarray(f), axis=2).max() == 0
 
 
-def test_a_mark_is_not_given_up_where_the_format_alone_costs_more_than_is_allowed(world, tmp_path):
+def test_a_file_that_cannot_keep_the_psnr_is_refused_by_name(world, tmp_path):
+    """--min-psnr is a promise: what writing again alone would spoil is left out, and said."""
     noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     (tmp_path / "imgs" / "ant").mkdir(parents=True)
     Image.fromarray(noise).save(tmp_path / "imgs" / "ant" / "a.jpg", quality=60)
-    answer = call("mark", tmp_path / "imgs", "--key", world.key, "--min-psnr", 45, "--json").json
-    path = "ant/a.jpg"
-    source, marked = tmp_path / "imgs" / path, tmp_path / "imgs-marked" / path
-    unmarked = images.roundtrip(picture := images.decode(source.read_bytes(), path), picture.rgb, "keep")
-    alone = 10 * np.log10(255**2 / np.mean((unmarked - pixels(source)) ** 2))
-    allowed = np.mean((unmarked - pixels(source)) ** 2) + 255**2 * 10**-4.5 / 2  # half of what was asked for, beside it
-    made = np.mean((pixels(marked) - pixels(source)) ** 2)
-    assert alone < 45 and 0.9 * allowed < made <= 1.0001 * allowed
-    assert np.abs(pixels(marked) - unmarked).max() >= 1
-    assert answer["psnr_min"] == pytest.approx(measured_psnr(source, marked), abs=1e-3)  # told as it is
+    photo(3).save(tmp_path / "imgs" / "ant" / "b.png")
+    result = call("mark", tmp_path / "imgs", "--key", world.key, "--min-psnr", 45, "--json")
+    (failed,) = result.json["failed"]
+    assert result.code == 1 and failed["path"] == "ant/a.jpg" and "less than --min-psnr allows" in failed["error"]
+    assert "--format png" in failed["hint"] and "--min-psnr" in failed["hint"]
+    assert result.json["marked"] == 1 and result.json["psnr_min"] >= 45
+
+
+@pytest.mark.parametrize("levels", [1, 64])
+def test_a_palette_with_too_few_colours_becomes_full_colour(world, tmp_path, levels):
+    place = tmp_path / "imgs" / "ant" / "a.png"
+    place.parent.mkdir(parents=True)
+    before = photo(2, (64, 64)).quantize(256)
+    before.save(place, transparency=bytes(255 - i % levels * 3 for i in range(256)))
+    result = good("mark", tmp_path / "imgs", "--key", world.key, "--steps", 4)
+    marked = tmp_path / "imgs-marked" / "ant" / "a.png"
+    with Image.open(marked) as after:
+        mode, rgb = after.mode, np.asarray(after.convert("RGBA")).astype(float)
+    with Image.open(place) as source:
+        expected = np.asarray(source.convert("RGBA")).astype(float)
+    assert np.array_equal(rgb[..., 3], expected[..., 3])
+    assert 10 * np.log10(255**2 / np.mean((rgb[..., :3] - expected[..., :3]) ** 2)) >= 34
+    assert ("1 marked files have no palette" in result.out) == (mode != "P")
+    assert levels == 1 or mode == "RGBA"
 
 
 def test_what_an_encoder_takes_of_a_mark_is_given_back_within_the_psnr(world, tmp_path):

@@ -14,7 +14,7 @@ from helpers import encoded, png_chunk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 from PIL.JpegImagePlugin import get_sampling
 
 from radiotag import files, images
@@ -166,6 +166,22 @@ def test_bilevel():
     assert opened(file).mode == "1"
     assert np.array_equal(np.asarray(opened(file)), before)
     assert (images.roundtrip(picture, np.full_like(picture.rgb, 120), "png") == 120).all()
+
+
+# -- bands that would be lost
+
+
+@pytest.mark.parametrize(
+    ("mode", "tags", "told"),
+    [("RGBX", {338: 0}, "4 bands, of which 3"), ("L", {339: 2}, "signed or floating")],
+)
+def test_a_tiff_whose_bands_would_be_lost_is_refused(mode, tags, told):
+    tiff = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        tiff[tag] = value
+    data = encoded(Image.fromarray(smooth()).convert(mode), "TIFF", tiffinfo=tiff)
+    with pytest.raises(RadiotagError, match=rf"field\.tif: a TIFF of .*{told}"):
+        images.decode(data, "field.tif")
 
 
 # -- palettes
