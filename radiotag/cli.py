@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from radiotag.verification import Finding, VerifyOptions
     from radiotag.verification import Progress as ShowProgress
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # folders of folders of classes
+SHOWN = 5  # names of classes
 UNNAMED = (
     "note         the key names no classes: it is your private tool until `mark` writes the set's public half; "
     "with --data ./imgs it names them"
@@ -290,6 +290,7 @@ def _mark_plan(report: Report, source: Path, output: Path | None, key: Path, opt
 
 
 def _note_classes(report: Report, plan: "Plan") -> None:
+    from radiotag.listing import SPLITS
     from radiotag.plan import uncounted_classes
 
     if plan.rows.keys() <= SPLITS and len(plan.rows) > 1:
@@ -382,10 +383,17 @@ def _plan_lines(plan: "Plan", wanted: dict[str, int], expected: "Expectation") -
     return [
         f"would mark {sum(wanted.values())} of {len(plan.items)} images into {plan.output}, less what is done already",
         *(f"  {line}" for line in lines),
+        _classes_line(plan),
         *_unmarked_lines(plan),
         _expect_line(expected),
         f"next         {shlex.join(['radiotag', *(word for word in sys.argv[1:] if word != '--dry-run')])}",
     ]
+
+
+def _classes_line(plan: "Plan") -> str:
+    names = [name for name in plan.sizes() if name]
+    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    return f"classes      {len(names)} ({shown})" if names else "classes      none: all images are of one"
 
 
 def _unmarked_lines(plan: "Plan") -> list[str]:
@@ -424,6 +432,7 @@ def _mark_lines(plan: "Plan", summary: "Summary", expected: "Expectation", key: 
     return [
         f"marked       {summary.marked} of {len(plan.items)} images, {summary.copied} copied, {failed} failed"
         + (f" ({summary.skipped} done earlier)" if summary.skipped else ""),
+        _classes_line(plan),
         f"output       {plan.output}",
         f"manifest     {plan.manifest} (keep it secret)",
         f"public half  {plan.public} (publish or time-stamp it before the data)",

@@ -1,13 +1,24 @@
 """The content of a data set: images with their classes, and other files, which are only copied."""
 
+import io
 import os
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from PIL import Image
+
 from radiotag.errors import RadiotagError
 from radiotag.files import PART
 from radiotag.images import SUFFIXES
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_MAP = r"(?:masks?|labels?|label_?maps?|seg(?:mentation)?s?|trimaps?|depths?|ground_?truths?|gt|annotations?|mattes?)"
+MAP_FOLDER = re.compile(_MAP, re.IGNORECASE)
+MAP_SUFFIX = re.compile(rf"[_\-. ]{_MAP}$", re.IGNORECASE)
+FEW_COLOURS = 64  # of a map in colour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +40,11 @@ class Listing(NamedTuple):
 def list_folder(source: Path) -> Listing:
     """List a folder: images by path, sorted class names ([""] for a flat folder), and other files to copy.
 
-    A class is a first-level folder that contains images at any depth. The other files are files of other types, hidden
-    files, files in hidden folders, and empty folders; incomplete files of a killed `mark` are left out. RadiotagError
-    for a missing, empty or ambiguous folder, a link out of it, a broken link, and a link to a folder.
+    A class is a folder of the first level that contains images at any depth; where this is a lone folder of folders, or
+    where train and val are, of the level below (`class_level`). The other files are files of other types, label maps,
+    a few pictures beside the class folders, hidden files, files in hidden folders, and empty folders; incomplete files
+    of a killed `mark` are left out. RadiotagError for a missing, empty or ambiguous folder, a link out of it, a broken
+    link, and a link to a folder.
     """
     if not source.is_dir():
         raise RadiotagError(f"{source}: " + ("not a folder" if source.exists() else "no such folder"), "check the path")
@@ -41,13 +54,80 @@ def list_folder(source: Path) -> Listing:
         raise RadiotagError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
     if not images:
         raise RadiotagError(f"no images in {source}", f"files are taken by suffix: {' '.join(sorted(SUFFIXES))}")
-    names = sorted({path.parts[0] for path in images if len(path.parts) > 1})
-    loose = min((path for path in images if len(path.parts) == 1), default=None)
-    if names and loose:
+    maps = label_maps(images, lambda path: (source / path).read_bytes())
+    inside = [path for path in images if path not in maps]
+    loose = [path for path in inside if len(path.parts) == 1]
+    folders = sorted({path.parts[0] for path in inside if len(path.parts) > 1})
+    if folders and 2 * len(loose) >= len(inside):
         hint = "move the images beside the class folders into one of them"
-        raise RadiotagError(f"{source}: images both in class folders ({names[0]}) and beside them ({loose})", hint)
-    items = [Item(path=path, label=path.parts[0] if names else "") for path in images]
-    return Listing(items, names or [""], other_files)
+        raise RadiotagError(f"{source}: images both in class folders ({folders[0]}) and beside them ({loose[0]})", hint)
+    beside = set(loose if folders else ()) | maps
+    inside = [path for path in inside if path not in beside]
+    level = class_level(inside)
+    items = [Item(path=path, label=path.parts[level] if folders else "") for path in inside]
+    names = sorted({item.label for item in items})
+    return Listing(items, names, sorted([*other_files, *beside], key=lambda path: path.parts))
+
+
+def class_level(images: Iterable[PurePosixPath]) -> int:
+    """Which part of the images' paths is the class: the first, unless it is a folder of class folders.
+
+    That is a folder in which all images lie, in folders of their own; or all first parts are names like train and val.
+    """
+    parts, level = [path.parts for path in images], 0
+    while parts and all(len(part) > level + 2 for part in parts):
+        here = {part[level] for part in parts}
+        if len(here) > 1 and not here <= SPLITS:
+            break
+        level += 1
+    return level
+
+
+# ---------------------------------------------------------------- label maps
+
+
+def label_maps(images: Sequence[PurePosixPath], read: Callable[[PurePosixPath], bytes]) -> set[PurePosixPath]:
+    """Those images that are no pictures but say what is where in one: masks, trimaps, maps of depth or of classes.
+
+    Such a file is called so, or its folder is; a picture of the same name lies beside it or its folder; and it is grey,
+    indexed or of few colours, as three of each folder show. Marking would destroy it.
+    """
+    named = {path: bare for path in images if (bare := _picture_of(path)) is not None}
+    if not named:
+        return set()
+    pictures = set[tuple[tuple[str, ...], str]]()
+    for path in (path for path in images if path not in named):
+        pictures.update((path.parts[:count], path.stem) for count in range(len(path.parts)))
+    kinds: dict[PurePosixPath, list[PurePosixPath]] = {}
+    for path, (place, stem) in named.items():
+        if (place, stem) in pictures:
+            kinds.setdefault(path.parent, []).append(path)
+    return {path for paths in kinds.values() if all(_is_map(read, path) for path in paths[:3]) for path in paths}
+
+
+def is_map_name(path: PurePosixPath) -> bool:
+    """Whether a path is named as a label map's."""
+    return _picture_of(path) is not None
+
+
+def _picture_of(path: PurePosixPath) -> tuple[tuple[str, ...], str] | None:
+    """The folder under which a label map's picture lies, and its stem; None if the name tells of no map."""
+    suffix = MAP_SUFFIX.search(path.stem)
+    stem = path.stem[: suffix.start()] if suffix else path.stem
+    for place, part in enumerate(path.parts[:-1]):
+        if MAP_FOLDER.fullmatch(part):
+            return path.parts[:place], stem
+    return (path.parts[:-1], stem) if suffix and stem else None
+
+
+def _is_map(read: Callable[[PurePosixPath], bytes], path: PurePosixPath) -> bool:
+    try:
+        with Image.open(io.BytesIO(read(path))) as image:
+            if image.mode in {"1", "L", "P", "I", "F"} or image.mode.startswith("I;16"):
+                return True
+            return image.mode in {"RGB", "RGBA"} and image.convert("RGB").getcolors(FEW_COLOURS) is not None
+    except Exception:  # no picture that can be read is no map; marking will name it
+        return False
 
 
 def _walk(source: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
@@ -66,13 +146,14 @@ def _walk(source: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
             if entry.is_dir():
                 pending.append(path)
             elif entry.is_file() and not PART.fullmatch(entry.name):
-                (images if _is_image(path) else other_files).append(path)
+                (images if is_image(path) else other_files).append(path)
         if not entries:
             other_files.append(folder)
     return sorted(images, key=lambda path: path.parts), sorted(other_files, key=lambda path: path.parts)
 
 
-def _is_image(path: PurePosixPath) -> bool:
+def is_image(path: PurePosixPath) -> bool:
+    """Whether a path is that of an image that can be marked, by its suffix; hidden files are none."""
     return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 

@@ -263,10 +263,10 @@ def unexpected_files(plan: Plan) -> list[str]:
 
 
 def uncounted_classes(plan: Plan) -> list[str]:
-    """First-level folders whose images are only copied: loaders of class folders count them as classes, too."""
+    """First-level folders whose images are all copied only: loaders of class folders count them as classes, too."""
     images = (path for path in plan.other_files if path.suffix.lower() in SUFFIXES | OTHER_SUFFIXES)
     folders = {path.parts[0] for path in images if len(path.parts) > 1}
-    return sorted(folders - set(plan.rows)) if "" not in plan.rows else []
+    return sorted(folders - {item.path.parts[0] for item in plan.items}) if "" not in plan.rows else []
 
 
 # ---------------------------------------------------------------- the output of earlier runs

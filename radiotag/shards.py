@@ -15,7 +15,7 @@ from typing import IO, Any
 from radiotag.errors import RadiotagError
 from radiotag.files import PART, fill_atomically
 from radiotag.images import OTHER_SUFFIXES, SUFFIXES
-from radiotag.listing import Item, Listing
+from radiotag.listing import Item, Listing, class_level
 
 BLOCK = 512
 CHUNK = 2**20
@@ -98,6 +98,7 @@ def list_shards(source: Path) -> tuple[Archive, Listing]:
             raise RadiotagError(f"{shard}: not a tar file that can be read ({error})", "replace the file") from error
     if not index.members:
         raise RadiotagError(f"no images in {source}", f"members are taken by suffix: {' '.join(sorted(SUFFIXES))}")
+    index.label_by_folders()
     items = [Item(path=PurePosixPath(path), label=index.labels[path]) for path in index.members]
     archive = index.archive(shards[0].parent, tuple(shard.name for shard in shards))
     return archive, Listing(items, _class_names(set(index.labels.values())), other_files)
@@ -135,6 +136,7 @@ class _Index:
 
     members: dict[str, Member] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
+    unlabelled: dict[str, PurePosixPath] = field(default_factory=dict)  # path → sample
     unmarked: Counter[str] = field(default_factory=Counter)
 
     def archive(self, root: Path, shards: tuple[str, ...] = ()) -> Archive:
@@ -167,8 +169,16 @@ class _Index:
             _check_end(shard, tar.offset)
         self._remove_masks(samples)
         for path, sample in samples.items():
-            parents = PurePosixPath(sample).parts[:-1]
-            self.labels[path] = classes.get(sample, parents[0] if parents else "")
+            if sample in classes:
+                self.labels[path] = classes[sample]
+            else:
+                self.unlabelled[path] = PurePosixPath(sample)
+
+    def label_by_folders(self) -> None:
+        """Give samples without a class the folder in their names that is one (see `class_level`)."""
+        level = class_level(self.unlabelled.values())
+        for path, sample in self.unlabelled.items():
+            self.labels[path] = sample.parts[level] if len(sample.parts) > 1 else ""
 
     def _remove_masks(self, samples: dict[str, str]) -> None:
         """Remove images with a further suffix (0.seg.png) beside a sample's picture (0.jpg), such as masks."""

@@ -24,7 +24,7 @@ from radiotag.files import (
     write_atomically,
 )
 from radiotag.images import OTHER_SUFFIXES
-from radiotag.listing import Listing, list_folder
+from radiotag.listing import Listing, is_image, is_map_name, list_folder
 from radiotag.manifest import Row
 
 
@@ -262,7 +262,14 @@ class Shards:
 
 
 def _unmarked_suffixes(listing: Listing) -> Counter[str]:
-    return Counter(path.suffix.lower() for path in listing.other_files if path.suffix.lower() in OTHER_SUFFIXES)
+    """What looks like an image among the other files, by kind."""
+    found: Counter[str] = Counter()
+    for path in listing.other_files:
+        if path.suffix.lower() in OTHER_SUFFIXES:
+            found[path.suffix.lower()] += 1
+        elif is_image(path):
+            found["label maps" if len(path.parts) > 1 or is_map_name(path) else "pictures beside the classes"] += 1
+    return found
 
 
 def _remove_parts(folder: Path) -> None:

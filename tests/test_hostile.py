@@ -540,3 +540,21 @@ def test_queries_of_wrong_types_are_damaged(key, tmp_path):
     for name in ("format", "fingerprint"):
         with pytest.raises(OfAnotherKey):
             load(good | {name: [[]]})
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (("imgs/cat/0.png", "imgs/dog/1.png"), {"cat", "dog"}), (("train/cat/0.png", "val/cat/1.png"), {"cat"}),
+        (("cat/0.png", "dog/1.png"), {"cat", "dog"}), (("cat/0.png",), {"cat"}), (("0.png",), {""}),
+        (("imgs/cat/0.png", "imgs/dog/1.png", "imgs/dog/1.cls"), {"cat", "7"}),
+    ],
+)  # fmt: skip
+def test_the_class_of_a_member_is_the_folder_below_a_lone_root(names, classes, tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"7"))
+    _, listing = list_shards(tmp_path / "s.tar")
+    assert {item.label for item in listing.items} == classes

@@ -804,6 +804,61 @@ def test_listing_mixed_is_ambiguous(tmp_path):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (("train/cat/1.png", "train/dog/2.png"), ["cat", "dog"]),
+        (("set/images/cat/1.png", "set/images/dog/deep/2.png", "set/readme.txt"), ["cat", "dog"]),
+        (("train/cat/1.png", "val/cat/2.png", "train/dog/3.png"), ["cat", "dog"]),
+        (("train/cat/1.png",), ["cat"]),
+        (("cat/1.png", "cat/2.png"), ["cat"]),
+        (("cat/1.png", "cat/more/2.png"), ["cat"]),
+        (("cat/a/1.png", "dog/a/2.png"), ["cat", "dog"]),
+        (("train/1.png", "val/2.png"), ["train", "val"]),
+    ],
+)
+def test_the_folders_of_a_lone_root_are_the_classes(names, classes, tmp_path):
+    items, found, _ = list_folder(tree(tmp_path, *names))
+    assert found == classes == sorted({item.label for item in items})
+    assert all(item.label in item.path.parts[:-1] for item in items)
+
+
+def test_a_few_pictures_beside_the_class_folders_are_copied(tmp_path):
+    root = tree(tmp_path, "cat/1.png", "dog/2.png", "teaser.png")
+    assert listed(root) == ([("cat/1.png", "cat"), ("dog/2.png", "dog")], ["cat", "dog"], ["teaser.png"])
+
+
+def picture_tree(root, **pictures):
+    for name, image in pictures.items():
+        path = root / name.replace("__", "/")
+        path = path.with_name(f"{path.name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return root
+
+
+def test_label_maps_beside_their_pictures_are_copied(tmp_path):
+    photo = Image.fromarray(smooth(30, 30))
+    grey, few = photo.convert("L"), photo.quantize(20)
+    apart = picture_tree(tmp_path / "apart", images__a=photo, masks__a=few, images__b=photo, masks__b=few)
+    assert listed(apart) == (
+        [("images/a.png", "images"), ("images/b.png", "images")], ["images"], ["masks/a.png", "masks/b.png"]
+    )  # fmt: skip
+    beside = picture_tree(tmp_path / "beside", cat__a=photo, cat__a_mask=grey, cat__b=photo, **{"cat__b-seg": few})
+    assert [path for path, _ in listed(beside)[0]] == ["cat/a.png", "cat/b.png"]
+    deep = picture_tree(tmp_path / "deep", cat__a=photo, dog__b=photo, depth__cat__a=grey, depth__dog__b=grey)
+    assert listed(deep)[1:] == (["cat", "dog"], ["depth/cat/a.png", "depth/dog/b.png"])
+
+
+def test_pictures_that_are_only_called_like_label_maps_are_marked(tmp_path):
+    """Classes of people with and without masks, a picture whose twin is gone, a photograph as large as its mask."""
+    photo = Image.fromarray(noise(40, 40, 3))
+    root = picture_tree(tmp_path / "faces", mask__1=photo, no_mask__1=photo, mask__2=photo)
+    assert listed(root)[1] == ["mask", "no_mask"]
+    alone = picture_tree(tmp_path / "alone", masks__a=photo.convert("L"), images__b=photo)
+    assert listed(alone)[1] == ["images", "masks"]
+
+
 def test_listing_nothing_to_mark(tmp_path):
     with pytest.raises(RadiotagError, match="no images in") as caught:
         list_folder(tree(tmp_path, "cat/1.gif", "2.png.part"))

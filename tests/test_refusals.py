@@ -57,7 +57,7 @@ def test_a_key_that_fits_is_paired():
 
 
 def warnings_of(left_out=0, **vectors):
-    network = SimpleNamespace(assumed=False, head=vectors.pop("head", "a layer"))
+    network = SimpleNamespace(assumed=False, taken="", head=vectors.pop("head", "a layer"))
     examined = verification.Examined(
         network, Pairing(outputs=(0, 1), rows=(0, 1)), ClassVectors(features=torch.ones(2, 4), **vectors), left_out
     )
