@@ -1,5 +1,6 @@
 """The content of a data set: images with their classes, and other files, which are only copied."""
 
+import csv
 import io
 import os
 import re
@@ -18,6 +19,9 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _MAP = r"(?:masks?|labels?|label_?maps?|seg(?:mentation)?s?|trimaps?|depths?|ground_?truths?|gt|annotations?|mattes?)"
 MAP_FOLDER = re.compile(_MAP, re.IGNORECASE)
 MAP_SUFFIX = re.compile(rf"[_\-. ]{_MAP}$", re.IGNORECASE)
+TABLES = ("metadata.csv", "labels.csv")  # beside the images of a flat folder
+FILE_COLUMNS = ("file_name", "filename", "file", "image", "path", "name")
+CLASS_COLUMNS = ("label", "class", "class_name", "category", "species", "target")
 FEW_COLOURS = 64  # of a map in colour
 
 
@@ -41,7 +45,8 @@ def list_folder(source: Path) -> Listing:
     """List a folder: images by path, sorted class names ([""] for a flat folder), and other files to copy.
 
     A class is a folder of the first level that contains images at any depth; where this is a lone folder of folders, or
-    where train and val are, of the level below (`class_level`). The other files are files of other types, label maps,
+    where train and val are, of the level below (`class_level`). In a flat folder a table may tell the classes
+    (`class_table`). The other files are files of other types, label maps,
     a few pictures beside the class folders, hidden files, files in hidden folders, and empty folders; incomplete files
     of a killed `mark` are left out. RadiotagError for a missing, empty or ambiguous folder, a link out of it, a broken
     link, and a link to a folder.
@@ -63,8 +68,8 @@ def list_folder(source: Path) -> Listing:
         raise RadiotagError(f"{source}: images both in class folders ({folders[0]}) and beside them ({loose[0]})", hint)
     beside = set(loose if folders else ()) | maps
     inside = [path for path in inside if path not in beside]
-    level = class_level(inside)
-    items = [Item(path=path, label=path.parts[level] if folders else "") for path in inside]
+    level, table = class_level(inside), {} if folders else class_table(source, inside)
+    items = [Item(path=path, label=path.parts[level] if folders else table.get(path, "")) for path in inside]
     names = sorted({item.label for item in items})
     return Listing(items, names, sorted([*other_files, *beside], key=lambda path: path.parts))
 
@@ -81,6 +86,32 @@ def class_level(images: Iterable[PurePosixPath]) -> int:
             break
         level += 1
     return level
+
+
+def class_table(source: Path, images: Sequence[PurePosixPath]) -> dict[PurePosixPath, str]:
+    """Image → class by a table in a flat folder, as Hugging Face's data sets have it; empty if there is none.
+
+    RadiotagError if it tells the class of some images and not of others.
+    """
+    for path in (source / name for name in TABLES if (source / name).is_file()):
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = csv.DictReader(file)
+                columns = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
+                of_file = next((columns[name] for name in FILE_COLUMNS if name in columns), None)
+                of_class = next((columns[name] for name in CLASS_COLUMNS if name in columns), None)
+                pairs = [(row[of_file], row[of_class]) for row in rows] if of_file and of_class else []
+        except (OSError, ValueError, csv.Error) as error:
+            told = f"{path}: not a table that can be read ({error})"
+            raise RadiotagError(told, "mend it, or move it away") from error
+        table = {PurePosixPath(name.strip()): label.strip() for name, label in pairs if name and label}
+        lacking = [image for image in images if not table.get(image)]
+        if len(lacking) < len(images):
+            if lacking:
+                hint = "complete it, or move it away to mark all images as one class"
+                raise RadiotagError(f"{path} gives no class of {lacking[0]}", hint)
+            return table
+    return {}
 
 
 # ---------------------------------------------------------------- label maps

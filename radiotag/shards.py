@@ -4,7 +4,9 @@ Marking a shard copies its bytes and replaces the marked members. All other byte
 """
 
 import errno
+import json
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +23,9 @@ BLOCK = 512
 CHUNK = 2**20
 CLASSES = 1_000_000  # most classes that a key can have
 LONGEST = 4096  # bytes of a member's name
+LARGEST_JSON = 2**20  # bytes of a member that may tell a class
+NUMBER = re.compile(r"[+-]?[0-9]{1,9}")
+CLASS_KEYS = ("cls", "class", "label", "target", "class_id", "label_id", "category", "class_name")
 # What Python's reader raises for sizes and sparse maps of any kind, besides its own errors.
 DAMAGED = (OSError, tarfile.TarError, ValueError, LookupError, ArithmeticError, TypeError, MemoryError)
 
@@ -79,7 +84,8 @@ def is_shard(path: Path) -> bool:
 def list_shards(source: Path) -> tuple[Archive, Listing]:
     """The index of shards, and their listing (see `list_folder`) with images in the order of the shards.
 
-    The class of a sample is the content of its `.cls` member, else the folder in its members' names, else "". If all
+    The class of a sample is the content of its `.cls` member, else what its `.json` member calls so, else the folder in
+    its members' names, else "". Samples without a class beside others that have one are only copied; −1 is none. If all
     classes are numbers, they are carrier rows, as they are the outputs of a model. RadiotagError for shards that cannot
     be read, have no images, or lie beside loose images, and for members that could not be written back.
     """
@@ -98,7 +104,7 @@ def list_shards(source: Path) -> tuple[Archive, Listing]:
             raise RadiotagError(f"{shard}: not a tar file that can be read ({error})", "replace the file") from error
     if not index.members:
         raise RadiotagError(f"no images in {source}", f"members are taken by suffix: {' '.join(sorted(SUFFIXES))}")
-    index.label_by_folders()
+    index.settle_labels()
     items = [Item(path=PurePosixPath(path), label=index.labels[path]) for path in index.members]
     archive = index.archive(shards[0].parent, tuple(shard.name for shard in shards))
     return archive, Listing(items, _class_names(set(index.labels.values())), other_files)
@@ -119,6 +125,23 @@ def finished_archive(output: Path) -> Archive | None:
     return index.archive(output.parent if output.is_file() else output) if index.members else None
 
 
+def _class(text: str) -> str:
+    """A class as a member writes it; numbers without signs and zeros before them, and "" for −1, which is no class."""
+    text = text.strip().removeprefix("\ufeff").strip()
+    number = int(text) if NUMBER.fullmatch(text) else None
+    return text if number is None else str(number) if number >= 0 else ""
+
+
+def _class_in(data: bytes) -> str:
+    """The class in a sample's JSON member: a number or a text under a usual name; "" for none."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return ""
+    found = (values.get(name) for name in CLASS_KEYS) if isinstance(values, dict) else ()
+    return next((_class(str(value)) for value in found if isinstance(value, int | str)), "")
+
+
 def _class_names(labels: set[str]) -> list[str]:
     if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in labels):
         count = max(map(int, labels)) + 1
@@ -136,7 +159,7 @@ class _Index:
 
     members: dict[str, Member] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
-    unlabelled: dict[str, PurePosixPath] = field(default_factory=dict)  # path → sample
+    samples: dict[str, PurePosixPath] = field(default_factory=dict)  # of each path
     unmarked: Counter[str] = field(default_factory=Counter)
 
     def archive(self, root: Path, shards: tuple[str, ...] = ()) -> Archive:
@@ -147,6 +170,7 @@ class _Index:
         """Add a shard's images and their classes, and count members that look like images but cannot be marked."""
         classes: dict[str, str] = {}
         samples: dict[str, str] = {}
+        described: dict[str, str] = {}
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
                 tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps every header in memory
@@ -156,9 +180,12 @@ class _Index:
                     continue
                 path = f"{shard.name}/{name}"
                 sample = str(name.with_name(name.name.split(".")[0]))
-                if name.suffix == ".cls":
+                if name.suffix.lower() == ".cls":
                     file = tar.extractfile(info)
-                    classes[sample] = file.read(1024).decode("utf-8", "replace").strip() if file else ""
+                    classes[sample] = _class(file.read(1024).decode("utf-8", "replace")) if file else ""
+                elif name.suffix.lower() == ".json" and info.size <= LARGEST_JSON:
+                    file = tar.extractfile(info)
+                    described[sample] = _class_in(file.read()) if file else ""
                 elif name.suffix.lower() in SUFFIXES:
                     _check_member(shard, info, path in self.members)
                     header = info.offset_data - BLOCK
@@ -169,16 +196,22 @@ class _Index:
             _check_end(shard, tar.offset)
         self._remove_masks(samples)
         for path, sample in samples.items():
-            if sample in classes:
-                self.labels[path] = classes[sample]
-            else:
-                self.unlabelled[path] = PurePosixPath(sample)
+            self.samples[path] = PurePosixPath(sample)
+            if label := classes.get(sample, described.get(sample, "")):
+                self.labels[path] = label
 
-    def label_by_folders(self) -> None:
-        """Give samples without a class the folder in their names that is one (see `class_level`)."""
-        level = class_level(self.unlabelled.values())
-        for path, sample in self.unlabelled.items():
-            self.labels[path] = sample.parts[level] if len(sample.parts) > 1 else ""
+    def settle_labels(self) -> None:
+        """Give each image its class: what its sample says, or if none does, the folder in its name (`class_level`).
+
+        Where some samples tell their class, those that do not are left out: they would be taken for a class.
+        """
+        level = class_level(self.samples.values())
+        if not self.labels:
+            folders = {path: sample.parts[level] for path, sample in self.samples.items() if len(sample.parts) > 1}
+            self.labels = {path: folders.get(path, "") for path in self.samples}
+        for path in [path for path in self.members if path not in self.labels]:
+            self.unmarked["images without a class"] += 1
+            del self.members[path]
 
     def _remove_masks(self, samples: dict[str, str]) -> None:
         """Remove images with a further suffix (0.seg.png) beside a sample's picture (0.jpg), such as masks."""

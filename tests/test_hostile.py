@@ -547,7 +547,6 @@ def test_queries_of_wrong_types_are_damaged(key, tmp_path):
     [
         (("imgs/cat/0.png", "imgs/dog/1.png"), {"cat", "dog"}), (("train/cat/0.png", "val/cat/1.png"), {"cat"}),
         (("cat/0.png", "dog/1.png"), {"cat", "dog"}), (("cat/0.png",), {"cat"}), (("0.png",), {""}),
-        (("imgs/cat/0.png", "imgs/dog/1.png", "imgs/dog/1.cls"), {"cat", "7"}),
     ],
 )  # fmt: skip
 def test_the_class_of_a_member_is_the_folder_below_a_lone_root(names, classes, tmp_path):
@@ -558,3 +557,31 @@ def test_the_class_of_a_member_is_the_folder_below_a_lone_root(names, classes, t
             tar.addfile(info, io.BytesIO(b"7"))
     _, listing = list_shards(tmp_path / "s.tar")
     assert {item.label for item in listing.items} == classes
+
+
+@pytest.mark.parametrize(
+    ("members", "classes", "left"),
+    [
+        ({"0.png": "", "0.CLS": "3", "1.png": "", "1.cls": "\ufeff007\n"}, {"0.png": "3", "1.png": "7"}, 0),
+        ({"a/0.png": "", "a/0.cls": "1", "a/1.png": ""}, {"a/0.png": "1"}, 1),
+        ({"0.png": "", "0.cls": "-1", "1.png": "", "1.cls": "0"}, {"1.png": "0"}, 1),
+        (
+            {"0.png": "", "0.json": '{"label": 2}', "1.png": "", "1.json": '{"label": "cat"}'},
+            {"0.png": "2", "1.png": "cat"}, 0,
+        ),
+        (
+            {"0.png": "", "0.json": '{"caption": "x"}', "1.png": "", "1.json": "[" * 10**5},
+            {"0.png": "", "1.png": ""}, 0,
+        ),
+    ],
+)  # fmt: skip
+def test_classes_as_samples_tell_them(members, classes, left, tmp_path):
+    """Numbers are read leniently; a sample without a class is left out, and shifts no other's carrier."""
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, text in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            tar.addfile(info, io.BytesIO(text.encode()))
+    archive, listing = list_shards(tmp_path / "s.tar")
+    assert {item.path.relative_to("s.tar").as_posix(): item.label for item in listing.items} == classes
+    assert archive.unmarked["images without a class"] == left

@@ -823,6 +823,21 @@ def test_the_folders_of_a_lone_root_are_the_classes(names, classes, tmp_path):
     assert all(item.label in item.path.parts[:-1] for item in items)
 
 
+def test_a_table_tells_the_classes_of_a_flat_folder(tmp_path):
+    root = tree(tmp_path, "1.png", "2.png", "3.png")
+    (root / "metadata.csv").write_text("\ufefffile_name,label\n1.png,cat\n2.png,dog\n3.png,cat\n", encoding="utf-8")
+    assert listed(root)[:2] == ([("1.png", "cat"), ("2.png", "dog"), ("3.png", "cat")], ["cat", "dog"])
+    (root / "metadata.csv").write_text("file_name,label\n1.png,cat\n2.png,\n")
+    with pytest.raises(RadiotagError, match=r"metadata\.csv gives no class of 2\.png") as caught:
+        list_folder(root)
+    assert "move it away" in caught.value.hint
+    (root / "metadata.csv").write_text("file_name,text\n1.png,a cat\n")
+    assert listed(root)[1] == [""]
+    (root / "metadata.csv").write_bytes(b"file_name,label\n1.png,\xff\n")
+    with pytest.raises(RadiotagError, match=r"metadata\.csv: not a table"):
+        list_folder(root)
+
+
 def test_a_few_pictures_beside_the_class_folders_are_copied(tmp_path):
     root = tree(tmp_path, "cat/1.png", "dog/2.png", "teaser.png")
     assert listed(root) == ([("cat/1.png", "cat"), ("dog/2.png", "dog")], ["cat", "dog"], ["teaser.png"])
