@@ -35,7 +35,7 @@ from torchvision.models.vgg import VGG
 from radiotag import plainjson
 from radiotag.errors import RadiotagError, first_line, out_of_memory
 from radiotag.files import write_atomically
-from radiotag.foreign import kind_of
+from radiotag.foreign import HEAD, file_kind, kind_of
 from radiotag.inert import Inert, load_inert
 from radiotag.pickles import TooLarge, check_pickles
 from radiotag.programs import grown, read_archive
@@ -50,6 +50,7 @@ OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # old na
 BARE = "save the bare weights: torch.save(model.state_dict(), FILE), or a safetensors file"
 NO_CLASSIFIER = "radiotag tests image classifiers alone; if it is one, name it with --arch FILE.py:FUNCTION"
 CHECKPOINTS = "a checkpoint of train-demo or of a torchvision classifier"  # what keygen accepts as a marking network
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SHELLS = {getattr(torch, "float4_e2m1fn_x2", None)}  # types that PyTorch stores but cannot convert
 State = dict[str, Tensor]
@@ -478,6 +479,10 @@ def _vit_image_size(state: Mapping[str, Tensor]) -> int | None:
 
 def check_file(path: Path) -> None:
     """RadiotagError if there is no file at this path."""
+    if path.is_dir():
+        inside = sorted(found.name for found in path.iterdir() if found.suffix in WEIGHT_SUFFIXES)
+        hint = f"give the file with its weights: {path / inside[0]}" if inside else "give the file with its weights"
+        raise RadiotagError(f"{path} is a folder", hint)
     if not path.is_file():
         raise RadiotagError(f"{path} is not a file" if path.exists() else f"no such file: {path}", "check the path")
 
@@ -496,9 +501,11 @@ def _read_file(path: Path) -> tuple[list[Found], dict[str, Any]]:
     try:
         check_file(path)
         with path.open("rb") as file:
-            head = file.read(16)
+            head = file.read(HEAD)
     except OSError as error:
         raise RadiotagError(f"cannot read {path}: {error.strerror}", "check the file and its permissions") from error
+    if (kind := file_kind(head)) and head[8:9] != b"{":
+        raise RadiotagError(f"{path} is {kind[0]}", kind[1])
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         return _read_safetensors(path)
     return _read_torch(path, head)

@@ -1,12 +1,16 @@
 """A model that is no image classifier is told so in one line, and no classifier is taken for something else."""
 
+import gzip
+import zipfile
+
 import pytest
 import torch
 import torchvision
 from helpers import bad, good
 
+from radiotag.errors import RadiotagError
 from radiotag.foreign import KINDS, kind_of
-from radiotag.networks import architectures
+from radiotag.networks import architectures, load_network
 
 LRASPP = "lraspp_mobilenet_v3_large"
 KNOWN = {
@@ -47,3 +51,34 @@ def test_no_classifier_of_torchvision_is_taken_for_another_kind():
 
 def test_each_kind_has_signs():
     assert all(signs and all(signs) for _, signs in KINDS)
+
+
+OTHERS = {
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "a web page": b"\n<!DOCTYPE HTML><html></html>", "a gzip archive": gzip.compress(b"x"),
+    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(600), "a tar archive": bytes(257) + b"ustar" + bytes(600),
+    "an ONNX model": b"\x08\x08\x12\x07pytorch\x1a\x052.1.0", "a language model": b"GGUF\x03" + bytes(99),
+    "a 7-Zip archive": b"7z\xbc\xaf\x27\x1c", "a TensorFlow Lite model": b"\x1c\0\0\0TFL3" + bytes(99),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("name", ["m.pt", "m.onnx", "m.safetensors"])
+def test_a_file_of_another_kind_is_named_for_what_it_is(kind, name, tmp_path):
+    (tmp_path / name).write_bytes(OTHERS[kind])
+    with pytest.raises(RadiotagError, match=rf"{name} is {kind}") as error:
+        load_network(tmp_path / name)
+    assert error.value.hint
+
+
+def test_archives_and_folders_that_hold_a_model_somewhere(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as file:
+        file.writestr("weights/model.pt", b"x")
+    with pytest.raises(RadiotagError, match=r"m\.zip is a zip archive without a PyTorch model"):
+        load_network(tmp_path / "m.zip")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    (tmp_path / "hub" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(RadiotagError, match="hub is a folder") as error:
+        load_network(tmp_path / "hub")
+    assert str(tmp_path / "hub" / "model.safetensors") in error.value.hint

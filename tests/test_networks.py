@@ -821,7 +821,7 @@ def test_other_files_are_refused_by_name(name, content, tmp_path):
 def test_unreadable_paths_are_named(tmp_path, monkeypatch):
     with pytest.raises(RadiotagError, match=r"no such file: .*missing\.pt"):
         read_checkpoint(tmp_path / "missing.pt")
-    with pytest.raises(RadiotagError, match="is not a file"):
+    with pytest.raises(RadiotagError, match="is a folder"):
         read_checkpoint(tmp_path)
     with pytest.raises(RadiotagError, match=r"cannot read .*x{300}"):
         read_checkpoint(tmp_path / ("x" * 300))

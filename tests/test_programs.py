@@ -173,7 +173,7 @@ def exported_with(path, change):
     ],
 )  # fmt: skip
 def test_claims_that_go_beyond_what_is_stored_are_refused(claim, tmp_path):
-    with pytest.raises(RadiotagError, match=r"m\.pt2 is not a whole file"):
+    with pytest.raises(RadiotagError, match=r"m\.pt2 is (not a whole file|a zip archive without)"):
         load_network(exported_with(tmp_path / "m.pt2", lambda entry: entry["tensor_meta"].update(claim)))
 
 
@@ -184,7 +184,7 @@ def test_tensors_that_only_claim_to_be_large_are_refused(tmp_path):
 
 
 def test_a_missing_record_is_a_damaged_file(tmp_path):
-    with pytest.raises(RadiotagError, match=r"m\.pt2 is not a whole file"):
+    with pytest.raises(RadiotagError, match=r"m\.pt2 is (not a whole file|a zip archive without)"):
         load_network(exported_with(tmp_path / "m.pt2", lambda entry: entry.update(path_name="../../etc/passwd")))
 
 
@@ -295,7 +295,7 @@ def test_archives_are_not_nested_deeper_than_they_come(tmp_path):
     for _ in range(3):
         data = zipped({"serialized_state_dict.pt": data})
     (tmp_path / "m.pt2").write_bytes(data)
-    with pytest.raises(RadiotagError, match=r"m\.pt2 is not a whole file"):
+    with pytest.raises(RadiotagError, match=r"m\.pt2 is (not a whole file|a zip archive without)"):
         read_checkpoint(tmp_path / "m.pt2")
 
 
