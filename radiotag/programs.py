@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from radiotag.errors import RadiotagError, first_line
+from radiotag.foreign import BY_ANSWERS
 from radiotag.inert import load_inert
 from radiotag.pickles import check_pickles
 
@@ -135,7 +136,11 @@ def _saved_by_torch(archive: zipfile.ZipFile, names: Sequence[str], path: Path, 
             allowed.append((_Module, name))
     buffer.seek(0)
     with torch.serialization.safe_globals(allowed):
-        return _tensors(torch.load(buffer, map_location="cpu", weights_only=True))
+        tensors = _tensors(torch.load(buffer, map_location="cpu", weights_only=True))
+    if not tensors:
+        told = f"{path} holds no weights by name: in a frozen program they are constants of its code"
+        raise RadiotagError(told, f"save model.state_dict(), or the program before torch.jit.freeze; or {BY_ANSWERS}")
+    return tensors
 
 
 def _tensors(module: object) -> dict[str, Tensor]:
