@@ -159,7 +159,7 @@ class _Index:
 
     members: dict[str, Member] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
-    samples: dict[str, PurePosixPath] = field(default_factory=dict)  # of each path
+    by_folder: dict[str, PurePosixPath] = field(default_factory=dict)  # path → sample, in shards that tell no class
     unmarked: Counter[str] = field(default_factory=Counter)
 
     def archive(self, root: Path, shards: tuple[str, ...] = ()) -> Archive:
@@ -195,23 +195,22 @@ class _Index:
                     self.unmarked[name.suffix.lower()] += 1
             _check_end(shard, tar.offset)
         self._remove_masks(samples)
-        for path, sample in samples.items():
-            self.samples[path] = PurePosixPath(sample)
-            if label := classes.get(sample, described.get(sample, "")):
-                self.labels[path] = label
+        told = {path: classes.get(sample, described.get(sample, "")) for path, sample in samples.items()}
+        self.labels |= told
+        if not any(told.values()):
+            self.by_folder |= {path: PurePosixPath(sample) for path, sample in samples.items()}
 
     def settle_labels(self) -> None:
-        """Give each image its class: what its sample says, or if none does, the folder in its name (`class_level`).
+        """Give each image its class: what its sample says, or if none of its shard does, a folder in its name.
 
-        Where some samples tell their class, those that do not are left out: they would be taken for a class.
+        Where some samples have a class, those without are left out: they would be taken for one (`class_level`).
         """
-        level = class_level(self.samples.values())
-        if not self.labels:
-            folders = {path: sample.parts[level] for path, sample in self.samples.items() if len(sample.parts) > 1}
-            self.labels = {path: folders.get(path, "") for path in self.samples}
-        for path in [path for path in self.members if path not in self.labels]:
+        level = class_level(self.by_folder.values())
+        for path, sample in self.by_folder.items():
+            self.labels[path] = sample.parts[level] if len(sample.parts) > 1 else ""
+        for path in [path for path, label in self.labels.items() if not label] if any(self.labels.values()) else ():
             self.unmarked["images without a class"] += 1
-            del self.members[path]
+            del self.members[path], self.labels[path]
 
     def _remove_masks(self, samples: dict[str, str]) -> None:
         """Remove images with a further suffix (0.seg.png) beside a sample's picture (0.jpg), such as masks."""
