@@ -1,10 +1,9 @@
 """The content of a data set: images with their classes, and other files, which are only copied."""
 
 import csv
-import io
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -46,10 +45,9 @@ def list_folder(source: Path) -> Listing:
 
     A class is a folder of the first level that contains images at any depth; where this is a lone folder of folders, or
     where train and val are, of the level below (`class_level`). In a flat folder a table may tell the classes
-    (`class_table`). The other files are files of other types, label maps,
-    a few pictures beside the class folders, hidden files, files in hidden folders, and empty folders; incomplete files
-    of a killed `mark` are left out. RadiotagError for a missing, empty or ambiguous folder, a link out of it, a broken
-    link, and a link to a folder.
+    (`class_table`). The other files are files of other types, label maps, a few pictures beside the class folders,
+    hidden files, files in hidden folders, and empty folders; incomplete files of a killed `mark` are left out.
+    RadiotagError for a missing, empty or ambiguous folder, a link out of it, a broken link, and a link to a folder.
     """
     if not source.is_dir():
         raise RadiotagError(f"{source}: " + ("not a folder" if source.exists() else "no such folder"), "check the path")
@@ -59,7 +57,7 @@ def list_folder(source: Path) -> Listing:
         raise RadiotagError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
     if not images:
         raise RadiotagError(f"no images in {source}", f"files are taken by suffix: {' '.join(sorted(SUFFIXES))}")
-    maps = label_maps(images, lambda path: (source / path).read_bytes())
+    maps = label_maps(source, images)
     inside = [path for path in images if path not in maps]
     loose = [path for path in inside if len(path.parts) == 1]
     folders = sorted({path.parts[0] for path in inside if len(path.parts) > 1})
@@ -117,7 +115,7 @@ def class_table(source: Path, images: Sequence[PurePosixPath]) -> dict[PurePosix
 # ---------------------------------------------------------------- label maps
 
 
-def label_maps(images: Sequence[PurePosixPath], read: Callable[[PurePosixPath], bytes]) -> set[PurePosixPath]:
+def label_maps(source: Path, images: Sequence[PurePosixPath]) -> set[PurePosixPath]:
     """Those images that are no pictures but say what is where in one: masks, trimaps, maps of depth or of classes.
 
     Such a file is called so, or its folder is; a picture of the same name lies beside it or its folder; and it is grey,
@@ -133,7 +131,7 @@ def label_maps(images: Sequence[PurePosixPath], read: Callable[[PurePosixPath], 
     for path, (place, stem) in named.items():
         if (place, stem) in pictures:
             kinds.setdefault(path.parent, []).append(path)
-    return {path for paths in kinds.values() if all(_is_map(read, path) for path in paths[:3]) for path in paths}
+    return {path for paths in kinds.values() if all(_is_map(source / path) for path in paths[:3]) for path in paths}
 
 
 def is_map_name(path: PurePosixPath) -> bool:
@@ -151,9 +149,9 @@ def _picture_of(path: PurePosixPath) -> tuple[tuple[str, ...], str] | None:
     return (path.parts[:-1], stem) if suffix and stem else None
 
 
-def _is_map(read: Callable[[PurePosixPath], bytes], path: PurePosixPath) -> bool:
+def _is_map(path: Path) -> bool:
     try:
-        with Image.open(io.BytesIO(read(path))) as image:
+        with Image.open(path) as image:
             if image.mode in {"1", "L", "P", "I", "F"} or image.mode.startswith("I;16"):
                 return True
             return image.mode in {"RGB", "RGBA"} and image.convert("RGB").getcolors(FEW_COLOURS) is not None

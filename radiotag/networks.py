@@ -1,7 +1,8 @@
 """Networks and their files: building, recognising and safely reading any torchvision classifier.
 
 A suspect's file is hostile input. This module never unpickles code: PyTorch files are read with `weights_only=True`,
-and a file's metadata (architecture, sizes, names) are checked before they are used.
+or where they name other classes, as inert objects (`radiotag.inert`). A file's metadata (architecture, sizes, names)
+are checked before they are used.
 """
 
 import contextlib

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from radiotag.errors import RadiotagError, first_line
-from radiotag.foreign import BY_ANSWERS
+from radiotag.foreign import BY_ANSWERS, UNPACK
 from radiotag.inert import load_inert
 from radiotag.pickles import check_pickles
 
@@ -118,7 +118,7 @@ HINTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollis
 def _saved_by_torch(archive: zipfile.ZipFile, names: Sequence[str], path: Path, program: bool) -> Any:
     pickle_name = next((name for name in names if name.endswith("/data.pkl")), "")
     if not pickle_name:
-        raise RadiotagError(f"{path} is a zip archive without a PyTorch model", "unpack it, and give the model's file")
+        raise RadiotagError(f"{path} is a zip archive without a PyTorch model", UNPACK)
     plain = check_pickles(io.BytesIO(_bytes(archive, pickle_name, path)), limit=path.stat().st_size)
     root, buffer = pickle_name.removesuffix("data.pkl"), io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as copy:  # without constants.pkl and code, which would mark it as a program
