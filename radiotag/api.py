@@ -20,12 +20,12 @@ from radiotag import keys, verification
 from radiotag.batches import PIXELS_TOGETHER, Marker, Request, mark_requests, request_for
 from radiotag.errors import RadiotagError
 from radiotag.files import write_atomically
-from radiotag.images import decode, png
+from radiotag.images import Pixels, decode, png
 from radiotag.images import psnr as image_psnr
 from radiotag.keys import Key, new_key, save_key, with_beacon
 from radiotag.manifest import Summary
 from radiotag.marking_run import THREADS, run
-from radiotag.networks import Network, available_device, marking_weights, resized
+from radiotag.networks import Network, available_device, channels_first, marking_weights, resized
 from radiotag.plan import (
     MarkOptions,
     Plan,
@@ -245,7 +245,7 @@ def _mark_arrays(
                 for i, picture in zip(batch, pictures, strict=True)
             ]
             for i, request, seen in zip(batch, requests, _marked_pixels(marker, requests), strict=True):
-                marked[i] = torch.from_numpy(seen).permute(2, 0, 1).round().to(torch.uint8)
+                marked[i] = channels_first(seen).round_().to(torch.uint8)
                 psnr[i] = image_psnr(request.picture.rgb, seen)
             progress(Summary(images=len(places), done=start + len(batch)))
     return MarkedImages(images=like(given, marked), chosen=np.isin(np.arange(len(pixels)), places), psnr=psnr)
@@ -262,7 +262,7 @@ def _choose(
     return choose_hardest(key, by_hardness(labels, found), wanted, NOTHING)
 
 
-def _marked_pixels(marker: Marker, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
+def _marked_pixels(marker: Marker, requests: Sequence[Request]) -> list[Pixels]:
     """The pixels (H, W, 3) of marked images. RadiotagError for the first that cannot be marked."""
     results = [result for part in mark_requests(marker, requests) for result in part]
     for result in results:

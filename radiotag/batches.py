@@ -10,25 +10,28 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from radiotag.bands import FEW, bands, sampled
 from radiotag.errors import RadiotagError, out_of_memory
-from radiotag.images import GREY, Picture, decode, encode, finer, psnr, roundtrip
+from radiotag.images import GREY, Picture, Pixels, decode, encode, finer, psnr, roundtrip, sample_of
 from radiotag.keys import Key, image_random
 from radiotag.networks import Network, channels_first, resized
 from radiotag.radioactive import ImageToMark, Marking, mark_images, padded
+from radiotag.reduction import Change, Reduced, enlarged, reduced, reduction, shrunk
 
 LOSSLESS = {"PNG", "BMP", "TIFF"}
 PIXELS_TOGETHER = 2**24  # most pixels per batch, about 2 GiB; many photographs together are slower than one by one
 NEAR_TARGET = 0.95  # of the target squared error: a lossy file with this much is accepted
+NEAR_SAMPLE = 0.9  # the same for a large image, whose scale some of its rows have told
+BESIDES_SAMPLE = 0.998  # of that scale: the other rows may hold more
 LARGEST_SCALE = 1.5  # largest factor by which a mark is enlarged before encoding
 ROOM = 0.25  # of the squared error that the PSNR allows: the least that writing again must leave to a mark
 TRIALS = 8  # encodings per image to find the scale
-Pixels = NDArray[np.float32]  # (H, W, 3) in [0, 255]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,56 +105,107 @@ def mark_pictures(marker: Marker, requests: Sequence[Request]) -> list[tuple[byt
     """Mark decoded images; returns each one's file and its pixels (H, W, 3) as decoded from the file."""
     marking, format, steps = marker.marking, marker.format, itertools.count()
     pictures = [request.picture for request in requests]
-    lossless = all(_lossless(picture, format) for picture in pictures)
+    copies = [reduced(p.rgb) if reduction(*p.rgb.shape[:2]) > 1 else None for p in pictures]
+    as_it_is = [small is not None or _lossless(p, format) for small, p in zip(copies, pictures, strict=True)]
 
-    def seen(picture: Picture, image: Tensor) -> Tensor:
-        return image if _lossless(picture, format) else channels_first(roundtrip(picture, _array(image), format))
+    def seen(picture: Picture, image: Tensor, same: bool) -> Tensor:
+        return image if same else channels_first(roundtrip(picture, _array(image), format))
 
     def read_back(images: Sequence[Tensor]) -> list[Tensor]:
         marker.on_step(len(pictures) * next(steps) / marking.steps)
-        return list(images) if lossless else list(marker.pool.map(seen, pictures, images))
+        return list(images) if all(as_it_is) else list(marker.pool.map(seen, pictures, images, as_it_is))
 
-    def finish(picture: Picture, image: Tensor) -> tuple[bytes, Pixels]:
-        return _encode_mark(picture, _array(image), marking, format)
+    def finish(picture: Picture, small: Reduced | None, image: Tensor) -> tuple[bytes, Pixels]:
+        return _encode_mark(picture, _change(picture, small, image), marking, format)
 
     images = [
         ImageToMark(
-            image=channels_first(request.picture.rgb), carrier=request.carrier, pattern=request.pattern,
-            draw=copy(request.draw), grey=_grey(request.picture),
+            image=channels_first(request.picture.rgb) if small is None else small.image, carrier=request.carrier,
+            pattern=request.pattern, draw=copy(request.draw), grey=_grey(request.picture),
+            mask=None if small is None else small.mask,
         )
-        for request in requests
+        for request, small in zip(requests, copies, strict=True)
     ]  # fmt: skip
     marked = mark_images(marker.network, images, marking, read_back)
-    return list(marker.pool.map(finish, pictures, marked))
+    return list(marker.pool.map(finish, pictures, copies, marked))
+
+
+def _change(picture: Picture, small: Reduced | None, marked: Tensor) -> Change:
+    """What a mark adds to some rows of a picture."""
+    if small is not None:
+        return enlarged(small, marked)
+    change = np.subtract(_array(marked), picture.rgb, dtype=np.float32)
+    return lambda rows: change[rows]
 
 
 def _grey(picture: Picture) -> bool:
     """Whether an image shows no colour; on a black and white photograph, even one stored as RGB, any tint shows."""
-    return picture.mode in GREY or bool((picture.rgb == picture.rgb[..., :1]).all())
+    parts = (picture.rgb[rows] for rows in bands(*picture.rgb.shape[:2]))
+    return picture.mode in GREY or all(bool((part == part[..., :1]).all()) for part in parts)
 
 
 def _lossless(picture: Picture, format: str) -> bool:
     return (format == "png" or picture.format in LOSSLESS) and picture.mode in {"RGB", "RGBA"}
 
 
-def _encode_mark(picture: Picture, marked: Pixels, marking: Marking, format: str) -> tuple[bytes, Pixels]:
+def _encode_mark(picture: Picture, change: Change, marking: Marking, format: str) -> tuple[bytes, Pixels]:
     """Encode a marked image; enlarge the mark if encoding weakens it, shrink it if the PSNR would become too low.
 
     Some encoders round small changes away (JPEG of low quality). Then the mark is enlarged, within ±ε, until it
     changes the file as much as it changed the image before encoding. The factor is at most LARGEST_SCALE, because such
-    encoders turn fine changes into coarse ones, which are visible. RadiotagError if no file keeps the PSNR.
+    encoders turn fine changes into coarse ones, which are visible. Of a large image, some rows tell where to begin.
+    RadiotagError if no file keeps the PSNR.
     """
-    lossless, change, codec_error = _lossless(picture, format), marked - picture.rgb, _codec_error(picture, format)
-    allowed = _allowed(picture, marking)
-    target = min(allowed, codec_error + _error(picture.rgb, marked))
-    sufficient = 0.0 if lossless else NEAR_TARGET * target
-    scale, low, high, best_error, best = 1.0, 0.0, math.inf, math.inf, (b"", marked)
+    sample, limits = sample_of(picture), _Limits(_allowed(picture, marking), marking.epsilon, format)
+    scale = 1.0
+    if sample is not picture:
+        few = np.concatenate([change(rows) for rows in sampled(*picture.rgb.shape[:2])])
+        scale = _fitted(sample, lambda rows: few[rows], limits).scale * BESIDES_SAMPLE
+    found = _fitted(picture, change, limits, scale)
+    if found.error > limits.allowed:
+        better = finer(picture) if format == "keep" else None
+        if better is None:
+            raise _too_coarse(picture, found.error)
+        return _encode_mark(better, change, marking, format)
+    return found.file or encode(picture, found.pixels, format), found.pixels
+
+
+class _Limits(NamedTuple):
+    """What a marked file must keep, and its format."""
+
+    allowed: float  # squared error for pixels scaled to [0, 1]
+    epsilon: float
+    format: str
+
+
+class _Fit(NamedTuple):
+    """A file with a scaled mark."""
+
+    scale: float
+    error: float
+    file: bytes  # empty for a lossless format: the pixels tell all
+    pixels: Pixels  # as read from the file
+
+
+def _fitted(picture: Picture, change: Change, limits: _Limits, scale: float = 1.0) -> _Fit:
+    """The file with the best scale of a change, tried from the one given."""
+    allowed, epsilon, format = limits
+    codec_error, lossless = _codec_error(picture, format), _lossless(picture, format)
+    target = min(allowed, codec_error + _energy(picture, change))
+    near = NEAR_TARGET if scale == 1.0 else NEAR_SAMPLE
+    sufficient = 0.0 if lossless else near * target
+    if codec_error >= allowed:
+        return _Fit(0.0, codec_error, b"", picture.rgb)
+    low, high = 0.0, math.inf
+    best = _Fit(scale, math.inf, b"", picture.rgb)
     for trial in range(TRIALS):
-        data = encode(picture, picture.rgb + np.clip(scale * change, -marking.epsilon, marking.epsilon), format)
-        seen = decode(data, picture.name).rgb
+        data, seen = b"", _composed(picture, change, scale, epsilon)
+        if not lossless:
+            data = encode(picture, seen, format)
+            seen = decode(data, picture.name).rgb
         error = _error(picture.rgb, seen)
-        if best_error > allowed or best_error < error <= allowed:
-            best_error, best = error, (data, seen)
+        if best.error > allowed or best.error < error <= allowed:
+            best = _Fit(scale, error, data, seen)
         if sufficient <= error <= allowed or (scale == LARGEST_SCALE and error <= allowed):
             break
         low, high = (low, scale) if error > allowed else (scale, high)
@@ -160,12 +214,25 @@ def _encode_mark(picture: Picture, marked: Pixels, marking: Marking, format: str
         # A coarse encoder's error has steps, before which this would creep: the second half of the trials bisects.
         creeps = trial >= TRIALS // 2 and math.isfinite(high)
         scale = min(scale, LARGEST_SCALE) if low < scale < high and not creeps else (low + high) / 2
-    if best_error > allowed:
-        better = finer(picture) if format == "keep" else None
-        if better is None:
-            raise _too_coarse(picture, best_error)
-        return _encode_mark(better, marked, marking, format)
     return best
+
+
+def _composed(picture: Picture, change: Change, scale: float, epsilon: float) -> Pixels:
+    """The pixels with a change, scaled, within ±ε; rounded as its file will hold them, if it has 8 bits."""
+    height, width, _ = picture.rgb.shape
+    out = np.empty((height, width, 3), np.uint8) if picture.depth == 8 else np.empty((height, width, 3), np.float32)
+    for rows in bands(height, width):
+        found = picture.rgb[rows] + np.clip(scale * change(rows), -epsilon, epsilon)
+        out[rows] = np.rint(np.clip(found, 0, 255)) if picture.depth == 8 else found
+    return out
+
+
+def _energy(picture: Picture, change: Change) -> float:
+    """Mean square of a change for pixels scaled to [0, 1]; of a large picture, of some rows."""
+    height, width, _ = picture.rgb.shape
+    parts = [change(rows) for rows in sampled(height, width, FEW)]
+    found = sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)
+    return found / 255**2 / sum(part.size for part in parts)
 
 
 def with_room(picture: Picture, format: str, marking: Marking) -> Picture:
@@ -176,7 +243,7 @@ def with_room(picture: Picture, format: str, marking: Marking) -> Picture:
     """
     found: Picture | None = picture
     while found is not None:
-        if (error := _codec_error(found, format)) <= (1 - ROOM) * _allowed(picture, marking):
+        if (error := _codec_error(sample_of(found), format)) <= (1 - ROOM) * _allowed(picture, marking):
             return found
         found = finer(found) if format == "keep" else None
     raise _too_coarse(picture, error)
@@ -188,6 +255,7 @@ def _too_coarse(picture: Picture, error: float) -> RadiotagError:
 
 
 def _codec_error(picture: Picture, format: str) -> float:
+    """The squared error of writing a picture again."""
     return 0.0 if _lossless(picture, format) else _error(picture.rgb, roundtrip(picture, picture.rgb, format))
 
 
@@ -209,7 +277,7 @@ def feature_gains(network: Network, requests: Sequence[Request], after: Sequence
     carriers = torch.stack([request.carrier for request in requests]).to(device)  # (B, d)
 
     def phi(images: Sequence[Pixels]) -> Tensor:
-        pixels = torch.cat([resized(channels_first(image)[None], size) for image in images])
+        pixels = torch.cat([resized(shrunk(image)[None], size) for image in images])
         return network.features(padded(pixels).to(device) / 255)[: len(pixels)]  # (B, d)
 
     gains: list[float] = ((phi(after) - phi([request.picture.rgb for request in requests])) * carriers).sum(1).tolist()

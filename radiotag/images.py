@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 from scipy import ndimage
 
+from radiotag.bands import EACH, bands, sampled
 from radiotag.errors import RadiotagError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp"})
@@ -55,6 +56,7 @@ WEBP_QUALITY = 90  # a lossy WebP does not record its quality; the usual 75-80 w
 SHEET_SMALLEST, SHEET_LARGEST = 128, 320  # pixels on the long side of an image in the contact sheet
 UNSIGNED = 1  # a TIFF's format of samples
 LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
+Pixels = NDArray[np.uint8] | NDArray[np.float32]  # the latter for 16 bits per sample
 # Pillow warns of odd metadata, and of large images, which are refused here. The filter is global because
 # `catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\b")
@@ -65,7 +67,7 @@ class Picture:
     """A decoded image with everything needed to write it again."""
 
     name: str  # for error messages
-    rgb: NDArray[np.float32]  # (H, W, 3) in [0, 255], the input of networks; 16-bit values are divided by 257
+    rgb: Pixels  # (H, W, 3) in [0, 255], the input of networks; 16-bit values are divided by 257
     format: str  # one of FORMATS, by content and not by suffix
     mode: str  # Pillow's mode for writing
     depth: int  # bits per sample to write: 1, 2, 4, 8 or 16
@@ -178,16 +180,18 @@ def _depth(image: Image.Image, data: bytes) -> int:
     return {"1": 1, "I;16": 16, "I;16B": 16}.get(image.mode, 8)
 
 
-def _pixels(image: Image.Image) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+def _pixels(image: Image.Image) -> tuple[Pixels, NDArray[np.uint8] | None]:
     """Return the colours, (H, W, 3) in [0, 255], and the alpha or black plane (H, W) if there is one."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.float32) / np.float32(257)
         return np.repeat(grey[..., None], 3, axis=2), None
     if image.mode == "CMYK":
-        return np.asarray(image.convert("RGB")).astype(np.float32), np.asarray(image)[..., 3].copy()
+        return np.asarray(image.convert("RGB")), np.asarray(image)[..., 3].copy()
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return np.asarray(image), None
     rgba = np.asarray(image.convert("RGBA"))
     alpha = rgba[..., 3].copy() if image.has_transparency_data else None
-    return rgba[..., :3].astype(np.float32), alpha
+    return rgba[..., :3].copy(), alpha
 
 
 def _save_options(image: Image.Image, data: bytes) -> tuple[dict[str, Any], str]:
@@ -401,6 +405,8 @@ def _with_orientation(data: bytes, orientation: int) -> Image.Exif:
 
 
 def _image(rgb: NDArray[Any], mode: str, depth: int, plane: NDArray[np.uint8] | None) -> Image.Image:
+    if rgb.dtype == np.uint8 and mode == "RGB":
+        return Image.fromarray(rgb)
     colours = np.clip(rgb, 0, 255)  # (H, W, 3)
     if mode == "CMYK" and plane is not None:
         return _cmyk(np.rint(colours), plane)
@@ -456,7 +462,16 @@ def finer(picture: Picture) -> Picture | None:
     return None
 
 
-def roundtrip(picture: Picture, rgb: NDArray[Any], format: str = "keep") -> NDArray[np.float32]:
+def sample_of(picture: Picture) -> Picture:
+    """Some rows of a large picture, to measure what its coding costs; another picture itself."""
+    parts = sampled(*picture.rgb.shape[:2])
+    if len(parts) == 1 or picture.mode == "P":  # a palette is chosen for the whole
+        return picture
+    plane = None if picture.plane is None else np.concatenate([picture.plane[rows] for rows in parts])
+    return replace(picture, rgb=np.concatenate([picture.rgb[rows] for rows in parts]), plane=plane)
+
+
+def roundtrip(picture: Picture, rgb: NDArray[Any], format: str = "keep") -> Pixels:
     """Encode and decode: the pixels of the written file, (H, W, 3) in [0, 255]."""
     return decode(encode(picture, rgb, format), picture.name).rgb
 
@@ -480,15 +495,22 @@ def psnr(a: NDArray[Any], b: NDArray[Any]) -> float:
     >>> round(psnr(np.zeros(4), np.full(4, 2.55)), 6)
     40.0
     """
-    error = float(np.mean((a.astype(np.float64) - b) ** 2))
+    rows = bands(len(a), a[:1].size)
+    error = sum(float(np.square(a[part].astype(np.float64) - b[part]).sum()) for part in rows) / a.size
     return 10 * math.log10(255**2 / error) if error > 0 else math.inf
 
 
 def ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Return the mean structural similarity of two (H, W, 3) images in [0, 255], on luma (Wang et al. 2004).
 
-    Gaussian windows with σ = 1.5 and 11 x 11 pixels, only those inside the image; all windows if it is smaller.
+    Gaussian windows with σ = 1.5 and 11 x 11 pixels, only those inside the image; all windows if it is smaller. Of a
+    large image, `sampled` bands stand for the whole.
     """
+    parts = sampled(a.shape[0], a.shape[1], 2 * EACH)
+    return float(np.mean([_similarity(a[rows], b[rows]) for rows in parts]))
+
+
+def _similarity(a: NDArray[Any], b: NDArray[Any]) -> float:
     x, y = a.astype(np.float64) @ LUMA, b.astype(np.float64) @ LUMA  # (H, W)
 
     def local(values: NDArray[Any]) -> NDArray[np.float64]:
@@ -504,7 +526,8 @@ def ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def linf(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Return the largest absolute difference."""
-    return float(np.abs(a.astype(np.float64) - b).max())
+    rows = bands(len(a), a[:1].size)
+    return max(float(np.abs(a[part].astype(np.float64) - b[part]).max()) for part in rows)
 
 
 def contact_sheet(rows: list[tuple[NDArray[Any], NDArray[Any], str]]) -> bytes:

@@ -24,10 +24,10 @@ from radiotag import manifest
 from radiotag.batches import Marked, Marker, Request, fits, mark_requests, request_for, with_room
 from radiotag.errors import RadiotagError
 from radiotag.files import fill_atomically, hash_or_none, write_atomically
-from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, ssim
+from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, sample_of, ssim
 from radiotag.listing import Item
 from radiotag.manifest import QUALITY, Row, Summary
-from radiotag.networks import channels_first, resized
+from radiotag.networks import resized
 from radiotag.plan import (
     Plan,
     check_begun,
@@ -43,6 +43,7 @@ from radiotag.probes import FolderImages
 from radiotag.processes import Team, team
 from radiotag.public import marked_half
 from radiotag.ranking import by_hardness, features_of
+from radiotag.reduction import shrunk
 from radiotag.stores import copy_other_file
 
 BEST_PSNR = 100.0  # dB, recorded for an unchanged image: JSON has no infinity
@@ -184,7 +185,7 @@ def _seen(plan: Plan, size: int, item: Item) -> Tensor | None:
     The marking will tell of that one.
     """
     try:
-        image = channels_first(decode(plan.store.read(item.path), str(plan.source / item.path)).rgb)
+        image = shrunk(decode(plan.store.read(item.path), str(plan.source / item.path)).rgb)
     except (RadiotagError, OSError):
         return None
     return resized(image[None] / 255, size)[0]
@@ -387,7 +388,8 @@ def _read(plan: Plan, item: Item) -> _Decoded | Row:
     try:
         data = plan.store.read(item.path)
         picture = decode(data, str(name))
-        encode(picture, picture.rgb, plan.options.format)  # if it cannot be written, only this image fails
+        sample = sample_of(picture)
+        encode(sample, sample.rgb, plan.options.format)  # if it cannot be written, only this image fails
         palette = picture.mode == "P"
         picture = with_room(picture, plan.options.format, plan.options.marking)
     except OSError as error:

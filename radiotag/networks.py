@@ -71,9 +71,9 @@ class Spec:
     class_names: tuple[str, ...] | None = None
 
 
-def channels_first(rgb: NDArray[np.float32]) -> Tensor:
-    """(H, W, 3) → (3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
+def channels_first(rgb: NDArray[Any]) -> Tensor:
+    """(H, W, 3) → (3, H, W) float."""
+    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1), dtype=np.float32))
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
@@ -320,8 +320,10 @@ def _way_out(architecture: str, parameters: Mapping[str, inspect.Parameter]) -> 
     file, _, function = architecture.rpartition(":")
     given = ", ".join(f"{name}=…" for name in needed)
     stem = Path(file).stem
-    return f"write net.py beside it, with its values (from {stem} import {function}; def net(): return " \
+    return (
+        f"write net.py beside it, with its values (from {stem} import {function}; def net(): return "
         f"{function}({given})), and give --arch net.py:net"
+    )
 
 
 def _build_either_way(builder: Callable[..., Any], classes: int) -> object:

@@ -112,20 +112,32 @@ def default_tilt(height: int, width: int) -> float:
 
 
 def visibility_mask(image: Tensor) -> Tensor:
-    """(3, H, W) in [0, 255] → (1, H, W) in (0, 1]: high where the eye overlooks a change; all ones for small images.
+    """(3, H, W) in [0, 255] → (1, H, W) in (0, 1]: high where the eye overlooks a change; all ones for small images."""
+    share = resolution_weight(*image.shape[1:])
+    return texture_mask(image) ** share if share else torch.ones_like(image[:1])
+
+
+def texture_mask(image: Tensor) -> Tensor:
+    """(3, H, W) in [0, 255] → (1, H, W) in [0.15, 1]: the mask of a photograph.
 
     Texture hides a change and flat areas show it. The mask is σ/(σ + 6), where σ is the standard deviation of the mean
     colour in windows of 5 pixels; the minimum is 0.15. Each pixel takes the smallest σ of the windows around it, so
     that a flat area beside an edge counts as flat.
     """
-    height, width = image.shape[1:]
-    share = resolution_weight(height, width)
-    if share == 0:
-        return torch.ones_like(image[:1])
     grey = F.pad(image.mean(0)[None, None], (2,) * 4, mode="reflect")
     spread = (F.avg_pool2d(grey.square(), 5, 1) - F.avg_pool2d(grey, 5, 1).square()).clamp_min(0).sqrt()
-    least = -F.max_pool2d(F.max_pool2d(-spread, (9, 1), 1, (4, 0)), (1, 9), 1, (0, 4))[0]  # (1, H, W)
-    return (least / (least + 6)).clamp_min(0.15) ** share
+    least = _least_of_nine(_least_of_nine(spread[0], 1), 2)  # (1, H, W)
+    return (least / (least + 6)).clamp_min(0.15)
+
+
+def _least_of_nine(values: Tensor, axis: int) -> Tensor:
+    """The smallest of each value and the four before and behind it; ten times as fast as pooling."""
+    padding = [0] * (2 * (values.dim() - 1 - axis)) + [4, 4]
+    eight = nine = F.pad(values, padding, value=math.inf)
+    for shift in (1, 2, 4):
+        kept = eight.shape[axis] - shift
+        eight = torch.minimum(eight.narrow(axis, 0, kept), eight.narrow(axis, shift, kept))
+    return torch.minimum(eight.narrow(axis, 0, values.shape[axis]), nine.narrow(axis, 8, values.shape[axis]))
 
 
 def marking_loss(features: Tensor, carriers: Tensor) -> Tensor:
@@ -168,6 +180,7 @@ class ImageToMark:
     pattern: Tensor  # (m,): v of its class; zeros for no pattern
     draw: random.Random  # generator of its crops
     grey: bool = False  # the file holds no colour, so all three channels change alike
+    mask: Tensor | None = None  # (1, H, W), of a reduced copy; None: `visibility_mask` of the image
 
 
 def mark_images(
@@ -184,10 +197,13 @@ def mark_images(
     device = network.device
     carriers = torch.stack([image.carrier for image in images]).to(device)  # (B, d)
     clean = [image.image.to(device) for image in images]
-    masks = [visibility_mask(x) for x in clean]
+    masks = [
+        visibility_mask(x) if image.mask is None else image.mask.to(device)
+        for x, image in zip(clean, images, strict=True)
+    ]
     starts = [_start(x, image, mask, marking) for x, image, mask in zip(clean, images, masks, strict=True)]
     moved = [(x + pattern).clamp_(0, 255) for x, (pattern, _) in zip(clean, starts, strict=True)]
-    masks = [mask.square_() for mask in masks]  # the gradient in δ/mask, as a step in δ
+    masks = [mask.square() for mask in masks]  # the gradient in δ/mask, as a step in δ
     for step in range(marking.steps):
         length = marking.reach * 2 * (1 - step / marking.steps) / (marking.steps + 1)  # decays, sums to `reach`
         written = moved if read_back is None else [w.to(device) for w in read_back(moved)]

@@ -79,7 +79,7 @@ def test_lossless_rgb_is_exact(kind, before, data):
     after = data.draw(hnp.arrays(np.float32, before.shape, elements=st.floats(-9, 265, width=32)))
     picture = images.decode(encoded(Image.fromarray(before), format, **options), "x")
     assert np.array_equal(picture.rgb, before)
-    assert picture.rgb.dtype == np.float32
+    assert picture.rgb.dtype == np.uint8
     file = images.encode(picture, after)
     assert (opened(file).format, opened(file).mode) == (format, "RGB")
     if format == "TIFF":
