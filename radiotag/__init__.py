@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from radiotag.verification import VerifyOptions
 
 __all__ = ["MarkOptions", "RadiotagError", "VerifyOptions", "__version__", "keygen", "load_key", "mark", "verify"]
-__version__ = "0.10.0"
+__version__ = "0.11.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from radiotag import __version__
-from radiotag.errors import RadiotagError
+from radiotag.errors import RadiotagError, left_out
 from radiotag.processes import launched
 from radiotag.terminal import AGAIN, DETECTED, ERROR, NO_EVIDENCE, Report, is_aside, progress_bar, reporting
 
@@ -585,6 +585,8 @@ def train_demo(
             else training.new_network(arch, images, stem=small, seed=seed, image_size=size)
         )
         held_out = training.load_folder(val, size, images.names) if val else None
+        for folder, loaded in ((data, images), (val, held_out)):
+            _note_broken(report, loaded.broken if loaded else (), str(folder))
         taught = networks.load_network(teacher) if teacher else None
         with training_progress(report, epochs) as show:
             course = training.Course(
@@ -862,6 +864,11 @@ def _check_verify(
         raise typer.BadParameter("--calibrate is for the white-box test: black-box counts its null out exactly")
 
 
+def _note_broken(report: Report, paths: Sequence[str], where: str) -> None:
+    for text in left_out(paths, where):
+        report.note(f"warning: {text}")
+
+
 def _queries(report: Report, secret: "Key", images: "UnmarkedImages", options: "VerifyOptions") -> "Queries":
     from radiotag import verification
 
@@ -870,6 +877,7 @@ def _queries(report: Report, secret: "Key", images: "UnmarkedImages", options: "
         f"black-box: {len(set(queries.rows))} classes, {len(queries.rows)} images with and without the patterns of the "
         f"true key and of {queries.decoys} decoys: {len(queries.rows) * len(queries.names)} questions a suspect"
     )
+    _note_broken(report, images.broken, images.name)
     return queries
 
 

@@ -1,5 +1,7 @@
 """Errors that a user can fix, and text that is safe to print."""
 
+from collections.abc import Sequence
+
 
 class RadiotagError(Exception):
     """An error that a user can fix: a message that names the file, and a hint how to fix it."""
@@ -7,6 +9,23 @@ class RadiotagError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class BrokenImage(RadiotagError):
+    """An image file that cannot be read."""
+
+
+def left_out(paths: Sequence[str], where: str) -> list[str]:
+    """A warning that names images which could not be read; nothing if there are none."""
+    if not paths:
+        return []
+    count = "one image" if len(paths) == 1 else f"{len(paths)} images"
+    return [f"{count} of {where} cannot be read, and left out: {', '.join(paths)}"]
+
+
+def none_readable(where: str, first: str) -> RadiotagError:
+    """The error where none of a folder's images can be read."""
+    return RadiotagError(f"none of the images of {where} can be read, {first} for one", "give another folder")
 
 
 def printable(text: str) -> str:

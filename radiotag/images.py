@@ -22,7 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from scipy import ndimage
 
 from radiotag.bands import EACH, bands, sampled
-from radiotag.errors import RadiotagError
+from radiotag.errors import BrokenImage, RadiotagError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp"})
 OTHER_SUFFIXES = frozenset(  # of image formats that are only copied
@@ -82,22 +82,22 @@ class Picture:
 def decode(data: bytes, name: str) -> Picture:
     """Decode an image file. Only a TIFF is turned upright; in other formats the orientation stays a tag.
 
-    RadiotagError for a file that is empty, truncated, not an image, animated, too large, or cannot be written back. The
+    BrokenImage for a file that is empty, truncated, not an image, animated, too large, or cannot be written back. The
     message contains `name`.
     """
     try:
         return _picture(_open(data, name), data, name)
-    except RadiotagError:
-        raise
+    except RadiotagError as error:
+        raise BrokenImage(str(error), error.hint) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's limit is twice as high
         raise _bomb(name) from error
     except Exception as error:  # a broken file can raise anything inside a decoder: struct.error, SyntaxError, ...
-        raise RadiotagError(f"{name}: not an image that can be read ({error})", "replace or remove the file") from error
+        raise BrokenImage(f"{name}: not an image that can be read ({error})", "replace or remove the file") from error
 
 
-def _bomb(name: str) -> RadiotagError:
+def _bomb(name: str) -> BrokenImage:
     hint = f"reduce it to fewer than {Image.MAX_IMAGE_PIXELS} pixels, or leave it out"
-    return RadiotagError(f"{name}: too many pixels, it may be a decompression bomb", hint)
+    return BrokenImage(f"{name}: too many pixels, it may be a decompression bomb", hint)
 
 
 def _open(data: bytes, name: str) -> Image.Image:

@@ -38,7 +38,8 @@ CONTRASTED = "contrasted pattern or pattern+response+ridge"
 NESTED = f"nested {CONTRASTED}"
 EVERY_CLASS = f"{NESTED}, by images of every class"
 AS_ONE = f"{EVERY_CLASS}, a manifest's classes as one"
-STATISTIC = f"{AS_ONE}, against all that it records"  # what new keys declare
+AGAINST_ALL = f"{AS_ONE}, against all that it records"
+STATISTIC = f"{AGAINST_ALL}, few photographs"  # what new keys declare
 _CONTRASTED = (
     "the sum of two unit vectors, response and ridge alignment (the latter at half weight without labelled images), "
     "and the whitened pattern; what the classes share and a reference classifier's response are removed from each; "
@@ -56,13 +57,18 @@ _AS_ONE = (
     f"{_EVERY_CLASS}; where a manifest names the marked classes, these alone are tested, as one set, which takes no "
     "correction"
 )
+_AGAINST_ALL = (
+    f"{_AS_ONE}; what the classes share is that of all classes which the manifest records; if images are too many, as "
+    "many of every class are shown"
+)
 STATISTICS = {  # in the order of the versions that declared them
     CONTRASTED: _CONTRASTED,
     NESTED: _NESTED,
     EVERY_CLASS: _EVERY_CLASS,
     AS_ONE: _AS_ONE,
-    STATISTIC: f"{_AS_ONE}; what the classes share is that of all classes which the manifest records; if images are "
-    "too many, as many of every class are shown",
+    AGAINST_ALL: _AGAINST_ALL,
+    STATISTIC: f"{_AGAINST_ALL}; suspects with an input of more than 64 pixels are asked with fewer images; a "
+    "manifest's classes are one set in the black-box test, too",
 }
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
 DECLARED = ("format", "statistic", "network", "dimension", "classes", "class_names", "beacon")  # carriers follow
@@ -109,6 +115,16 @@ class Key:
     @property
     def against_all(self) -> bool:
         """Whether a manifest's marked classes are compared with all that it records, by as many images of each."""
+        return self._declares(AGAINST_ALL)
+
+    @property
+    def few_photographs(self) -> bool:
+        """Whether suspects of photographs are asked with few images."""
+        return self._declares(STATISTIC)
+
+    @property
+    def black_box_as_one(self) -> bool:
+        """Whether the black-box test, too, takes a manifest's classes as one set."""
         return self._declares(STATISTIC)
 
     def _declares(self, statistic: str) -> bool:

@@ -49,10 +49,10 @@ class Pairing:
     labels: tuple[int, ...] | None = None  # (N,) of the images: positions in `outputs`, −1 for other classes
     assumed: bool = False  # it relies on order, or on the suspect's file alone
 
-    def compared(self, marker_names: Sequence[str], *, others: bool) -> ComparedClasses:
+    def compared(self, marker_names: Sequence[str], *, others: bool, few: bool = False) -> ComparedClasses:
         """The pairing without its carriers, plus the marking network's outputs for the same classes.
 
-        others: whether images of other classes are asked, too.
+        others: whether images of other classes are asked, too; few: whether of photographs few are asked.
         """
         position = {name: i for i, name in enumerate(marker_names)}
         complete = bool(self.names) and set(self.names) <= position.keys()
@@ -62,6 +62,7 @@ class Pairing:
             marker_outputs=tuple(position[name] for name in self.names) if complete else None,
             marker_besides=tuple(position[name] for name in self.besides if name in position) if complete else (),
             others=others,
+            few=few,
         )
 
     def tested(self, records: Records) -> list[int]:

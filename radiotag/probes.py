@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from radiotag.cosines import pattern_coefficients
-from radiotag.errors import RadiotagError
+from radiotag.errors import BrokenImage, RadiotagError, none_readable
 from radiotag.files import file_hash
 from radiotag.images import decode
 from radiotag.listing import list_folder
@@ -59,6 +59,7 @@ class UnmarkedImages(Protocol):
     name: str  # for messages
     labels: Sequence[str]  # class names, "" for none
     paths: Sequence[str]  # as in a manifest
+    broken: list[str]  # paths of those that could not be read
 
     def digests(self) -> list[str]:
         """SHA-256 of each image's content, hexadecimal."""
@@ -78,6 +79,7 @@ class FolderImages:
         self.folder, self.name = folder, str(folder)
         self.labels: Sequence[str] = [item.label for item in items]
         self.paths: Sequence[str] = [item.path.as_posix() for item in items]
+        self.broken: list[str] = []
         self._digests: list[str] | None = None
         self._marked = marked_hashes(marked_rows(manifest))
         for parent in (folder, *folder.resolve().parents, folder.resolve()):
@@ -91,9 +93,12 @@ class FolderImages:
         return self._digests
 
     def read(self, i: int) -> Tensor:
-        """Image i, (3, H, W) float in [0, 255]."""
+        """Image i, (3, H, W) float in [0, 255]. BrokenImage if it cannot be read."""
         path = self.folder / self.paths[i]
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BrokenImage(f"cannot read {path}: {error.strerror}", "replace or remove the file") from error
         if hashlib.sha256(data).hexdigest() in self._marked:
             raise RadiotagError(
                 f"{path} is marked: aligning on marked images would void the p-value",
@@ -109,6 +114,7 @@ class ArrayImages:
         self.name, self._images = "the images given", images
         self.labels: Sequence[str] = labels
         self.paths: Sequence[str] = [str(i) for i in range(len(images))]
+        self.broken: list[str] = []
 
     def digests(self) -> list[str]:
         """SHA-256 of each image's pixels, hexadecimal."""
@@ -124,6 +130,7 @@ class SomeImages:
 
     def __init__(self, whole: UnmarkedImages, chosen: Sequence[int]) -> None:
         self.name, self._whole, self._chosen = whole.name, whole, chosen
+        self.broken = whole.broken
         self.labels: Sequence[str] = [whole.labels[i] for i in chosen]
         self.paths: Sequence[str] = [whole.paths[i] for i in chosen]
 
@@ -135,6 +142,16 @@ class SomeImages:
     def read(self, i: int) -> Tensor:
         """Image i, (3, H, W) float in [0, 255]."""
         return self._whole.read(self._chosen[i])
+
+
+def readable(data: UnmarkedImages, i: int) -> Tensor | None:
+    """Image i, (3, H, W) float in [0, 255]; None if it cannot be read, which is noted."""
+    try:
+        return data.read(i)
+    except BrokenImage:
+        if data.paths[i] not in data.broken:
+            data.broken.append(data.paths[i])
+        return None
 
 
 def originals(data: UnmarkedImages, manifest: Path | None) -> UnmarkedImages:
@@ -202,17 +219,22 @@ def real_images(data: UnmarkedImages, size: int, tell: Tell, *, evenly: bool = T
     """(N, 3, size, size) in [0, 1] and class names of at most ALIGNMENT_IMAGES images.
 
     If the images are small and have many classes, the limit is FEW_IMAGES per class, up to MANY_IMAGES. evenly: of
-    every class as many; else of large classes more, as keys of versions up to 0.9 declare.
+    every class as many; else of large classes more, as keys of versions up to 0.9 declare. What cannot be read is left
+    out; RadiotagError if nothing can.
     """
     per_class = FEW_IMAGES if size <= SMALL_IMAGE else 0
     limit = max(at_most(ALIGNMENT_IMAGES, size), min(MANY_IMAGES, per_class * len(set(data.labels))))
     interval = max(1, math.ceil(len(data.labels) / limit))
     chosen = even_over_classes(data.labels, limit) if evenly else spread_over_classes(data.labels, interval)
-    images = []
+    images, labels = [], []
     for done, i in enumerate(chosen, 1):
-        images.append(resized(data.read(i)[None] / 255, size))  # one by one: not all full-size images fit in memory
+        if (image := readable(data, i)) is not None:
+            images.append(resized(image[None] / 255, size))  # one by one: not all full-size images fit in memory
+            labels.append(data.labels[i])
         tell("reading images", done, len(chosen))
-    return torch.cat(images).clamp_(0, 1), [data.labels[i] for i in chosen]
+    if not images:
+        raise none_readable(data.name, data.broken[0])
+    return torch.cat(images).clamp_(0, 1), labels
 
 
 class References:

@@ -37,6 +37,8 @@ TOP_IMAGES = 400  # upper limit of images per class without labels: further imag
 # Penalty of the ridge alignment, and its weight relative to the response. Synthetic images align feature spaces worse.
 RIDGE_LABELLED, RIDGE_UNLABELLED = (0.1, 1.0), (0.5, 0.5)
 RIDGE_REFERENCE = 0.1
+FEW_PHOTOGRAPHS, MOST_PHOTOGRAPHS = 300, 800  # asked: three hundred leave as much as thousands of the mean cosine
+OF_EACH = 8  # photographs of each class, as long as they are not too many together; one in any case
 LEFT_OUT = 0.5  # share of the images for which a suspect may be not finite
 
 
@@ -68,6 +70,7 @@ class ComparedClasses:
     marker_outputs: tuple[int, ...] | None = None  # of the marking network for the same classes, if it knows them all
     marker_besides: tuple[int, ...] = ()  # of the marking network for further classes that the suspect knows
     others: bool  # whether images of other classes are asked, too, what would make them a class's
+    few: bool = False  # whether of photographs few are asked
 
 
 class Suspect(NamedTuple):
@@ -79,12 +82,11 @@ class Suspect(NamedTuple):
 
 
 class Probes(NamedTuple):
-    """Images for the responses; each probe is one image and one class."""
+    """Images for the responses, and the classes that they are asked for."""
 
     pixels: Tensor  # (N, 3, H, W) in [0, 1]
     places: Tensor  # (N',) positions among `pixels`
-    labels: Tensor  # (N',) the classes they are asked for, as positions among the compared outputs
-    own: Tensor  # (N',) bool, whether the image is of that class
+    asked: Tensor  # (N', q) classes, as positions among the compared outputs; the image's own is the first
 
 
 class GradientResponse(NamedTuple):
@@ -149,6 +151,7 @@ class Reference:
         index = ComparedClasses(  # everything that the response depends on if there are labels
             outputs=classifier.outputs, labels=classes.labels,
             marker_outputs=classes.marker_outputs, marker_besides=classes.marker_besides, others=classes.others,
+            few=classes.few,
         )  # fmt: skip
         if index in self._responses:
             return self._responses[index]
@@ -278,20 +281,21 @@ def gradient_responses(
     mark adds it to any image. Both means count the same. The network needs no alignment, no linear head, no features.
     """
     column, count = torch.tensor(list(outputs)), len(outputs)
-    kind = probes.labels + count * ~probes.own  # (N',): 0 to C − 1 for images of the class, then of the others
+    kind = probes.asked.clone()  # (N', q): 0 to C − 1 for images of the class, then of the others
+    kind[:, 1:] += count
     directions, pattern_parts = torch.zeros(2 * count, marker.dimension, dtype=torch.float64), []
-    asked = torch.stack([probes.places, probes.labels, kind], 1)  # (N', 3)
     with _forward_mode():
-        for places, classes, kinds in (batch.T for batch in batching.split(asked, "gradients")):
-            direction, part = _gradient(marker, network, probes.pixels[places], column[classes])
-            directions.index_add_(0, kinds, F.normalize(direction, dim=1))
-            pattern_parts.append(part)  # (B, m)
-    parts = torch.cat(pattern_parts)  # (N', m)
+        for rows in batching.split(torch.arange(len(probes.places)), "gradients"):
+            asked = column[probes.asked[rows]]  # (B, q)
+            direction, part = _gradients(marker, network, probes.pixels[probes.places[rows]], asked)
+            directions.index_add_(0, kind[rows].flatten(), F.normalize(direction.flatten(0, 1), dim=1))
+            pattern_parts.append(part.flatten(0, 1))  # (B · q, m)
+    parts, kind = torch.cat(pattern_parts), kind.flatten()  # (N' · q, m)
     patterns = parts.new_zeros(2 * count, PATTERN_DIMENSION).index_add_(0, kind, parts)
     number = torch.bincount(kind, minlength=2 * count).clamp_min(1)[:, None]  # (2C, 1)
     deviations = parts - (patterns / number)[kind]
     scatter = deviations.T @ deviations / len(deviations)
-    if bool(probes.own.all()):
+    if probes.asked.shape[1] == 1:
         return GradientResponse((directions / number)[:count], (patterns / number)[:count], scatter)
     return GradientResponse(_of_both(directions), _of_both(patterns), scatter)
 
@@ -302,19 +306,26 @@ def _of_both(sums: Tensor) -> Tensor:
     return own + others
 
 
-def _gradient(marker: Network, network: nn.Module, pixels: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit gradients of one batch (B, 3, H, W): how φ moves along them (B, d), and in the patterns' space (B, m)."""
+def _gradients(marker: Network, network: nn.Module, pixels: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit gradients of one batch (B, 3, H, W) for outputs (B, q): how φ moves along them, and in the patterns' space.
+
+    Returns (B, q, d) and (B, q, m).
+    """
     x = pixels.to(marker.device).requires_grad_()
-    logits = network(x)
+    logits, found = network(x), []
     if not logits.requires_grad:
         raise RadiotagError("its answers have no gradient", "test it by its answers: --black-box --data DIR")
-    odds = log_odds(logits, outputs.to(marker.device))  # (B,)
-    (g,) = torch.autograd.grad(odds.sum(), x)
-    g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # an overflowing gradient has no usable direction
-    g = g / g.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)  # its square might underflow
-    g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-    direction = torch.func.jvp(marker.features, (x.detach(),), (g,))[1]  # (B, d)
-    return direction.detach().cpu().double(), pattern_coefficients(g)
+    columns = outputs.to(marker.device).T  # (q, B)
+    for number, column in enumerate(columns, 1):
+        odds = log_odds(logits, column)  # (B,)
+        (g,) = torch.autograd.grad(odds.sum(), x, retain_graph=number < len(columns))
+        g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # an overflowing gradient has no usable direction
+        g = g / g.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)  # its square might underflow
+        g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+        direction = torch.func.jvp(marker.features, (x.detach(),), (g,))[1]  # (B, d)
+        found.append((direction.detach().cpu().double(), pattern_coefficients(g)))
+    directions, patterns = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
+    return directions, patterns
 
 
 def top_images_per_class(log_probabilities: Tensor, outputs: Sequence[int], count: int) -> Tensor:
@@ -331,24 +342,43 @@ def images_per_class(classes: int, size: int) -> int:
     return max(8, few, min(TOP_IMAGES, GRADIENTS // classes))
 
 
+def photographs_per_class(classes: int) -> int:
+    """How many photographs of each class are asked.
+
+    >>> [photographs_per_class(classes) for classes in (1, 10, 100, 1000)]
+    [300, 30, 8, 1]
+    """
+    return max(1, min(MOST_PHOTOGRAPHS, max(FEW_PHOTOGRAPHS, OF_EACH * classes)) // classes)
+
+
 def choose_probes(reference: Reference, suspect: Suspect, classes: ComparedClasses) -> Probes:
     """The labelled images of the compared classes; without labels, `top_images_per_class`.
 
-    With `others`, each image is also asked for one other class, the classes in turn.
+    With `others`, each image is also asked for one other class, the classes in turn. With `few`, of photographs
+    `photographs_per_class` are asked.
     """
+    count, size = len(classes.outputs), reference.pixels.shape[3]
+    few = photographs_per_class(count) if classes.few and size > SMALL_IMAGE else None
     if classes.labels is not None:
         labels = torch.tensor(classes.labels)
-        places = torch.nonzero(labels >= 0)[:, 0]
+        places = torch.nonzero(labels >= 0)[:, 0] if few is None else _few_of_each(labels, count, few)
         labels = labels[places]
     else:
-        count = images_per_class(len(classes.outputs), reference.pixels.shape[3])
-        top = top_images_per_class(suspect.log_probabilities, classes.outputs, count)  # (C, n)
-        places, labels = top.flatten(), torch.arange(len(top)).repeat_interleave(top.shape[1])
-    own = torch.ones(len(places), dtype=torch.bool)
-    if not classes.others or len(classes.outputs) < 2:
-        return Probes(reference.pixels, places, labels, own)
-    asked = torch.cat([labels, _other_classes(labels, len(classes.outputs))])
-    return Probes(reference.pixels, places.repeat(2), asked, torch.cat([own, ~own]))
+        top = top_images_per_class(suspect.log_probabilities, classes.outputs, few or images_per_class(count, size))
+        places, labels = top.flatten(), torch.arange(len(top)).repeat_interleave(top.shape[1])  # of (C, n)
+    if not classes.others or count < 2:
+        return Probes(reference.pixels, places, labels[:, None])
+    return Probes(reference.pixels, places, torch.stack([labels, _other_classes(labels, count)], 1))
+
+
+def _few_of_each(labels: Tensor, classes: int, each: int) -> Tensor:
+    """Positions (sorted) of at most `each` images of every class, evenly spaced among its images."""
+    chosen = []
+    for c in range(classes):
+        places = torch.nonzero(labels == c)[:, 0]
+        number = min(each, len(places))
+        chosen.append(places[torch.arange(number) * len(places) // max(1, number)])
+    return torch.cat(chosen).sort().values
 
 
 def _other_classes(labels: Tensor, classes: int) -> Tensor:

@@ -23,8 +23,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from radiotag import radioactive
-from radiotag.errors import RadiotagError, first_line
-from radiotag.images import decode
+from radiotag.errors import BrokenImage, RadiotagError, first_line, none_readable
+from radiotag.images import Pixels, decode
 from radiotag.listing import list_folder
 from radiotag.networks import (
     SMALL_IMAGE,
@@ -77,6 +77,7 @@ class Dataset:
     images: Tensor  # (N, 3, S, S) uint8; for random resized crops larger than the network's input
     labels: Tensor  # (N,) int64
     names: tuple[str, ...]  # of the classes, in label order
+    broken: tuple[str, ...] = ()  # paths of images that could not be read, and are left out
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -87,7 +88,8 @@ class Dataset:
 def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | None = None) -> Dataset:
     """Decode a folder of class sub-folders; each image is resized and centre-cropped to S×S pixels.
 
-    image_size: S; None for their `natural_size`. RadiotagError for a class that is not in `names`.
+    image_size: S; None for their `natural_size`. What cannot be read is left out. RadiotagError for a class that is not
+    in `names`, and where nothing can be read.
     """
     items, folder_names, _ = list_folder(source)
     names = names or tuple(folder_names)
@@ -95,26 +97,40 @@ def load_folder(source: Path, image_size: int | None, names: tuple[str, ...] | N
     if unknown:
         raise RadiotagError(f"{source}: the class '{unknown[0]}' is not one of the model's")
     size = image_size or natural_size(source)
-    images = _empty_images(len(items), size)
-    for i, item in enumerate(items):
-        rgb = decode((source / item.path).read_bytes(), str(source / item.path)).rgb
+    images, labels, broken = _empty_images(len(items), size), list[int](), list[str]()
+    for item in items:
+        if (rgb := _readable(source / item.path)) is None:
+            broken.append(item.path.as_posix())
+            continue
         picture = Image.fromarray(np.rint(rgb).astype(np.uint8))
         picture = center_crop(resize(picture, [size]), [size])  # bilinear, antialiased
-        images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    labels = torch.tensor([names.index(item.label) for item in items])
-    return Dataset(images=images, labels=labels, names=names)
+        images[len(labels)] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        labels.append(names.index(item.label))
+    if not labels:
+        raise none_readable(str(source), items[0].path.as_posix())
+    return Dataset(images=images[: len(labels)], labels=torch.tensor(labels), names=names, broken=tuple(broken))
+
+
+def _readable(path: Path) -> Pixels | None:
+    """An image's pixels, (H, W, 3) in [0, 255]; None if it cannot be read."""
+    try:
+        return decode(path.read_bytes(), str(path)).rgb
+    except (BrokenImage, OSError):
+        return None
 
 
 def natural_size(source: Path) -> int:
-    """Suitable input size (pixels) for a folder's images: the first one's short side up to 64, else 224."""
+    """Suitable input size (pixels) for a folder's images: the first readable one's short side up to 64, else 224."""
     short = _short_side(source)
     return short if short <= SMALL_IMAGE else 224
 
 
 def _short_side(source: Path) -> int:
     items, _, _ = list_folder(source)
-    height, width, _ = decode((source / items[0].path).read_bytes(), str(source / items[0].path)).rgb.shape
-    return int(min(height, width))
+    for item in items:
+        if (rgb := _readable(source / item.path)) is not None:
+            return int(min(rgb.shape[:2]))
+    raise none_readable(str(source), items[0].path.as_posix())
 
 
 def _empty_images(count: int, size: int) -> Tensor:

@@ -22,14 +22,14 @@ from radiotag import blackbox
 from radiotag.answers import NOT_FINITE, NotAnswered, ask_function, read_answers
 from radiotag.calibration import Calibration, calibrate
 from radiotag.conventions import settle_convention, some
-from radiotag.errors import RadiotagError, out_of_memory
+from radiotag.errors import RadiotagError, left_out, none_readable, out_of_memory
 from radiotag.files import file_hash
 from radiotag.keys import Key
 from radiotag.manifest import marked_rows, recorded_classes
 from radiotag.networks import Network, check_file, load_network, resized, wrap_module
 from radiotag.normalisation import better_normalisation
 from radiotag.pairing import Pairing, Records, class_rows, marked_classes, match_outputs, pair
-from radiotag.probes import References, UnmarkedImages, class_means, originals
+from radiotag.probes import References, UnmarkedImages, class_means, originals, readable
 from radiotag.public import read_public
 from radiotag.radioactive import (
     Evidence,
@@ -240,7 +240,9 @@ def examine(network: Network, key: Key, reference: Reference, recorded: Records,
     tested = pairing.tested(recorded)
     if not tested:
         raise RadiotagError(f"it knows none of the classes in {reference.name}", "check --image-size, --mean and --std")
-    compared = pairing.compared(reference.marker.spec.class_names or (), others=key.by_every_class)
+    compared = pairing.compared(
+        reference.marker.spec.class_names or (), others=key.by_every_class, few=key.few_photographs
+    )
     vectors = class_vectors(usable, suspect, compared, batching)
     left_out = len(reference.pixels) - len(usable.pixels)
     return Examined(network, pairing.only(tested), vectors.only(tested), left_out)
@@ -330,7 +332,8 @@ def verify(
         rows = examined.pairing.image_rows(reference.labels)
         own = _in_memory(partial(images_log10_p, reference, rows, key), batching)
         finding = _white_box_finding(model, examined, result, options)
-        finding = replace(finding, images_log10_p=own, warnings=(*_disguised(own), *restated, *finding.warnings))
+        told = (*_disguised(own), *restated, *(left_out(data.broken, data.name) if data else ()), *finding.warnings)
+        finding = replace(finding, images_log10_p=own, warnings=told)
         if options.calibrate:
             arguments = examined.vectors, examined.pairing.rows, key, result, options.calibrate, batching.tell
             finding = replace(finding, calibration=calibrate(*arguments))
@@ -422,20 +425,22 @@ def choose_queries(key: Key, data: UnmarkedImages, options: VerifyOptions) -> bl
     """Choose images for the queries, and make the queries under random names.
 
     The images are labelled originals without a mark. Those whose marked copies were released come first. The default
-    number of decoys is as many as a p-value of alpha needs: thousands for a single class. RadiotagError if no image has
-    a class that the key knows, or if an image is marked.
+    number of decoys is as many as a p-value of alpha needs: thousands for a single class. Images that cannot be read
+    are left out, and noted in `data`. RadiotagError if no image has a class that the key knows, or if one is marked.
     """
     marked = {row["path"] for row in marked_rows(options.manifest)}  # a suspect remembers its training images best
     order = sorted(range(len(data.labels)), key=lambda i: data.paths[i] not in marked)  # stable
     order = [order[i] for i in blackbox.choose_images([data.labels[i] for i in order])]
     recorded = replace(records(key, data, options), against_all=False)  # nothing is asked about unmarked classes
     rows = class_rows(key, [data.labels[i] for i in order], recorded)
-    pictures = {i: blackbox.shrunk(data.read(i)) for i in order}  # reads all: a marked one is refused
-    order = [i for i in order if data.labels[i] in rows]
+    pictures = {i: blackbox.shrunk(image) for i in order if (image := readable(data, i)) is not None}  # none marked
+    if not pictures:
+        raise none_readable(data.name, data.broken[0])
+    order = [i for i in order if i in pictures and data.labels[i] in rows]
     if not order:
         raise RadiotagError(f"{data.name} holds no class that the key knows", "give --data with the marked classes")
     classes = len({data.labels[i] for i in order})
-    sets = len(nested_sizes(classes)) if key.nested else 1
+    sets = len(_asked_sets(classes, key, options))
     decoys = options.decoys or blackbox.decoys_needed(classes, options.alpha / sets)
     limit = min(blackbox.IMAGES, blackbox.QUESTIONS // (2 * decoys + 2))
     order = [order[i] for i in blackbox.choose_images([data.labels[i] for i in order], limit)]
@@ -566,6 +571,12 @@ def verify_predictions(
     raise failure or RadiotagError(f"{path} answers nothing")
 
 
+def _asked_sets(classes: int, key: Key, options: VerifyOptions) -> list[int]:
+    """The sizes of the sets of first classes that the black-box test takes together."""
+    as_one = key.black_box_as_one and options.manifest is not None
+    return nested_sizes(classes) if key.nested and not as_one else [classes]
+
+
 def _black_box_finding(
     name: str, queries: blackbox.Queries, answers: Tensor, baseline: MarkerAnswers, key: Key, options: VerifyOptions
 ) -> Finding:
@@ -577,7 +588,7 @@ def _black_box_finding(
     if not pairs:
         raise RadiotagError(f"{name} knows none of the classes", "check --image-size, --mean and --std, and the images")
     values = blackbox.pattern_effects(queries, answers, pairs, *baseline)  # (K + 1, C)
-    sizes = nested_sizes(values.shape[1]) if key.nested else [values.shape[1]]
+    sizes = _asked_sets(values.shape[1], key, options)
     nested = np.array([resampled_log_p(values[:, :size]) for size in sizes])
     log10_p = bonferroni(nested) / LOG10
     smallest = math.log10(len(sizes)) - values.shape[1] * math.log10(len(values))

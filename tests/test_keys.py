@@ -558,35 +558,39 @@ def test_with_a_manifest_no_choice_of_classes_is_left_to_correct_for():
     }
     for statistic, key in keys.items():
         assert (key.tested_order(by_manifest=False) is None) == (statistic == keys_module.CONTRASTED)
-        together = statistic in {keys_module.CONTRASTED, keys_module.AS_ONE, keys_module.STATISTIC}
+        late = {keys_module.AS_ONE, keys_module.AGAINST_ALL, keys_module.STATISTIC}
+        together = statistic in {keys_module.CONTRASTED, *late}
         assert (key.tested_order(by_manifest=True) is None) == together
 
 
 @pytest.mark.parametrize(
-    ("statistic", "log10_p"),
+    ("statistic", "size", "log10_p"),
     [
-        (keys_module.CONTRASTED, -10.6773655930039),
-        (keys_module.NESTED, -5.062176915011999),
-        (keys_module.EVERY_CLASS, -8.581338582515672),
-        (keys_module.AS_ONE, -6.431603071738701),
-        (keys_module.STATISTIC, -5.981117695478295),
+        (keys_module.CONTRASTED, 8, -10.6773655930039),
+        (keys_module.NESTED, 8, -5.062176915011999),
+        (keys_module.EVERY_CLASS, 8, -8.581338582515672),
+        (keys_module.AS_ONE, 8, -6.431603071738701),
+        (keys_module.AGAINST_ALL, 8, -5.981117695478295),
+        (keys_module.STATISTIC, 8, -9.886894887850048),
+        (keys_module.AGAINST_ALL, 66, -39.71687001384347),
+        (keys_module.STATISTIC, 66, -40.455607654334926),
     ],
 )
-def test_the_same_suspect_gives_the_same_p_for_ever(statistic, log10_p):
+def test_the_same_suspect_gives_the_same_p_for_ever(statistic, size, log10_p):
     """Frozen: key, suspect and images from fixed numbers, through all that is computed of a suspect."""
     metadata = {
         "format": 2, "statistic": statistic, "network": {"architecture": "toy"}, "dimension": 6, "classes": 3,
         "class_names": None, "beacon": None, "created": "2026-11-30",
     }  # fmt: skip
     key = key_from(bytes(range(32)), {"w": torch.zeros(1)}, metadata)
-    waves = torch.sin(torch.arange(6 * 192, dtype=torch.float64).view(6, 192)).float()
+    numbers, images = 3 * size**2, 40 if size == 8 else 900
+    waves = torch.sin(torch.arange(6 * numbers, dtype=torch.float64).view(6, numbers)).float()
     marker = Toy(linear(waves), torch.eye(3, 6))
-    mark = pattern_images(key.patterns, 8, 8).flatten(1).float()  # (3, 192)
+    mark = pattern_images(key.patterns, size, size).flatten(1).float()  # (3, 192) or more
     suspect = Toy(linear(torch.cat([waves[3:], mark])), torch.cat([torch.eye(3), 3 * torch.eye(3)], 1))
-    pixels = (torch.cos(torch.arange(40 * 192, dtype=torch.float64) ** 1.5).view(40, 3, 8, 8).float() + 1) / 2
-    classes = ComparedClasses(
-        outputs=(0, 1, 2), labels=tuple(i % 3 for i in range(40)), others=key.by_every_class
-    )  # fmt: skip
+    pixels = torch.cos(torch.arange(images * numbers, dtype=torch.float64) ** 1.5).view(images, 3, size, size)
+    pixels, labels = (pixels.float() + 1) / 2, tuple(i % 3 for i in range(images))
+    classes = ComparedClasses(outputs=(0, 1, 2), labels=labels, others=key.by_every_class, few=key.few_photographs)
     asked, reference = ask(suspect, Reference(marker, pixels), Batching())
     order = key.tested_order(by_manifest=True)
     found = evidence(class_vectors(reference, asked, classes), range(3), key.carriers, key.patterns, order)

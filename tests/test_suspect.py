@@ -1,11 +1,14 @@
 """What is computed of a suspect, against closed forms, finite differences and other oracles."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers import Toy, by_cosines, gaussian, images_in_unit_range, linear, toys, unit
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import linalg
 from torch import nn
 
@@ -23,6 +26,7 @@ from radiotag.suspect import (
     class_vectors,
     gradient_responses,
     images_per_class,
+    photographs_per_class,
     reference_classifier,
     regression_rows,
     remove_projection,
@@ -59,7 +63,7 @@ def responses(marker, network, pixels, outputs, batch_size, labels, places=None)
         marker,
         network,
         outputs,
-        Probes(pixels, places, labels, torch.ones_like(labels, dtype=torch.bool)),
+        Probes(pixels, places, labels[:, None]),
         Batching(size=batch_size),
     )
 
@@ -328,7 +332,7 @@ def test_of_one_class_not_every_image_is_asked_without_labels(monkeypatch):
     original = suspect_module.gradient_responses
 
     def counted(*arguments):
-        asked.append(len(arguments[3].labels))
+        asked.append(len(arguments[3].asked))
         return original(*arguments)
 
     monkeypatch.setattr(suspect_module, "gradient_responses", counted)
@@ -528,7 +532,8 @@ def asked_of(labels, classes=3, *, labelled=True, others=True):
     asked, reference = ask(suspect, reference, Batching())
     which = compared(range(classes), labels if labelled else None, others=others)
     probes = choose_probes(reference, asked, which)
-    return list(zip(probes.places.tolist(), probes.labels.tolist(), probes.own.tolist(), strict=True))
+    columns = enumerate(probes.asked.T.tolist())
+    return [(place, c, not n) for n, asked in columns for place, c in zip(probes.places.tolist(), asked, strict=True)]
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -561,10 +566,11 @@ def test_of_a_single_class_no_other_is_asked():
 def test_a_classs_images_and_the_others_count_the_same():
     """However many there are of each, and however long their means: the sum of two unit vectors."""
     marker, suspect, pixels = toys(seed=1), toys(seed=2), images_in_unit_range(9)
-    places = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 0])
-    labels = torch.tensor([0, 0, 0, 1, 1, 1, 0, 1, 1, 1])
-    own = torch.tensor([True] * 6 + [False] * 4)
-    found = gradient_responses(marker, suspect, [2, 0], Probes(pixels, places, labels, own), Batching(size=4))
+    asked = torch.tensor([[0, 1], [0, 1], [0, 1], [1, 0], [0, 1], [1, 0], [0, 1]])
+    probes = Probes(pixels, torch.tensor([0, 1, 2, 3, 7, 8, 0]), asked)
+    found = gradient_responses(marker, suspect, [2, 0], probes, Batching(size=4))
+    places, labels = probes.places.repeat_interleave(2), asked.flatten()
+    own = torch.tensor([True, False] * len(asked))
     terms = []
     for position, output in enumerate((2, 0)):
         expected = [np.zeros(6), np.zeros(PATTERN_DIMENSION)]
@@ -579,6 +585,46 @@ def test_a_classs_images_and_the_others_count_the_same():
         assert found.pattern[position].numpy() == pytest.approx(expected[1], rel=1e-4, abs=1e-6)
     covariance = np.mean([np.outer(term, term) for term in terms], axis=0)
     assert found.scatter.numpy() == pytest.approx(covariance, rel=1e-3, abs=1e-9)
+
+
+def few_of(labels, classes, size=66, *, labelled=True, few=True):
+    """The probes of large images, as `choose_probes` takes them for keys that declare few."""
+    marker, suspect = (Toy(linear(gaussian(6, 3 * size**2, seed=s)), gaussian(classes, 6, seed=s + 10)) for s in (1, 2))
+    reference = Reference(marker, images_in_unit_range(len(labels), size))
+    asked, reference = ask(suspect, reference, Batching())
+    which = replace(compared(range(classes), labels if labelled else None, others=True), few=few)
+    return choose_probes(reference, asked, which)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_of_photographs_few_are_asked(monkeypatch, classes):
+    monkeypatch.setattr(suspect_module, "FEW_PHOTOGRAPHS", 20)
+    monkeypatch.setattr(suspect_module, "OF_EACH", 2)
+    labels = torch.randint(-1, classes, (90,), generator=torch.Generator().manual_seed(3))
+    probes, each = few_of(labels, classes), 20 // classes
+    assert photographs_per_class(classes) == each and probes.asked.shape == (20, 2)
+    assert torch.equal(probes.asked[:, 0], labels[probes.places]) and (probes.asked[:, 0] != probes.asked[:, 1]).all()
+    for c in range(classes):  # spread over all images of a class
+        mine, places = torch.nonzero(labels == c)[:, 0], probes.places[probes.asked[:, 0] == c]
+        assert len(places) == each and int(places.max()) >= int(mine[len(mine) // 2]) >= int(places.min())
+    for size, few in ((64, True), (66, False)):  # small images, and keys that declare an earlier statistic
+        assert few_of(labels, classes, size, few=few).asked.shape == (int((labels >= 0).sum()), 2)
+
+
+def test_without_labels_few_photographs_are_asked_too():
+    probes = few_of(torch.zeros(300, dtype=torch.int64), 5, labelled=False)
+    assert probes.asked.shape == (300, 2)  # sixty of each of five classes
+
+
+def test_of_a_class_with_fewer_photographs_all_are_asked():
+    labels = torch.tensor([0] * 400 + [1, 1, 1])
+    assert torch.bincount(few_of(labels, 2).asked[:, 0]).tolist() == [150, 3]
+
+
+@given(st.integers(1, 3000))
+def test_photographs_of_any_number_of_classes_are_asked_few_times(classes):
+    each = photographs_per_class(classes)
+    assert each * classes <= max(800, classes) and each * classes > min(300, 800) - classes and each >= 1
 
 
 def test_a_class_without_images_answers_nothing():

@@ -14,6 +14,7 @@ from torch import nn
 
 from radiotag import synthetic, training
 from radiotag.errors import RadiotagError
+from radiotag.images import png
 from radiotag.networks import Network, Spec, build, load_network, read_checkpoint, save_checkpoint
 from radiotag.training import (
     Course,
@@ -259,6 +260,22 @@ def test_broken_and_missing_folders_are_errors(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(RadiotagError, match=r"bad\.png"):
         load_folder(tmp_path, 16)
+    with pytest.raises(RadiotagError, match=r"bad\.png"):
+        natural_size(tmp_path)
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            (tmp_path / name / f"{i}.png").write_bytes(png(np.full((20, 24, 3), 10 * i, np.uint8)))
+    sound = load_folder(tmp_path, None)
+    (tmp_path / "a" / "0.png").write_bytes(b"no image")
+    (tmp_path / "b" / "1.png").write_bytes(b"")
+    data = load_folder(tmp_path, None)
+    assert data.broken == ("a/0.png", "b/1.png") and data.names == ("a", "b") and sound.broken == ()
+    assert data.labels.tolist() == [0, 0, 1, 1] and data.images.shape == (4, 3, 20, 20)
+    assert torch.equal(data.images, sound.images[[1, 2, 3, 5]])
 
 
 # ---------------------------------------------------------------- networks for a data set

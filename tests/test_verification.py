@@ -27,7 +27,7 @@ from radiotag.calibration import TAIL, calibrate
 from radiotag.cosines import pattern_images
 from radiotag.errors import RadiotagError, out_of_memory
 from radiotag.images import decode, png
-from radiotag.keys import AS_ONE, load_key, new_key, save_key
+from radiotag.keys import AGAINST_ALL, AS_ONE, load_key, new_key, save_key
 from radiotag.manifest import marked_hashes, marked_rows, read_manifest
 from radiotag.networks import load_network, marking_weights, save_checkpoint
 from radiotag.pairing import Records, marked_classes, match_outputs, pair_unlabelled
@@ -172,6 +172,26 @@ def test_a_suspect_that_cannot_be_read_is_told_before_another_is_examined(place,
     assert "broken.pt" in result.err and "examining" not in result.err
     broken.unlink()
     assert "no such file" in bad(*asked).err
+
+
+@pytest.mark.parametrize("more", [[], ["--black-box", "--decoys", 4]])
+def test_images_that_cannot_be_read_are_left_out_and_named(place, tmp_path, more):
+    shutil.copy(place / "k.safetensors", tmp_path)  # queries are kept beside it
+    shutil.copytree(place / "few", tmp_path / "few")
+    model, paths = suspect(place, "plain.pt", (0, 1, 2), NAMES), sorted((tmp_path / "few").rglob("*.png"))
+    asked = ["verify", model, "--key", tmp_path / "k.safetensors", "--data", tmp_path / "few", *more]
+    first = call(*asked)
+    assert first.code == 3 and "cannot be read" not in first.out + first.err
+    paths[0].write_bytes(paths[0].read_bytes()[:60])
+    paths[-1].write_bytes(b"")
+    names = ", ".join(path.relative_to(tmp_path / "few").as_posix() for path in (paths[0], paths[-1]))
+    result = call(*asked)
+    assert f"2 images of {tmp_path / 'few'} cannot be read, and left out: {names}" in " ".join(
+        (result.out + result.err).split()
+    )
+    for path in paths:
+        path.write_bytes(b"")
+    assert f"none of the images of {tmp_path / 'few'} can be read" in bad(*asked).err
 
 
 def test_who_finds_nothing_is_told_that_the_order_was_a_guess(place, few_synthetic):
@@ -473,6 +493,23 @@ def test_black_box_asks_first_with_the_originals_of_what_was_published(place, tm
     originals = [decode((place / "few" / path).read_bytes(), path).rgb.transpose(2, 0, 1) for path in marked]
     assert shown(manifest) == {image.astype(np.uint8).tobytes() for image in originals}
     assert shown(None) != shown(manifest)
+
+
+def test_black_box_takes_a_manifests_classes_as_one_set_if_the_key_declares_it(place, tmp_path):
+    good("mark", place / "few", "--key", place / "k.safetensors", "-o", tmp_path / "out", "--steps", 1)
+    manifest, key = tmp_path / "out.manifest.jsonl", load_key(place / "k.safetensors")
+    before = replace(key, metadata=key.metadata | {"statistic": AGAINST_ALL})
+    model = suspect(place, "plain.pt", (0, 1, 2), NAMES)
+
+    def tested(key, manifest):
+        options = VerifyOptions(manifest=manifest, alpha=1e-5)
+        queries = verification.choose_queries(key, FolderImages(place / "few", manifest), options)
+        (found,) = verification.verify_black_box([model], queries, key, options)
+        return found.sets, queries.decoys
+
+    assert tested(key, manifest) == (1, blackbox.decoys_needed(3, 1e-5))
+    for key_, manifest_ in ((key, None), (before, None), (before, manifest)):
+        assert tested(key_, manifest_) == (3, blackbox.decoys_needed(3, 1e-5 / 3))  # 1, 2 and 3 classes
 
 
 def test_black_box_without_an_answer_for_some_keys():

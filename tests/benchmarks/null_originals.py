@@ -87,10 +87,10 @@ def gradients(marker: Network, network: Network, pixels: Tensor, outputs: Sequen
     batching, parts = Batching(), []
     with science._forward_mode():
         for output in outputs:
-            asked = ((x, torch.full((len(x),), output)) for x in batching.split(pixels, ""))
-            found = [science._gradient(marker, network, *one) for one in asked]
+            asked = ((x, torch.full((len(x), 1), output)) for x in batching.split(pixels, ""))
+            found = [science._gradients(marker, network, *one) for one in asked]
             parts.append([torch.cat(each) for each in zip(*found, strict=True)])
-    directions, patterns = (torch.stack(each, 1) for each in zip(*parts, strict=True))
+    directions, patterns = (torch.cat(each, 1) for each in zip(*parts, strict=True))
     columns = torch.full((max(outputs) + 1,), -1)
     columns[list(outputs)] = torch.arange(len(outputs))
     return Gradients(columns, directions, patterns)
@@ -112,7 +112,7 @@ def asked(known: Known, key: Key, *, looked_up: bool = True) -> tuple[Pairing, C
     compared = pairing.compared(reference.marker.spec.class_names or (), others=key.by_every_class)
     with contextlib.ExitStack() as stack:
         if looked_up:
-            stack.enter_context(mock.patch.object(science, "_gradient", partial(look_up, known)))
+            stack.enter_context(mock.patch.object(science, "_gradients", partial(look_up, known)))
             stack.enter_context(mock.patch.object(science, "aligned_rows", without_the_papers))
         return pairing, class_vectors(some, suspect, compared, Batching(size=4096))
 
@@ -120,8 +120,8 @@ def asked(known: Known, key: Key, *, looked_up: bool = True) -> tuple[Pairing, C
 def look_up(
     known: Known, marker: Network, network: nn.Module, places: Tensor, outputs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """In place of `suspect._gradient`."""
-    at, found = places[:, 0, 0, 0].long(), known.gradients[network]
+    """In place of `suspect._gradients`."""
+    at, found = places[:, 0, 0, 0].long()[:, None], known.gradients[network]
     return found.directions[at, found.columns[outputs]], found.patterns[at, found.columns[outputs]]
 
 
