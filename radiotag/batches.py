@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from radiotag.bands import FEW, bands, sampled
-from radiotag.errors import RadiotagError, out_of_memory
+from radiotag.errors import RadiotagError, Unmarkable, out_of_memory
 from radiotag.images import GREY, Picture, Pixels, decode, encode, finer, psnr, roundtrip, sample_of
 from radiotag.keys import Key, image_random
 from radiotag.networks import Network, channels_first, resized
@@ -89,7 +89,8 @@ def mark_requests(marker: Marker, requests: Sequence[Request]) -> Iterator[list[
         if not isinstance(error, RadiotagError) and (len(requests) == 1 or not out_of_memory(error)):
             raise
         # Keep only the message: the error itself would hold the failed batch's tensors.
-        files, failure = [], RadiotagError(str(error), getattr(error, "hint", ""))
+        told = str(error), getattr(error, "hint", "")
+        files, failure = [], Unmarkable(*told, error.kind) if isinstance(error, Unmarkable) else RadiotagError(*told)
     if files:
         gains = feature_gains(marker.network, requests, [pixels for _, pixels in files])
         yield [Marked(file=f, pixels=p, gain=gain) for (f, p), gain in zip(files, gains, strict=True)]
@@ -249,9 +250,11 @@ def with_room(picture: Picture, format: str, marking: Marking) -> Picture:
     raise _too_coarse(picture, error)
 
 
-def _too_coarse(picture: Picture, error: float) -> RadiotagError:
+def _too_coarse(picture: Picture, error: float) -> Unmarkable:
+    kind = f"{picture.format} that leaves no room for a mark"
     told = f"written again as {picture.format} it has {-10 * math.log10(error):.1f} dB, less than --min-psnr allows"
-    return RadiotagError(f"{picture.name}: {told}", "write PNG files instead: --format png, or give a lower --min-psnr")
+    hint = "write PNG files instead: --format png, or give a lower --min-psnr"
+    return Unmarkable(f"{picture.name}: {told}", hint, kind)
 
 
 def _codec_error(picture: Picture, format: str) -> float:

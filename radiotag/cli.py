@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,6 +219,9 @@ def mark(
     strict: Annotated[
         bool, marking_option("--strict", metavar="", help="stop at the first image that cannot be marked")
     ] = False,
+    on_unmarkable: Annotated[
+        str, marking_option(metavar="fail|copy", help="sound images of a kind that cannot be marked without loss")
+    ] = "fail",
     epsilon: Annotated[
         float,
         quality_option(min=0.1, max=255.0, metavar="LEVELS", help="largest change of a pixel, of 255, before encoding"),
@@ -259,13 +263,15 @@ def mark(
             raise typer.BadParameter(f"--format is keep or png, not {format_}")
         if choose not in {"hard", "random"}:
             raise typer.BadParameter(f"--choose is hard or random, not {choose}")
+        if on_unmarkable not in {"fail", "copy"}:
+            raise typer.BadParameter(f"--on-unmarkable is fail or copy, not {on_unmarkable}")
         report.note("planning …")
         from radiotag.plan import MarkOptions
 
         options = MarkOptions(
             fraction=fraction, epsilon=epsilon, min_psnr=min_psnr, steps=steps, format=format_, seed=seed,
             device=choose_device(device), batch_size=batch_size, force=force, strict=strict, held_out=held_out,
-            choose=choose, spread=spread,
+            choose=choose, spread=spread, on_unmarkable=on_unmarkable,
         )  # fmt: skip
         plan = _mark_plan(report, source, output, key, options)
         _check_preview(plan, preview, force)
@@ -350,7 +356,7 @@ class _Pace:
 def _tell_marked(report: Report, plan: "Plan", summary: "Summary", key: Path, preview: Path | None) -> None:
     from radiotag import marking_run
 
-    expected = plan.expectation(summary.failed)
+    expected = plan.expectation([*summary.failed, *summary.unmarkable])
     for row in summary.failed:
         report.problem(row["error"], row.get("hint", ""))
     try:
@@ -415,6 +421,7 @@ def _mark_json(plan: "Plan", summary: "Summary", expected: "Expectation", **more
         "images": len(plan.items), "marked": summary.marked, "copied": summary.copied, "skipped": summary.skipped,
         "failed": failed, "formats_unmarked": dict(plan.store.unmarked_formats()),
         "further_pictures_dropped": summary.dropped, "unchanged": summary.unchanged,
+        "unmarkable": dict(_kinds(summary)),
         "expected_log10_p": expected.log10_p,
         **summary.statistics(), **more,
     }  # fmt: skip
@@ -440,9 +447,15 @@ def _mark_lines(plan: "Plan", summary: "Summary", expected: "Expectation", key: 
         *(_quality_lines(plan, summary) if summary.marked else ()),
         *([_expect_line(expected)] if summary.marked else ()),
         *_unmarked_lines(plan),
+        *(f"warning      copied, as they cannot be marked: {kind} {count}" for kind, count in _kinds(summary)),
         *_mark_warnings(plan, summary),
         *_after_marking(plan, summary, key),
     ]
+
+
+def _kinds(summary: "Summary") -> list[tuple[str, int]]:
+    """(kind, number) of the images that were copied because they cannot be marked."""
+    return sorted(Counter(row["unmarkable"] for row in summary.unmarkable).items())
 
 
 def _quality_lines(plan: "Plan", summary: "Summary") -> list[str]:
@@ -461,6 +474,11 @@ def _mark_warnings(plan: "Plan", summary: "Summary") -> Iterator[str]:
 
     if summary.dropped:
         yield f"warning      {summary.dropped} marked files lack what lay behind the picture (gain map, depth, film)"
+    if summary.full_chroma:
+        yield (
+            f"warning      {summary.full_chroma} marked JPEGs have chroma at full resolution: theirs (4:4:0 or 4:1:1) "
+            "cannot be written, and those that are copied keep it"
+        )
     if summary.full_colour:
         yield f"warning      {summary.full_colour} marked files have no palette: 256 colours were too few"
     if summary.unchanged:

@@ -15,6 +15,14 @@ class BrokenImage(RadiotagError):
     """An image file that cannot be read."""
 
 
+class Unmarkable(BrokenImage):
+    """An image that is sound, but that cannot be marked and written again as it was."""
+
+    def __init__(self, message: str, hint: str = "", kind: str = "") -> None:
+        super().__init__(message, hint)
+        self.kind = kind  # what such images have in common
+
+
 def left_out(paths: Sequence[str], where: str) -> list[str]:
     """A warning that names images which could not be read; nothing if there are none."""
     if not paths:

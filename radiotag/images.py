@@ -1,6 +1,6 @@
 """Image files: decode, encode again in the same format, compare two images, draw a contact sheet.
 
-Only files that can be written back faithfully are accepted: RadiotagError if Pillow would silently change depth or
+Only files that can be written back faithfully are accepted: Unmarkable if Pillow would silently change depth or
 layout.
 """
 
@@ -22,12 +22,35 @@ from PIL.TiffImagePlugin import TiffImageFile
 from scipy import ndimage
 
 from radiotag.bands import EACH, bands, sampled
-from radiotag.errors import BrokenImage, RadiotagError
+from radiotag.errors import BrokenImage, Unmarkable
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".mpo"})
 OTHER_SUFFIXES = frozenset(  # of image formats that are only copied
-    {".gif", ".apng", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".psd", ".dng"}
+    {
+        *(".gif", ".apng", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpx", ".jxl", ".ico", ".exr", ".hdr", ".pcx"),
+        *(
+            ".ppm",
+            ".pgm",
+            ".pbm",
+            ".pnm",
+            ".tga",
+            ".psd",
+            ".dng",
+            ".cr2",
+            ".cr3",
+            ".nef",
+            ".arw",
+            ".raf",
+            ".orf",
+            ".rw2",
+        ),
+    }
 )
+OTHER_FORMATS = {  # by a file's first bytes
+    b"GIF8": "a GIF", b"\0\0\0\x0cjP  ": "a JPEG 2000", b"\xff\x4f\xff\x51": "a JPEG 2000", b"8BPS": "a PSD",
+    b"\xff\x0a": "a JPEG XL", b"\0\0\0\x0cJXL ": "a JPEG XL", b"\0\0\1\0": "an ICO", b"P5": "a PGM", b"P6": "a PPM",
+}  # fmt: skip
+BRANDS = {b"avif": "an AVIF", b"avis": "an AVIF", b"heic": "a HEIC", b"heix": "a HEIC", b"mif1": "a HEIC"}
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B"})
 GREY = frozenset({"1", "L", "LA", "I;16"})  # modes without colour
@@ -76,6 +99,7 @@ class Picture:
     chunks: bytes = field(repr=False)  # metadata, copied unchanged: chunks of a PNG, or segments of a JPEG
     orientation: int  # of a TIFF, which Pillow has turned upright; 1 for other formats, which it leaves as stored
     obstacle: str  # the reason why the same format cannot be written again; "" if it can
+    full_chroma: bool = False  # a JPEG whose chroma is written at a finer resolution, as its own cannot be written
     dropped: int = 0  # further pictures that a telephone's JPEG loses (a gain map, a film)
 
 
@@ -87,8 +111,8 @@ def decode(data: bytes, name: str) -> Picture:
     """
     try:
         return _picture(_open(data, name), data, name)
-    except RadiotagError as error:
-        raise BrokenImage(str(error), error.hint) from error
+    except BrokenImage:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's limit is twice as high
         raise _bomb(name) from error
     except Exception as error:  # a broken file can raise anything inside a decoder: struct.error, SyntaxError, ...
@@ -102,16 +126,18 @@ def _bomb(name: str) -> BrokenImage:
 
 def _open(data: bytes, name: str) -> Image.Image:
     if not data:
-        raise RadiotagError(f"{name}: the file is empty", "replace or remove the file")
+        raise BrokenImage(f"{name}: the file is empty", "replace or remove the file")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:  # its message shows only the address of a buffer
         hint = f"the formats read are {', '.join(FORMATS)}; replace or remove the file"
-        raise RadiotagError(f"{name}: not an image, or a broken one", hint) from error
+        if kind := other_format(data):
+            raise Unmarkable(f"{name}: it is {kind}, whatever its name says", hint, kind) from error
+        raise BrokenImage(f"{name}: not an image, or a broken one", hint) from error
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise _bomb(name)
     if getattr(image, "n_frames", 1) > 1 and not isinstance(image, JpegImageFile):
-        raise RadiotagError(f"{name}: it holds several frames or pages", "keep one frame per file")
+        raise Unmarkable(f"{name}: it holds several frames or pages", "keep one frame per file", "several frames")
     if isinstance(image, TiffImageFile):
         image.info["orientation"] = image.tag_v2.get(274, 1)  # load() removes the tag
     image.load()
@@ -120,10 +146,22 @@ def _open(data: bytes, name: str) -> Image.Image:
     return image
 
 
+def other_format(data: bytes) -> str | None:
+    """The name of an image format that is only copied, by a file's first bytes; None for others."""
+    if data[4:8] == b"ftyp":
+        return BRANDS.get(data[8:12])
+    return next((name for start, name in OTHER_FORMATS.items() if data.startswith(start)), None)
+
+
+def kind_of_loss(reason: str) -> str:
+    """What such images have in common, from the reason why one cannot be kept."""
+    return reason.partition(",")[0].removesuffix(" again")
+
+
 def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
     loss = _depth_loss(image, data)
     if loss:
-        raise RadiotagError(f"{name}: {loss}", "convert it to 8 bits per channel, grey or RGB, first")
+        raise Unmarkable(f"{name}: {loss}", "convert it to 8 bits per channel, grey or RGB, first", kind_of_loss(loss))
     options, obstacle = _save_options(image, data)
     depth = _depth(image, data)
     if image.mode == "L" and depth < 8 and "transparency" in image.info:  # Pillow scales the pixels, but not this value
@@ -138,6 +176,7 @@ def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
         name=name, rgb=rgb, format=format, mode=mode, depth=depth, plane=plane, options=options,
         chunks=chunks, orientation=image.info.get("orientation", 1), obstacle=obstacle,
         dropped=_jpeg_dropped(image, data),
+        full_chroma=isinstance(image, JpegImageFile) and _has_odd_chroma(image),
     )  # fmt: skip
 
 
@@ -198,7 +237,7 @@ def _save_options(image: Image.Image, data: bytes) -> tuple[dict[str, Any], str]
     """Return Pillow's options to save the image in its own format, and the obstacle ("" if there is none)."""
     options = {key: image.info[key] for key in METADATA if image.info.get(key)}
     if isinstance(image, JpegImageFile):
-        return options | _jpeg_options(image, data), _jpeg_obstacle(image)
+        return options | _jpeg_options(image, data), ""
     if isinstance(image, TiffImageFile):
         return _tiff_options(image)
     if image.format == "WEBP":
@@ -222,11 +261,16 @@ def _jpeg_options(image: JpegImageFile, data: bytes) -> dict[str, Any]:
         numbers = numbers[:2]
     return {
         "qtables": [list(image.quantization[number]) for number in numbers],
-        "subsampling": get_sampling(image),
+        "subsampling": 0 if _has_odd_chroma(image) else get_sampling(image),
         "progressive": bool(image.info.get("progressive")),
         "keep_rgb": rgb,
         "optimize": not _huffman(data) <= _standard_huffman(),
     }
+
+
+def _has_odd_chroma(image: JpegImageFile) -> bool:
+    """Whether a JPEG's chroma has a resolution that Pillow cannot write, as 4:4:0 and 4:1:1: it becomes 4:4:4."""
+    return bool(image.layers == 3 and get_sampling(image) == -1)
 
 
 def _jpeg_segments(data: bytes) -> list[tuple[int, bytes]]:
@@ -295,12 +339,6 @@ def _standard_huffman() -> set[bytes]:
     return _huffman(file.getvalue())
 
 
-def _jpeg_obstacle(image: JpegImageFile) -> str:
-    if image.layers == 3 and get_sampling(image) == -1:
-        return "a JPEG whose chroma subsampling cannot be written again"
-    return ""
-
-
 def _tiff_options(image: TiffImageFile) -> tuple[dict[str, Any], str]:
     compression = image.info.get("compression", "raw")
     predictor = image.tag_v2.get(317)
@@ -346,17 +384,19 @@ def _png_chunks(data: bytes) -> bytes:
 def encode(picture: Picture, rgb: NDArray[Any], format: str = "keep") -> bytes:
     """Write `rgb`, (H, W, 3) in [0, 255], rounded and clipped, with the picture's format, depth and metadata.
 
-    `format="png"` always writes a PNG. RadiotagError if the same format cannot be written faithfully.
+    `format="png"` always writes a PNG. Unmarkable if the same format cannot be written faithfully.
     """
     if rgb.shape != picture.rgb.shape or format not in ("keep", "png"):
         raise ValueError(f"format {format!r}, pixels {rgb.shape} for an image of {picture.rgb.shape}")
     if format == "keep" and picture.obstacle:
-        raise RadiotagError(f"{picture.name}: {picture.obstacle}", "write PNG files instead: --format png")
+        hint = "write PNG files instead: --format png"
+        raise Unmarkable(f"{picture.name}: {picture.obstacle}", hint, kind_of_loss(picture.obstacle))
     try:
         return _write(picture, rgb, format)
     except Exception as error:  # encoders refuse metadata with many exception types
         hint = "write PNG files instead: --format png" if format == "keep" else "leave the file out"
-        raise RadiotagError(f"{picture.name}: cannot be written again ({error})", hint) from error
+        told = f"{picture.name}: cannot be written again ({error})"
+        raise Unmarkable(told, hint, f"{picture.format} that cannot be written again") from error
 
 
 def _write(picture: Picture, rgb: NDArray[Any], format: str) -> bytes:

@@ -48,6 +48,8 @@ class Summary:
     linf: "array[float]" = field(default_factory=lambda: array("d"))
     gain: "array[float]" = field(default_factory=lambda: array("d"))
     dropped: int = 0  # images whose marked files lack further pictures of the source's file
+    unmarkable: list[Row] = field(default_factory=list)  # of images copied because they cannot be marked
+    full_chroma: int = 0  # JPEGs whose chroma is written at a finer resolution than the source's
     full_colour: int = 0  # images with a palette whose marked files have none
     places: "array[int]" = field(default_factory=lambda: array("q"))  # of their rows, in bytes
 
@@ -69,10 +71,12 @@ class Summary:
             self.failed.append(row)
         elif row["status"] == "copied":
             self.copied += 1
+            self.unmarkable += [row] if "unmarkable" in row else []
         else:
             for name in QUALITY:
                 getattr(self, name).append(row[name])
             self.dropped += "dropped" in row
+            self.full_chroma += "full_chroma" in row
             self.full_colour += "full_colour" in row
             self.places.append(place)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from radiotag import manifest
 from radiotag.batches import Marked, Marker, Request, fits, mark_requests, request_for, with_room
-from radiotag.errors import RadiotagError
+from radiotag.errors import RadiotagError, Unmarkable
 from radiotag.files import fill_atomically, hash_or_none, write_atomically
 from radiotag.images import Picture, contact_sheet, decode, encode, linf, psnr, sample_of, ssim
 from radiotag.listing import Item
@@ -293,7 +293,7 @@ def row_is_current(plan: Plan, item: Item, row: Row) -> bool:
         return False
     if row["status"] == "marked" and not row.keys() >= set(QUALITY):
         return False
-    expected = "marked" if plan.marks(item) else "copied", plan.rows[item.label]
+    expected = "marked" if plan.marks(item) and "unmarkable" not in row else "copied", plan.rows[item.label]
     if (row["status"], row["row"]) != expected or row["sha256_in"] != plan.store.hash(item.path):
         return False
     return plan.store.is_written(row)
@@ -346,7 +346,13 @@ def _row(plan: Plan, item: Item, status: str, **values: Any) -> Row:
 
 
 def _failed(plan: Plan, item: Item, error: RadiotagError) -> Row:
-    return _row(plan, item, "failed", error=str(error), hint=error.hint)
+    """The row of an image that cannot be marked: failed; or copied, if it is sound and the plan wants that."""
+    if not isinstance(error, Unmarkable):
+        return _row(plan, item, "failed", error=str(error), hint=error.hint)
+    if plan.options.on_unmarkable == "fail":
+        return _row(plan, item, "failed", error=str(error), hint=f"{error.hint}; or copy it: --on-unmarkable copy")
+    row = _copy_image(plan, item)
+    return row if row["status"] == "failed" else {**row, "unmarkable": error.kind, "chosen": True}
 
 
 def _copy_image(plan: Plan, item: Item) -> Row:
@@ -423,6 +429,7 @@ def _write(plan: Plan, image: _Decoded, result: Marked | RadiotagError) -> Row:
         sha256_out=hashlib.sha256(result.file).hexdigest(), psnr=round(min(psnr(before, after), BEST_PSNR), 3),
         ssim=round(ssim(before, after), 5), linf=round(linf(before, after), 3), gain=round(result.gain, 5),
         **({"dropped": image.picture.dropped} if image.picture.dropped else {}),
+        **({"full_chroma": True} if image.picture.full_chroma and plan.options.format == "keep" else {}),
         **({"full_colour": True} if _became_full_colour(plan, image, result) else {}),
     )  # fmt: skip
 

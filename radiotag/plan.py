@@ -48,6 +48,7 @@ class MarkOptions:
     force: bool = False  # overwrite an existing output
     held_out: Path | None = None  # unmarked images that the public half commits to, for verification
     strict: bool = False  # stop at the first image that cannot be marked
+    on_unmarkable: str = "fail"  # or "copy": images that are sound, but cannot be marked and written as they were
 
     @property
     def marking(self) -> Marking:
@@ -327,7 +328,8 @@ def to_mark(plan: Plan) -> dict[str, int]:
 
 def stale_files(plan: Plan) -> Iterator[tuple[Path, str]]:
     """Files that earlier runs wrote and this run will not write, with their SHA-256 ("" if unknown)."""
-    return plan.store.stale((row for row in _recorded(plan) if not _is_replaced(plan, row)), plan.targets())
+    rows = (row for row in _recorded(plan) if not _is_replaced(plan, row) and "unmarkable" not in row)
+    return plan.store.stale(rows, plan.targets())
 
 
 def replaced_files(plan: Plan) -> Iterator[tuple[Path, str]]:
@@ -344,7 +346,7 @@ def files_of_images(plan: Plan) -> Iterator[tuple[Path, str]]:
 
 
 def _is_replaced(plan: Plan, row: Row) -> bool:
-    return row["status"] == "copied" and row["path"] in plan.choice.marked
+    return row["status"] == "copied" and row["path"] in plan.choice.marked and "unmarkable" not in row
 
 
 def _recorded(plan: Plan) -> Iterator[Row]:

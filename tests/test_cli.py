@@ -61,7 +61,7 @@ COMMON = {"schema", "command", "version", "seconds"}
 MARK_KEYS = COMMON | {
     *("fingerprint", "output", "manifest", "images", "marked", "copied", "skipped", "failed", "public", "classes"),
     *("psnr_median", "psnr_p5", "psnr_min", "ssim_median", "ssim_min", "linf_max", "feature_gain_mean"),
-    *("formats_unmarked", "further_pictures_dropped", "unchanged", "expected_log10_p"),
+    *("formats_unmarked", "further_pictures_dropped", "unmarkable", "unchanged", "expected_log10_p"),
 }
 SUSPECT_KEYS = {
     *("path", "architecture", "detected", "log10_p", "log10_p_corrected", "paper_log10_p", "mean_cosine"),
@@ -755,6 +755,55 @@ def test_an_image_that_cannot_be_written_again_is_one_failure_too(world, tmp_pat
     answer = mark(world, tmp_path / "out", "--json", source=source).json
     assert [f["path"] for f in answer["failed"]] == ["bee/alpha.bmp"]
     assert answer["marked"] == 12
+
+
+def unmarkable_source(world, folder):
+    """A good folder, and four sound pictures that cannot be marked as they are."""
+    source = shutil.copytree(world.imgs, folder)
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(source / "ant" / "really.jpg", "GIF")
+    frames[0].save(source / "ant" / "film.webp", "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    (source / "bee" / "picture.png").write_bytes(b"\0\0\0\x1cftypavif" + bytes(40))
+    Image.fromarray(np.full((9, 9), 300, np.int32)).save(source / "bee" / "deep.tif")
+    return source
+
+
+def test_what_cannot_be_marked_is_named_or_copied_and_counted_by_kind(world, tmp_path):
+    source, output = unmarkable_source(world, tmp_path / "imgs"), tmp_path / "out"
+    failed = mark(world, tmp_path / "failed", "--json", source=source)
+    assert failed.code == 1 and failed.json["unmarkable"] == {} and failed.json["marked"] == 12
+    strange = {"ant/really.jpg", "ant/film.webp", "bee/picture.png", "bee/deep.tif"}
+    assert {row["path"] for row in failed.json["failed"]} == strange
+    assert all("--on-unmarkable copy" in row["hint"] for row in failed.json["failed"])
+    answer = mark(world, output, "--json", "--on-unmarkable", "copy", source=source).json
+    assert (answer["marked"], answer["copied"], answer["failed"]) == (12, 4, [])
+    kinds = answer["unmarkable"]
+    assert {"a GIF": 1, "several frames": 1, "an AVIF": 1}.items() <= kinds.items() and sum(kinds.values()) == 4
+    for name in strange:
+        assert (output / name).read_bytes() == (source / name).read_bytes()
+    again = mark(world, output, "--json", "--on-unmarkable", "copy", source=source).json
+    assert again["skipped"] == 16 and again["unmarkable"] == kinds
+    text = mark(world, output, source=source)  # what is done stays done
+    assert text.code == 0 and "copied, as they cannot be marked: a GIF 1" in text.out
+    (source / "bee" / "picture.png").write_bytes((world.imgs / "bee" / "00001.png").read_bytes())
+    mended = mark(world, output, "--json", "--on-unmarkable", "copy", source=source).json
+    assert (mended["marked"], mended["copied"], mended["skipped"]) == (13, 3, 15)
+
+
+def test_what_is_broken_is_not_copied(world, tmp_path):
+    source = broken_source(world, tmp_path / "imgs")
+    answer = mark(world, tmp_path / "out", "--json", "--on-unmarkable", "copy", source=source).json
+    assert len(answer["failed"]) == 2 and answer["copied"] == 0 and answer["unmarkable"] == {}
+    assert "fail or copy" in bad("mark", source, "--key", world.key, "--on-unmarkable", "skip", code=2).err
+
+
+@pytest.mark.parametrize("kind", ["keep", "png"])
+def test_what_cannot_be_marked_is_copied_into_any_format(world, tmp_path, kind):
+    source, output = unmarkable_source(world, tmp_path / "imgs"), tmp_path / "out"
+    for _ in range(2):  # and the second run finds its own files
+        answer = mark(world, output, "--json", "--on-unmarkable", "copy", "--format", kind, source=source).json
+        assert (answer["marked"], answer["copied"], answer["failed"]) == (12, 4, [])
+        assert (output / "bee" / "deep.tif").read_bytes() == (source / "bee" / "deep.tif").read_bytes()
 
 
 def test_strict_stops_at_the_first_broken_image(world, tmp_path):

@@ -467,15 +467,19 @@ def test_cmyk_tiff_is_exact(inks, after):
     assert np.array_equal(np.asarray(opened(file))[..., 3], black)
 
 
-def test_jpeg_with_other_subsampling_can_only_become_png():
-    data = encoded(Image.fromarray(smooth()), "JPEG", subsampling=0)
+@pytest.mark.parametrize("sampling", [b"\x12", b"\x41"])
+def test_jpeg_with_other_subsampling_gets_full_chroma(sampling):
+    """4:4:0, as some cameras turn their pictures, and 4:1:1: neither is one of Pillow's three."""
+    data = encoded(Image.fromarray(smooth(64, 64)), "JPEG", quality=95, subsampling=0)
     at = data.index(b"\xff\xc0") + 11
     assert data[at] == 0x11
-    picture = images.decode(data[:at] + b"\x12" + data[at + 1 :], "odd.jpg")  # luminance 1x2: not one of Pillow's three
-    with pytest.raises(RadiotagError, match=r"odd\.jpg.*subsampling") as caught:
-        images.encode(picture, picture.rgb)
-    assert "--format png" in caught.value.hint
-    assert np.array_equal(images.roundtrip(picture, picture.rgb, "png"), picture.rgb)
+    picture = images.decode(data[:at] + sampling + data[at + 1 :], "odd.jpg")
+    assert picture.rgb.shape == (64, 64, 3) and picture.full_chroma and not picture.obstacle
+    file = images.encode(picture, picture.rgb)
+    assert get_sampling(opened(file)) == 0
+    assert images.psnr(images.decode(file, "x").rgb, picture.rgb) > 40
+    assert not images.decode(data, "plain.jpg").full_chroma
+    assert not images.decode(encoded(Image.fromarray(smooth()).convert("L"), "JPEG"), "grey.jpg").full_chroma
 
 
 # -- metadata of the other formats
