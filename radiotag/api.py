@@ -385,6 +385,7 @@ def conditions(key: Key, images: UnmarkedImages | None, options: VerifyOptions) 
 
 # ---------------------------------------------------------------- options
 
+CHOICES = {"choose": ("hard", "random"), "format": ("keep", "png"), "on_unmarkable": ("fail", "copy")}
 RANGES: dict[str, tuple[float, float]] = {  # as the commands allow
     "fraction": (0, 1), "epsilon": (0.1, 255), "min_psnr": (10, 80), "steps": (1, 10_000), "seed": (0, math.inf),
     "image_size": (1, 2048), "alpha": (1e-300, 0.5), "calibrate": (0, 1_000_000), "decoys": (1, 99_999),
@@ -398,10 +399,9 @@ def _check_options(options: MarkOptions | VerifyOptions) -> None:
         value = getattr(options, name, None)
         if value is not None and not least <= value <= most:
             raise RadiotagError(f"{name} is {value:g}, and should be from {least:g} to {most:g}", "correct options")
-    if isinstance(options, MarkOptions) and options.choose not in {"hard", "random"}:
-        raise RadiotagError(f"choose is '{options.choose}', and should be hard or random", "correct options")
-    if isinstance(options, MarkOptions) and options.format not in {"keep", "png"}:
-        raise RadiotagError(f"format is '{options.format}', and should be keep or png", "correct options")
+    for name, words in CHOICES.items():
+        if (word := getattr(options, name, words[0])) not in words:
+            raise RadiotagError(f"{name} is '{word}', and should be {' or '.join(words)}", "correct options")
 
 
 def _plain_options(options: VerifyOptions) -> VerifyOptions:

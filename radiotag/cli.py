@@ -216,6 +216,9 @@ def mark(
     held_out: Annotated[
         Path | None, marking_option(metavar="DIR", help="unmarked images to commit to now, and to verify with later")
     ] = None,
+    exclude: Annotated[
+        list[str] | None, marking_option(metavar="GLOB", help="images that are only copied; may be given several times")
+    ] = None,
     strict: Annotated[
         bool, marking_option("--strict", metavar="", help="stop at the first image that cannot be marked")
     ] = False,
@@ -271,7 +274,7 @@ def mark(
         options = MarkOptions(
             fraction=fraction, epsilon=epsilon, min_psnr=min_psnr, steps=steps, format=format_, seed=seed,
             device=choose_device(device), batch_size=batch_size, force=force, strict=strict, held_out=held_out,
-            choose=choose, spread=spread, on_unmarkable=on_unmarkable,
+            choose=choose, spread=spread, on_unmarkable=on_unmarkable, exclude=tuple(exclude or ()),
         )  # fmt: skip
         plan = _mark_plan(report, source, output, key, options)
         _check_preview(plan, preview, force)
@@ -414,6 +417,8 @@ def _expect_line(expected: "Expectation") -> str:
 
 
 def _mark_json(plan: "Plan", summary: "Summary", expected: "Expectation", **more: Any) -> dict[str, Any]:
+    from radiotag.plan import indexes
+
     failed = [{name: row.get(name, "") for name in ("path", "error", "hint")} for row in summary.failed]
     return {
         "public": str(plan.public), "classes": plan.rows,
@@ -421,7 +426,7 @@ def _mark_json(plan: "Plan", summary: "Summary", expected: "Expectation", **more
         "images": len(plan.items), "marked": summary.marked, "copied": summary.copied, "skipped": summary.skipped,
         "failed": failed, "formats_unmarked": dict(plan.store.unmarked_formats()),
         "further_pictures_dropped": summary.dropped, "unchanged": summary.unchanged,
-        "unmarkable": dict(_kinds(summary)),
+        "unmarkable": dict(_kinds(summary)), "stale_indexes": indexes(plan),
         "expected_log10_p": expected.log10_p,
         **summary.statistics(), **more,
     }  # fmt: skip
@@ -470,8 +475,11 @@ def _quality_lines(plan: "Plan", summary: "Summary") -> list[str]:
 
 
 def _mark_warnings(plan: "Plan", summary: "Summary") -> Iterator[str]:
-    from radiotag.plan import unexpected_files
+    from radiotag.plan import indexes, unexpected_files
 
+    if stale := indexes(plan):
+        names = ", ".join(stale[:SHOWN]) + (", …" if len(stale) > SHOWN else "")
+        yield f"warning      copied as they were, though they list files that are marked: {names}: make them again"
     if summary.dropped:
         yield f"warning      {summary.dropped} marked files lack what lay behind the picture (gain map, depth, film)"
     if summary.full_chroma:

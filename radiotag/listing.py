@@ -1,6 +1,7 @@
 """The content of a data set: images with their classes, and other files, which are only copied."""
 
 import csv
+import fnmatch
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -40,13 +41,14 @@ class Listing(NamedTuple):
     other_files: list[PurePosixPath]  # relative to the source
 
 
-def list_folder(source: Path) -> Listing:
+def list_folder(source: Path, exclude: Sequence[str] = ()) -> Listing:
     """List a folder: images by path, sorted class names ([""] for a flat folder), and other files to copy.
 
     A class is a folder of the first level that contains images at any depth; where this is a lone folder of folders, or
     where train and val are, of the level below (`class_level`). In a flat folder a table may tell the classes
     (`class_table`). The other files are files of other types, label maps, a few pictures beside the class folders,
-    hidden files, files in hidden folders, and empty folders; incomplete files of a killed `mark` are left out.
+    hidden files, files in hidden folders, and empty folders; incomplete files of a killed `mark` are left out. exclude:
+    patterns of images that are only copied, too (`is_excluded`).
     RadiotagError for a missing, empty or ambiguous folder, a link out of it, a broken link, and a link to a folder.
     """
     if not source.is_dir():
@@ -55,6 +57,7 @@ def list_folder(source: Path) -> Listing:
         images, other_files = _walk(source)
     except OSError as error:
         raise RadiotagError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
+    images, other_files = _without(images, other_files, exclude)
     if not images:
         raise RadiotagError(f"no images in {source}", f"files are taken by suffix: {' '.join(sorted(SUFFIXES))}")
     maps = label_maps(source, images)
@@ -70,6 +73,31 @@ def list_folder(source: Path) -> Listing:
     items = [Item(path=path, label=path.parts[level] if folders else table.get(path, "")) for path in inside]
     names = sorted({item.label for item in items})
     return Listing(items, names, sorted([*other_files, *beside], key=lambda path: path.parts))
+
+
+def is_excluded(path: PurePosixPath, pattern: str) -> bool:
+    """Whether a shell's pattern fits a path: as a whole, where * crosses folders, or its last parts.
+
+    >>> path = PurePosixPath("scans/cat/a_preview.png")
+    >>> [is_excluded(path, pattern) for pattern in ("*_preview.png", "scans/*", "cat/*.png", "cat")]
+    [True, True, True, False]
+    """
+    return fnmatch.fnmatchcase(path.as_posix(), pattern) or path.match(pattern)
+
+
+def _without(
+    images: list[PurePosixPath], other_files: list[PurePosixPath], exclude: Sequence[str]
+) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    """Images without the excluded ones, and the other files with them. RadiotagError for a pattern that fits none."""
+    left_out = set[PurePosixPath]()
+    for pattern in exclude:
+        found = {path for path in images if pattern and is_excluded(path, pattern)}
+        if not found:
+            raise RadiotagError(
+                f"no image fits --exclude '{pattern}'", "a pattern fits whole paths, or their last parts"
+            )
+        left_out |= found
+    return [path for path in images if path not in left_out], sorted([*other_files, *left_out])
 
 
 def class_level(images: Iterable[PurePosixPath]) -> int:

@@ -4,6 +4,7 @@ The plan refuses secrets among the files, names that would become equal, and an 
 cannot continue.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -26,6 +27,10 @@ from radiotag.radioactive import Marking
 from radiotag.ranking import NOTHING, Choice, allot, choose_hard
 from radiotag.stores import Store, open_store
 
+INDEX = re.compile(  # files of checksums (BagIt's among them), and indexes of shards
+    r"(?:sha|md)\d+(?:sums?)?(?:\.txt)?|checksums?.*|.*\.(?:sha\d+|md5|sfv|idx|tfindex)|(?:tag)?manifest-(?:sha|md)\d+\.txt",
+    re.IGNORECASE,
+)
 ALIKE_PSNR = 15.0  # dB; a marked image and its source have more, two different images have about 10
 
 
@@ -42,6 +47,7 @@ class MarkOptions:
     seed: int = 0  # of the random crops
     spread: bool = False  # mark every class alike; otherwise few marks go into few classes
     choose: str = "hard"  # which images: those that the marking network finds hard, or "random"
+    exclude: tuple[str, ...] = ()  # patterns of images that are only copied
     # The following settings change no byte of the output.
     device: str = "cpu"
     batch_size: int = 64  # images optimised together
@@ -96,7 +102,7 @@ class Plan:
     def header(self) -> Row:
         """The manifest's first line."""
         names = ("fraction", "format", "seed", "epsilon", "min_psnr", "steps", "choose", "spread")
-        settings = {name: getattr(self.options, name) for name in names}
+        settings = {name: getattr(self.options, name) for name in names} | {"exclude": sorted(self.options.exclude)}
         return {"radiotag": MANIFEST_FORMAT, "fingerprint": self.key.fingerprint, **settings}
 
     def marks(self, item: Item) -> bool:
@@ -144,7 +150,7 @@ class Plan:
 
 def make_plan(source: Path, output: Path, key: Key, options: MarkOptions) -> Plan:
     """Pair every input with its output and choose the images to mark. RadiotagError before anything is written."""
-    store = open_store(source, output)
+    store = open_store(source, output, options.exclude)
     items, names, other_files = store.listing
     store.check_options(options.format)
     if output.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(output.resolve()):
@@ -345,6 +351,11 @@ def files_of_images(plan: Plan) -> Iterator[tuple[Path, str]]:
     return plan.store.stale(_recorded(plan), {path.as_posix() for path in plan.other_files})
 
 
+def indexes(plan: Plan) -> list[str]:
+    """Paths of other files that list sizes, places or checksums, which the marked files no longer have."""
+    return [path.as_posix() for path in plan.other_files if INDEX.fullmatch(path.name)]
+
+
 def _is_replaced(plan: Plan, row: Row) -> bool:
     return row["status"] == "copied" and row["path"] in plan.choice.marked and "unmarkable" not in row
 
@@ -367,7 +378,9 @@ def _check_links(plan: Plan) -> None:
 def _check_settings(plan: Plan, recorded: Row) -> None:
     """Refuse to go on with other settings; the fraction may be raised."""
     for name, value in plan.header.items():
-        before = recorded.get(name, {"choose": "random", "spread": True}.get(name))  # as earlier versions did
+        before = recorded.get(
+            name, {"choose": "random", "spread": True, "exclude": []}.get(name)
+        )  # as earlier versions did
         more = name == "fraction" and isinstance(before, float) and before < value  # what was marked stays so
         if before != value and not more:
             raise RadiotagError(

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -85,9 +85,13 @@ def list_dataset(source: Path) -> Listing:
     return shards.list_shards(source)[1] if shards.is_archive(source) else list_folder(source)
 
 
-def open_store(source: Path, output: Path) -> Store:
-    """The store that fits the source: `Shards` or `Folder`."""
-    return Shards(source, output) if shards.is_archive(source) else Folder(source, output)
+def open_store(source: Path, output: Path, exclude: Sequence[str] = ()) -> Store:
+    """The store that fits the source: `Shards` or `Folder`. RadiotagError for shards some of which are excluded."""
+    if not shards.is_archive(source):
+        return Folder(source, output, exclude)
+    if exclude:
+        raise RadiotagError("--exclude is for folders", "leave these images out when you make the shards")
+    return Shards(source, output)
 
 
 def copy_other_file(source: Path, target: Path) -> None:
@@ -104,8 +108,8 @@ class Folder:
 
     failed_are, failed_where = "missing", "MISSING from"
 
-    def __init__(self, source: Path, output: Path) -> None:
-        self.source, self.output, self.listing = source, output, list_folder(source)
+    def __init__(self, source: Path, output: Path, exclude: Sequence[str] = ()) -> None:
+        self.source, self.output, self.listing = source, output, list_folder(source, exclude)
 
     def check_options(self, format: str) -> None:
         """Do nothing: a folder accepts every format and every output."""

@@ -61,7 +61,7 @@ COMMON = {"schema", "command", "version", "seconds"}
 MARK_KEYS = COMMON | {
     *("fingerprint", "output", "manifest", "images", "marked", "copied", "skipped", "failed", "public", "classes"),
     *("psnr_median", "psnr_p5", "psnr_min", "ssim_median", "ssim_min", "linf_max", "feature_gain_mean"),
-    *("formats_unmarked", "further_pictures_dropped", "unmarkable", "unchanged", "expected_log10_p"),
+    *("formats_unmarked", "further_pictures_dropped", "unmarkable", "stale_indexes", "unchanged", "expected_log10_p"),
 }
 SUSPECT_KEYS = {
     *("path", "architecture", "detected", "log10_p", "log10_p_corrected", "paper_log10_p", "mean_cosine"),
@@ -788,6 +788,32 @@ def test_what_cannot_be_marked_is_named_or_copied_and_counted_by_kind(world, tmp
     (source / "bee" / "picture.png").write_bytes((world.imgs / "bee" / "00001.png").read_bytes())
     mended = mark(world, output, "--json", "--on-unmarkable", "copy", source=source).json
     assert (mended["marked"], mended["copied"], mended["skipped"]) == (13, 3, 15)
+
+
+def test_what_is_excluded_is_copied_and_makes_no_class(world, tmp_path):
+    source, output = shutil.copytree(world.imgs, tmp_path / "imgs"), tmp_path / "out"
+    shutil.copytree(source / "ant", source / "previews")
+    shutil.copy(source / "bee" / "00001.png", source / "bee" / "00001_thumb.png")
+    more = ["--exclude", "previews/*", "--exclude", "*_thumb.png"]
+    answer = mark(world, output, "--json", *more, source=source).json
+    assert (answer["images"], answer["marked"], sorted(answer["classes"])) == (12, 12, sorted(NAMES))
+    for path in [*(source / "previews").iterdir(), source / "bee" / "00001_thumb.png"]:
+        assert (output / path.relative_to(source)).read_bytes() == path.read_bytes()
+    assert mark(world, output, "--json", *more[2:], *more[:2], source=source).json["skipped"] == 12  # in any order
+    other = mark(world, output, *more[:2], source=source)
+    assert other.code == 1 and "was begun with exclude" in other.err
+    none = mark(world, tmp_path / "other", "--exclude", "*.gif", source=source)
+    assert none.code == 1 and "no image fits --exclude '*.gif'" in none.err
+
+
+def test_lists_of_checksums_are_named_as_they_no_longer_fit(world, tmp_path):
+    source = shutil.copytree(world.imgs, tmp_path / "imgs")
+    stale = ["SHA256SUMS", "ant/md5sum.txt", "checksums.csv", "manifest-sha256.txt", "ant/0.png.sha256"]
+    for name in [*stale, "shards.txt", "idx.json", "README.md"]:
+        (source / name).write_text("0 ant/00000.png")
+    result = mark(world, tmp_path / "out", "--json", source=source)
+    assert result.json["stale_indexes"] == sorted(stale, key=lambda name: name.split("/"))
+    assert "they list files that are marked: " in mark(world, tmp_path / "out", source=source).out
 
 
 def test_what_is_broken_is_not_copied(world, tmp_path):
