@@ -23,6 +23,7 @@ from scipy import ndimage
 
 from radiotag.bands import EACH, bands, sampled
 from radiotag.errors import BrokenImage, Unmarkable
+from radiotag.tifftags import Tag, exif_block, read_tags, with_tags
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".mpo"})
 OTHER_SUFFIXES = frozenset(  # of image formats that are only copied
@@ -59,10 +60,6 @@ PNG_CHUNKS = frozenset(
     {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"pHYs", b"tIME"}
 )
 TIFF_COMPRESSIONS = frozenset({"raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd"})
-TIFF_LAYOUT = (  # tags for the storage of pixels, which the writer sets itself; the ICC profile is passed separately
-    *(254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 288, 289, 317, 320, 322, 323, 324, 325, 330),
-    *(338, 339, 340, 341, 347, 512, 513, 514, 530, 531, 532, 34675),
-)
 TURN_BACK = {  # Pillow turns TIFFs, and no other format, upright on reading; this undoes it, by orientation tag
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -77,7 +74,7 @@ FURTHER_PICTURES = b"MPF\0"  # start of the list of further pictures, whose offs
 METADATA = ("exif", "icc_profile", "xmp", "dpi")  # in Pillow's words
 WEBP_QUALITY = 90  # a lossy WebP does not record its quality; the usual 75-80 would remove part of the mark
 SHEET_SMALLEST, SHEET_LARGEST = 128, 320  # pixels on the long side of an image in the contact sheet
-UNSIGNED = 1  # a TIFF's format of samples
+UNSIGNED, ORIENTATION, PREDICTOR = 1, 274, 317  # of a TIFF: a format of samples, and two tags
 LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
 Pixels = NDArray[np.uint8] | NDArray[np.float32]  # the latter for 16 bits per sample
 # Pillow warns of odd metadata, and of large images, which are refused here. The filter is global because
@@ -97,6 +94,7 @@ class Picture:
     plane: NDArray[np.uint8] | None  # (H, W), written unchanged: alpha, or the black ink of CMYK
     options: dict[str, Any] = field(repr=False)  # Pillow's options to write the same format as before
     chunks: bytes = field(repr=False)  # metadata, copied unchanged: chunks of a PNG, or segments of a JPEG
+    tags: tuple[Tag, ...] = field(default=(), repr=False)  # the same of a TIFF
     orientation: int  # of a TIFF, which Pillow has turned upright; 1 for other formats, which it leaves as stored
     obstacle: str  # the reason why the same format cannot be written again; "" if it can
     full_chroma: bool = False  # a JPEG whose chroma is written at a finer resolution, as its own cannot be written
@@ -139,7 +137,7 @@ def _open(data: bytes, name: str) -> Image.Image:
     if getattr(image, "n_frames", 1) > 1 and not isinstance(image, JpegImageFile):
         raise Unmarkable(f"{name}: it holds several frames or pages", "keep one frame per file", "several frames")
     if isinstance(image, TiffImageFile):
-        image.info["orientation"] = image.tag_v2.get(274, 1)  # load() removes the tag
+        image.info["orientation"] = image.tag_v2.get(ORIENTATION, 1)  # load() removes the tag
     image.load()
     if isinstance(image.info.get("transparency"), str):  # a PNG text of that name, where Pillow expects numbers
         del image.info["transparency"]
@@ -175,7 +173,7 @@ def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
     return Picture(
         name=name, rgb=rgb, format=format, mode=mode, depth=depth, plane=plane, options=options,
         chunks=chunks, orientation=image.info.get("orientation", 1), obstacle=obstacle,
-        dropped=_jpeg_dropped(image, data),
+        dropped=_jpeg_dropped(image, data), tags=read_tags(data) if format == "TIFF" else (),
         full_chroma=isinstance(image, JpegImageFile) and _has_odd_chroma(image),
     )  # fmt: skip
 
@@ -239,7 +237,7 @@ def _save_options(image: Image.Image, data: bytes) -> tuple[dict[str, Any], str]
     if isinstance(image, JpegImageFile):
         return options | _jpeg_options(image, data), ""
     if isinstance(image, TiffImageFile):
-        return _tiff_options(image)
+        return _tiff_options(image, data)
     if image.format == "WEBP":
         lossless = _webp_is_lossless(data)
         # `exact` keeps the colours of transparent pixels, which networks get.
@@ -339,24 +337,18 @@ def _standard_huffman() -> set[bytes]:
     return _huffman(file.getvalue())
 
 
-def _tiff_options(image: TiffImageFile) -> tuple[dict[str, Any], str]:
+def _tiff_options(image: TiffImageFile, data: bytes) -> tuple[dict[str, Any], str]:
     compression = image.info.get("compression", "raw")
-    predictor = image.tag_v2.get(317)
-    exif = image.getexif()
-    nested = [tag for tag in (0x8769, 0x8825, 0xA005) if tag in exif]
-    for tag in TIFF_LAYOUT:
-        exif.pop(tag, None)
-    if predictor == 2 and compression in ("tiff_lzw", "tiff_adobe_deflate", "tiff_deflate"):
-        exif[317] = predictor
     options = {
         "compression": compression,
-        "exif": exif.tobytes() if len(exif) else b"",
+        # For `--format png`, where the pixels stay upright; a TIFF's tags are copied as they are.
+        "exif": exif_block([tag for tag in read_tags(data) if tag.number != ORIENTATION]),
         "icc_profile": image.info.get("icc_profile"),
     }
+    if image.tag_v2.get(PREDICTOR) == 2 and compression in ("tiff_lzw", "tiff_adobe_deflate", "tiff_deflate"):
+        options["tiffinfo"] = {PREDICTOR: 2}
     if compression not in TIFF_COMPRESSIONS:
         return options, f"a TIFF with compression {compression}, which cannot be written again"
-    if nested and compression != "raw":
-        return options, "a compressed TIFF with EXIF or GPS data, which cannot be written again"
     return options, ""
 
 
@@ -413,9 +405,11 @@ def _write(picture: Picture, rgb: NDArray[Any], format: str) -> bytes:
             text.add_itxt("XML:com.adobe.xmp", picture.options["xmp"].decode("utf-8", "replace"))
         mode = "RGBA" if mode == "P" and picture.plane is not None else PNG_MODES.get(mode, mode)
     image = _image(rgb, mode, depth, picture.plane)
-    if target == "TIFF" and picture.orientation in TURN_BACK:
-        image = image.transpose(TURN_BACK[picture.orientation])
-        options = options | {"exif": _with_orientation(options["exif"], picture.orientation)}
+    if target == "TIFF":
+        if picture.orientation in TURN_BACK:
+            image = image.transpose(TURN_BACK[picture.orientation])
+        coding = {key: value for key, value in options.items() if key != "exif"}
+        return with_tags(_save(image, target, coding), picture.tags)
     if target == "JPEG":  # its metadata are copied as segments
         coding = {key: value for key, value in options.items() if key not in METADATA}
         return _with_metadata(_save(image, target, coding), picture.chunks)
@@ -434,14 +428,6 @@ def _save(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:
         file = io.BytesIO()
         image.save(file, format, **options | {"optimize": False, "progressive": False})
     return file.getvalue()
-
-
-def _with_orientation(data: bytes, orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    if data:
-        exif.load(data)
-    exif[274] = orientation
-    return exif
 
 
 def _image(rgb: NDArray[Any], mode: str, depth: int, plane: NDArray[np.uint8] | None) -> Image.Image:
