@@ -23,7 +23,19 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent / "results"
 BENCHMARKS = Path(__file__).parent / "README.md"
-PROGRAMS = ("evidence", "paper", "null", "marking", "card", "verdicts", "mutants", "golden", "house")
+PROGRAMS = (
+    "evidence",
+    "paper",
+    "null",
+    "marking",
+    "card",
+    "verdicts",
+    "mutants",
+    "golden",
+    "house",
+    "photographs",
+    "large",
+)
 DETECTED = -4.0  # log10 p at which `verify` says so by default; from here on figures are bold
 
 Results = dict[str, Any]
