@@ -59,6 +59,7 @@ PNG_MODES = {"1": "L", "P": "RGB", "CMYK": "RGB"}  # replaced under `--format pn
 PNG_CHUNKS = frozenset(
     {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"pHYs", b"tIME"}
 )
+BACKGROUND, SIGNIFICANT, INDEXED = b"bKGD", b"sBIT", 3  # two chunks, and a colour type
 TIFF_COMPRESSIONS = frozenset({"raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd"})
 TURN_BACK = {  # Pillow turns TIFFs, and no other format, upright on reading; this undoes it, by orientation tag
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -69,7 +70,7 @@ TURN_BACK = {  # Pillow turns TIFFs, and no other format, upright on reading; th
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-SCAN, HUFFMAN, ADOBE, COMMENT = 0xDA, 0xC4, 0xEE, 0xFE  # markers of JPEG segments
+SCAN, HUFFMAN, RESTART, ADOBE, COMMENT = 0xDA, 0xC4, 0xDD, 0xEE, 0xFE  # markers of JPEG segments
 FURTHER_PICTURES = b"MPF\0"  # start of the list of further pictures, whose offsets become invalid
 METADATA = ("exif", "icc_profile", "xmp", "dpi")  # in Pillow's words
 WEBP_QUALITY = 90  # a lossy WebP does not record its quality; the usual 75-80 would remove part of the mark
@@ -263,7 +264,14 @@ def _jpeg_options(image: JpegImageFile, data: bytes) -> dict[str, Any]:
         "progressive": bool(image.info.get("progressive")),
         "keep_rgb": rgb,
         "optimize": not _huffman(data) <= _standard_huffman(),
+        "restart_marker_blocks": _restart_interval(data),
     }
+
+
+def _restart_interval(data: bytes) -> int:
+    """After how many blocks a decoder can start anew; 0: nowhere."""
+    found = (struct.unpack_from(">H", part, 4)[0] for marker, part in _jpeg_segments(data) if marker == RESTART)
+    return next(found, 0)
 
 
 def _has_odd_chroma(image: JpegImageFile) -> bool:
@@ -363,14 +371,24 @@ def _webp_is_lossless(data: bytes) -> bool:
 
 
 def _png_chunks(data: bytes) -> bytes:
-    kept, position = [], 8
+    """The chunks of a PNG that stay true: metadata, what may be copied by anyone, and what fits the colours written."""
+    kept, position, kinds = [], 8, set[bytes]()
     while position + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, position)
         chunk = data[position : position + 12 + size]
-        if kind in PNG_CHUNKS and chunk[8 + size :] == struct.pack(">I", zlib.crc32(chunk[4 : 8 + size])):
-            kept.append(chunk)  # only intact ones: a damaged chunk would damage the file
+        if chunk[8 + size :] == struct.pack(">I", zlib.crc32(chunk[4 : 8 + size])):
+            kept.append((kind, chunk))  # only intact ones: a damaged chunk would damage the file
+            kinds.add(kind)
         position += len(chunk)
-    return b"".join(kept)
+    depth, colour = data[24], data[25]
+    fitting = {BACKGROUND} if colour != INDEXED and depth >= 8 else set[bytes]()
+    fitting |= {SIGNIFICANT} if colour != INDEXED and b"tRNS" not in kinds else set()
+    return b"".join(chunk for kind, chunk in kept if kind in PNG_CHUNKS or kind in fitting or _may_be_copied(kind))
+
+
+def _may_be_copied(kind: bytes) -> bool:
+    """Whether a chunk's letters say that it is ancillary, and holds whatever happens to the pixels."""
+    return kind.isalpha() and kind[0:1].islower() and kind[3:4].islower()
 
 
 def encode(picture: Picture, rgb: NDArray[Any], format: str = "keep") -> bytes:

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import stat
 import struct
 import zlib
@@ -467,6 +468,15 @@ def test_cmyk_tiff_is_exact(inks, after):
     assert np.array_equal(np.asarray(opened(file))[..., 3], black)
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 7])
+def test_jpeg_keeps_where_a_decoder_can_start_anew(blocks):
+    data = encoded(Image.fromarray(smooth(64, 64)), "JPEG", quality=90, restart_marker_blocks=blocks)
+    picture, _, file = rewrite(data)
+    intervals = [re.findall(rb"\xff\xdd\0\4(..)", one, re.DOTALL) for one in (data, file)]
+    assert intervals[0] == intervals[1] == ([struct.pack(">H", blocks)] if blocks else [])
+    assert picture.options["restart_marker_blocks"] == blocks
+
+
 @pytest.mark.parametrize("sampling", [b"\x12", b"\x41"])
 def test_jpeg_with_other_subsampling_gets_full_chroma(sampling):
     """4:4:0, as some cameras turn their pictures, and 4:1:1: neither is one of Pillow's three."""
@@ -499,6 +509,40 @@ def test_png_chunks_are_copied_as_they_are():
     for key in ("gamma", "chromaticity", "exif", "icc_profile", "dpi"):
         assert new.info[key] == old.info[key], key
     assert images.encode(picture, wanted, "png") == file
+
+
+def with_chunks(data, *chunks):
+    """A PNG with these (type, content) behind its header."""
+    made = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return data[:33] + b"".join(made) + data[33:]
+
+
+def chunks_of(data):
+    position, found = 8, {}
+    while position + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, position)
+        found[kind] = data[position + 8 : position + 8 + size]
+        position += 12 + size
+    return found
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_chunks_that_stay_true_are_kept_and_no_others(mode):
+    """By their letters: a lower fourth one says that a chunk may be copied whatever becomes of the pixels."""
+    image = Image.fromarray(smooth()).convert(mode)
+    background = b"\0\5" if mode == "L" else b"\5" if mode == "P" else b"\0\5\0\6\0\7"
+    given = {
+        b"bKGD": background,
+        b"sBIT": b"\5" * len(mode if mode != "P" else "RGB"),
+        b"prVt": b"mine",
+        b"prVT": b"of the pixels",
+    }
+    written = chunks_of(rewrite(with_chunks(encoded(image, "PNG"), *given.items()))[2])
+    assert written[b"prVt"] == b"mine" and b"prVT" not in written
+    for kind in (b"bKGD", b"sBIT"):
+        assert written.get(kind) == (None if mode == "P" else given[kind])
 
 
 @pytest.mark.parametrize("lossless", [False, True])
