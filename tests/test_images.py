@@ -472,7 +472,7 @@ def test_cmyk_tiff_is_exact(inks, after):
 def test_jpeg_keeps_where_a_decoder_can_start_anew(blocks):
     data = encoded(Image.fromarray(smooth(64, 64)), "JPEG", quality=90, restart_marker_blocks=blocks)
     picture, _, file = rewrite(data)
-    intervals = [re.findall(rb"\xff\xdd\0\4(..)", one, re.DOTALL) for one in (data, file)]
+    intervals = [re.findall(rb"\xff\xdd\x00\x04(..)", one, re.DOTALL) for one in (data, file)]
     assert intervals[0] == intervals[1] == ([struct.pack(">H", blocks)] if blocks else [])
     assert picture.options["restart_marker_blocks"] == blocks
 
