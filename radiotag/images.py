@@ -432,8 +432,22 @@ def _write(picture: Picture, rgb: NDArray[Any], format: str) -> bytes:
         coding = {key: value for key, value in options.items() if key not in METADATA}
         return _with_metadata(_save(image, target, coding), picture.chunks)
     data = _save(image, target, options)
+    if target == "WEBP":
+        return _with_exif(data, options.get("exif", b""))
     chunks = picture.chunks if picture.format == "PNG" else b""
     return data[:33] + chunks + data[33:]  # after the signature and IHDR
+
+
+def _with_exif(data: bytes, exif: bytes) -> bytes:
+    """A newly written WebP with its EXIF data as they were: Pillow takes off the prefix that some writers give them."""
+    parts, position = [data[8:12]], 12
+    while position + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, position)
+        body = exif if kind == b"EXIF" else data[position + 8 : position + 8 + size]
+        parts.append(struct.pack("<4sI", kind, len(body)) + body + b"\0" * (len(body) % 2))
+        position += 8 + size + size % 2
+    whole = b"".join(parts)
+    return data[:4] + struct.pack("<I", len(whole)) + whole
 
 
 def _save(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:

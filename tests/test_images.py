@@ -558,6 +558,17 @@ def test_webp_keeps_its_kind_and_metadata(lossless):
     assert (plain[12:16] == b"VP8L") is lossless  # without the extended header
 
 
+@pytest.mark.parametrize("prefix", [b"", b"Exif\0\0"])
+@pytest.mark.parametrize("odd", [b"", b"!"])
+def test_webp_keeps_its_exif_as_it_was(prefix, odd):
+    block = prefix + exif().removeprefix(b"Exif\0\0") + odd
+    plain = encoded(Image.fromarray(smooth()), "WEBP", lossless=True, exif=b"Exif\0\0" + block.removeprefix(prefix))
+    data = images._with_exif(plain, block)
+    assert opened(data).info["exif"] == block
+    written = rewrite(data)[2]
+    assert opened(written).info["exif"] == block and struct.unpack_from("<I", written, 4)[0] == len(written) - 8
+
+
 def test_lossy_webp_keeps_alpha_exactly():
     before = np.dstack([smooth(), noise(48, 40)])
     _, _, file = rewrite(encoded(Image.fromarray(before), "WEBP"))
