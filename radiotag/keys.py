@@ -68,7 +68,7 @@ STATISTICS = {  # in the order of the versions that declared them
     AS_ONE: _AS_ONE,
     AGAINST_ALL: _AGAINST_ALL,
     STATISTIC: f"{_AGAINST_ALL}; suspects with an input of more than 64 pixels are asked with fewer images; a "
-    "manifest's classes are one set in the black-box test, too",
+    "manifest's classes are one set, too, where answers alone are tested",
 }
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
 DECLARED = ("format", "statistic", "network", "dimension", "classes", "class_names", "beacon")  # carriers follow

@@ -38,7 +38,7 @@ from radiotag.suspect import ClassVectors
 from radiotag.verification import Finding, VerifyOptions, _black_box_finding, corrected
 
 NORMAL = NormalDist()
-TOGETHER = SimpleNamespace(nested=False)  # a key whose statistic tests all classes together
+TOGETHER = SimpleNamespace(nested=False, black_box_as_one=True)  # a key whose statistic tests all classes together
 
 
 # ---------------------------------------------------------------- combining
@@ -471,7 +471,7 @@ def test_a_black_box_finding_of_nested_classes_by_hand():
     for image in range(3):
         answers[:, image, image] = torch.from_numpy(rng.uniform(0.5, 0.8, 40))
     answers[0, 2, 2], answers[1, 2, 2] = 0.95, 0.2  # the class that comes first, under the true key
-    key = SimpleNamespace(nested=True, class_order=(2, 0, 1))
+    key = SimpleNamespace(nested=True, black_box_as_one=True, class_order=(2, 0, 1))
     found = _black_box_finding("m", queries, answers, (None, ()), key, VerifyOptions())
     effects = np.array([
         [logit(float(answers[2 * k, i, i])) - logit(float(answers[2 * k + 1, i, i])) for i in (2, 0, 1)]

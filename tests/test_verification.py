@@ -495,7 +495,8 @@ def test_black_box_asks_first_with_the_originals_of_what_was_published(place, tm
     assert shown(None) != shown(manifest)
 
 
-def test_black_box_takes_a_manifests_classes_as_one_set_if_the_key_declares_it(place, tmp_path):
+def test_black_box_takes_a_manifests_classes_as_one_set_if_the_key_declares_it(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(blackbox, "EACH", 1)
     good("mark", place / "few", "--key", place / "k.safetensors", "-o", tmp_path / "out", "--steps", 1)
     manifest, key = tmp_path / "out.manifest.jsonl", load_key(place / "k.safetensors")
     before = replace(key, metadata=key.metadata | {"statistic": AGAINST_ALL})
