@@ -67,8 +67,8 @@ STATISTICS = {  # in the order of the versions that declared them
     EVERY_CLASS: _EVERY_CLASS,
     AS_ONE: _AS_ONE,
     AGAINST_ALL: _AGAINST_ALL,
-    STATISTIC: f"{_AGAINST_ALL}; suspects with an input of more than 64 pixels are asked with fewer images; a "
-    "manifest's classes are one set, too, where answers alone are tested",
+    STATISTIC: f"{_AGAINST_ALL}; without labelled images, suspects with an input of more than 64 pixels are asked with "
+    "fewer images; a manifest's classes are one set, too, where answers alone are tested",
 }
 NEW_KEY = "radiotag keygen makes a new key, to mark with (it proves nothing of models that exist)"
 DECLARED = ("format", "statistic", "network", "dimension", "classes", "class_names", "beacon")  # carriers follow
@@ -119,7 +119,7 @@ class Key:
 
     @property
     def few_photographs(self) -> bool:
-        """Whether suspects of photographs are asked with few images."""
+        """Whether suspects of photographs are asked with few images, if there are no labelled ones."""
         return self._declares(STATISTIC)
 
     @property

@@ -52,7 +52,8 @@ class Pairing:
     def compared(self, marker_names: Sequence[str], *, others: bool, few: bool = False) -> ComparedClasses:
         """The pairing without its carriers, plus the marking network's outputs for the same classes.
 
-        others: whether images of other classes are asked, too; few: whether of photographs few are asked.
+        others: whether images of other classes are asked, too; few: whether of photographs without labels few
+        are asked.
         """
         position = {name: i for i, name in enumerate(marker_names)}
         complete = bool(self.names) and set(self.names) <= position.keys()

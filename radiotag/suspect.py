@@ -37,7 +37,7 @@ TOP_IMAGES = 400  # upper limit of images per class without labels: further imag
 # Penalty of the ridge alignment, and its weight relative to the response. Synthetic images align feature spaces worse.
 RIDGE_LABELLED, RIDGE_UNLABELLED = (0.1, 1.0), (0.5, 0.5)
 RIDGE_REFERENCE = 0.1
-FEW_PHOTOGRAPHS, MOST_PHOTOGRAPHS = 300, 800  # asked: three hundred leave as much as thousands of the mean cosine
+FEW_PHOTOGRAPHS, MOST_PHOTOGRAPHS = 300, 800  # asked without labels: more of them resemble their class less
 OF_EACH = 8  # photographs of each class, as long as they are not too many together; one in any case
 LEFT_OUT = 0.5  # share of the images for which a suspect may be not finite
 
@@ -70,7 +70,7 @@ class ComparedClasses:
     marker_outputs: tuple[int, ...] | None = None  # of the marking network for the same classes, if it knows them all
     marker_besides: tuple[int, ...] = ()  # of the marking network for further classes that the suspect knows
     others: bool  # whether images of other classes are asked, too, what would make them a class's
-    few: bool = False  # whether of photographs few are asked
+    few: bool = False  # whether of photographs few are asked, if they have no labels
 
 
 class Suspect(NamedTuple):
@@ -343,7 +343,7 @@ def images_per_class(classes: int, size: int) -> int:
 
 
 def photographs_per_class(classes: int) -> int:
-    """How many photographs of each class are asked.
+    """How many photographs without labels are asked for each class.
 
     >>> [photographs_per_class(classes) for classes in (1, 10, 100, 1000)]
     [300, 30, 8, 1]
@@ -354,31 +354,22 @@ def photographs_per_class(classes: int) -> int:
 def choose_probes(reference: Reference, suspect: Suspect, classes: ComparedClasses) -> Probes:
     """The labelled images of the compared classes; without labels, `top_images_per_class`.
 
-    With `others`, each image is also asked for one other class, the classes in turn. With `few`, of photographs
-    `photographs_per_class` are asked.
+    With `others`, each image is also asked for one other class, the classes in turn. With `few`, of photographs without
+    labels `photographs_per_class` are asked.
     """
     count, size = len(classes.outputs), reference.pixels.shape[3]
-    few = photographs_per_class(count) if classes.few and size > SMALL_IMAGE else None
     if classes.labels is not None:
         labels = torch.tensor(classes.labels)
-        places = torch.nonzero(labels >= 0)[:, 0] if few is None else _few_of_each(labels, count, few)
+        places = torch.nonzero(labels >= 0)[:, 0]
         labels = labels[places]
     else:
-        top = top_images_per_class(suspect.log_probabilities, classes.outputs, few or images_per_class(count, size))
-        places, labels = top.flatten(), torch.arange(len(top)).repeat_interleave(top.shape[1])  # of (C, n)
+        few = classes.few and size > SMALL_IMAGE
+        each = photographs_per_class(count) if few else images_per_class(count, size)
+        top = top_images_per_class(suspect.log_probabilities, classes.outputs, each)  # (C, n)
+        places, labels = top.flatten(), torch.arange(len(top)).repeat_interleave(top.shape[1])
     if not classes.others or count < 2:
         return Probes(reference.pixels, places, labels[:, None])
     return Probes(reference.pixels, places, torch.stack([labels, _other_classes(labels, count)], 1))
-
-
-def _few_of_each(labels: Tensor, classes: int, each: int) -> Tensor:
-    """Positions (sorted) of at most `each` images of every class, evenly spaced among its images."""
-    chosen = []
-    for c in range(classes):
-        places = torch.nonzero(labels == c)[:, 0]
-        number = min(each, len(places))
-        chosen.append(places[torch.arange(number) * len(places) // max(1, number)])
-    return torch.cat(chosen).sort().values
 
 
 def _other_classes(labels: Tensor, classes: int) -> Tensor:

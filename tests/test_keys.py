@@ -572,8 +572,8 @@ def test_with_a_manifest_no_choice_of_classes_is_left_to_correct_for():
         (keys_module.AS_ONE, 8, -6.431603071738701),
         (keys_module.AGAINST_ALL, 8, -5.981117695478295),
         (keys_module.STATISTIC, 8, -9.886894887850048),
-        (keys_module.AGAINST_ALL, 66, -39.71687001384347),
-        (keys_module.STATISTIC, 66, -40.455607654334926),
+        (keys_module.AGAINST_ALL, 66, -39.74198299144221),
+        (keys_module.STATISTIC, 66, -35.81483831095968),
     ],
 )
 def test_the_same_suspect_gives_the_same_p_for_ever(statistic, size, log10_p):
@@ -589,7 +589,7 @@ def test_the_same_suspect_gives_the_same_p_for_ever(statistic, size, log10_p):
     mark = pattern_images(key.patterns, size, size).flatten(1).float()  # (3, 192) or more
     suspect = Toy(linear(torch.cat([waves[3:], mark])), torch.cat([torch.eye(3), 3 * torch.eye(3)], 1))
     pixels = torch.cos(torch.arange(images * numbers, dtype=torch.float64) ** 1.5).view(images, 3, size, size)
-    pixels, labels = (pixels.float() + 1) / 2, tuple(i % 3 for i in range(images))
+    pixels, labels = (pixels.float() + 1) / 2, tuple(i % 3 for i in range(images)) if size == 8 else None
     classes = ComparedClasses(outputs=(0, 1, 2), labels=labels, others=key.by_every_class, few=key.few_photographs)
     asked, reference = ask(suspect, Reference(marker, pixels), Batching())
     order = key.tested_order(by_manifest=True)

@@ -1,9 +1,9 @@
-"""How many photographs to ask: the same suspect and keys, by the statistic before version 0.11 and by that since.
+"""How many photographs to ask without labels: the same suspect and keys, before version 0.11 and since.
 
-    python tests/benchmarks/photographs.py run bench-out/RUN imagenette-160 --name "resnet10, 96 pixels"
+    python tests/benchmarks/photographs.py run bench-out/RUN --name "resnet10, 96 pixels"
     python tests/benchmarks/photographs.py table
 
-RUN is a folder that `evidence.py run` has left: a suspect, keys and manifests. The two statistics take turns, in one
+RUN is a folder that `evidence.py run` has left: a suspect and keys. The two statistics take turns, in one
 process; a key's carriers stay as they are, so the figures show what the statistic alone does. They are development
 figures: the number of photographs was chosen in view of them.
 """
@@ -21,38 +21,32 @@ from evidence import machine
 from tables import BENCHMARKS, FOLDER, Makers, Results, lines, log_p, number, slashed, write
 
 from radiotag.keys import AGAINST_ALL, STATISTIC, Key, load_key
-from radiotag.probes import FolderImages
 from radiotag.verification import VerifyOptions, verify
 
 DOCUMENT = BENCHMARKS
 KINDS = {"before 0.11": AGAINST_ALL, "since 0.11": STATISTIC}
-TESTS = ("no `--data`", "`--data`", "`--data` originals `--marked`")
+TEST = "no `--data`"
 
 
-def measured(model: Path, key: Key, manifest: Path, data: Path, test: str) -> dict[str, float]:
+def measured(model: Path, key: Key) -> dict[str, float]:
     """log10 p, mean cosine with the patterns, and seconds of one verification."""
-    by_manifest = manifest if "marked" in test else None
-    folder = None if test == TESTS[0] else data / ("train" if by_manifest else "val")
     started = time.perf_counter()
-    images = FolderImages(folder, by_manifest) if folder else None
-    (found,) = verify([model], key, VerifyOptions(manifest=by_manifest), images)
+    (found,) = verify([model], key, VerifyOptions())
     seconds = time.perf_counter() - started
     return {"log10_p": found.log10_p, "pattern_cosine": found.pattern_cosine or 0.0, "seconds": round(seconds, 1)}
 
 
-def run(folder: Path, data: Path) -> dict[str, Any]:
-    """Every key of a run, by every kind of test and both statistics."""
+def run(folder: Path) -> dict[str, Any]:
+    """Every key of a run, by both statistics."""
     every: dict[str, Any] = {}
     for path in sorted(folder.glob("k*.safetensors")):
-        manifest = folder / f"marked{path.stem.removeprefix('k')}.manifest.jsonl"
-        for test in TESTS:
-            for kind, statistic in KINDS.items():
-                key = load_key(path)
-                key = replace(key, metadata=key.metadata | {"statistic": statistic})
-                found = measured(folder / "suspect.pt", key, manifest, data, test)
-                every.setdefault(test, {}).setdefault(kind, []).append(found)
-                print(path.name, test, kind, found, flush=True)
-    return {"tests": every, **machine()}
+        for kind, statistic in KINDS.items():
+            key = load_key(path)
+            key = replace(key, metadata=key.metadata | {"statistic": statistic})
+            found = measured(folder / "suspect.pt", key)
+            every.setdefault(kind, []).append(found)
+            print(path.name, kind, found, flush=True)
+    return {"tests": {TEST: every}, **machine()}
 
 
 def table(results: Results) -> list[str]:
@@ -77,14 +71,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("folder", type=Path, nargs="?", help="of a run of evidence.py")
-    parser.add_argument("data", type=Path, nargs="?", help="with train and val")
     parser.add_argument("--name", default="a suspect", help="the suspect, for the table")
     parser.add_argument("--json", type=Path, default=FOLDER / "photographs.json")
     a = parser.parse_args()
     if a.command == "run":
         torch.set_num_threads(1)
         done = json.loads(a.json.read_text()) if a.json.exists() else {}
-        done[a.name] = run(a.folder, a.data)
+        done[a.name] = run(a.folder)
         a.json.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
     if a.json.resolve() == FOLDER / "photographs.json":
         write(DOCUMENT, TABLES)
