@@ -392,6 +392,8 @@ def version_of(run: Run) -> str:
 
 def owners_of(run: Run, count: int) -> str:
     """How many owners marked the suspect's images, and whether some marked those that others had marked."""
+    if count == 1:
+        return "1"
     return f"{count}, apart" if "images" in run else f"{count}, in turn"
 
 
