@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radiotag.bands import FEW, bands, sampled
+from radiotag.bands import bands, sampled
 from radiotag.errors import RadiotagError, Unmarkable, out_of_memory
 from radiotag.images import GREY, Picture, Pixels, decode, encode, finer, psnr, roundtrip, sample_of
 from radiotag.keys import Key, image_random
 from radiotag.networks import Network, channels_first, resized
 from radiotag.radioactive import ImageToMark, Marking, mark_images, padded
-from radiotag.reduction import Change, Reduced, enlarged, reduced, reduction, shrunk
+from radiotag.reduction import Change, Reduced, enlarged, mean_square, reduced, reduction, shrunk
 
 LOSSLESS = {"PNG", "BMP", "TIFF"}
 PIXELS_TOGETHER = 2**24  # most pixels per batch, about 2 GiB; many photographs together are slower than one by one
@@ -192,7 +192,7 @@ def _fitted(picture: Picture, change: Change, limits: _Limits, scale: float = 1.
     """The file with the best scale of a change, tried from the one given."""
     allowed, epsilon, format = limits
     codec_error, lossless = _codec_error(picture, format), _lossless(picture, format)
-    target = min(allowed, codec_error + _energy(picture, change))
+    target = min(allowed, codec_error + mean_square(change, *picture.rgb.shape[:2]) / 255**2)
     near = NEAR_TARGET if scale == 1.0 else NEAR_SAMPLE
     sufficient = 0.0 if lossless else near * target
     if codec_error >= allowed:
@@ -226,14 +226,6 @@ def _composed(picture: Picture, change: Change, scale: float, epsilon: float) ->
         found = picture.rgb[rows] + np.clip(scale * change(rows), -epsilon, epsilon)
         out[rows] = np.rint(np.clip(found, 0, 255)) if picture.depth == 8 else found
     return out
-
-
-def _energy(picture: Picture, change: Change) -> float:
-    """Mean square of a change for pixels scaled to [0, 1]; of a large picture, of some rows."""
-    height, width, _ = picture.rgb.shape
-    parts = [change(rows) for rows in sampled(height, width, FEW)]
-    found = sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)
-    return found / 255**2 / sum(part.size for part in parts)
 
 
 def with_room(picture: Picture, format: str, marking: Marking) -> Picture:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from radiotag import __version__
-from radiotag.errors import RadiotagError, left_out
+from radiotag.errors import RadiotagError, broken_warnings
 from radiotag.processes import launched
 from radiotag.terminal import AGAIN, DETECTED, ERROR, NO_EVIDENCE, Report, is_aside, progress_bar, reporting
 
@@ -891,7 +891,7 @@ def _check_verify(
 
 
 def _note_broken(report: Report, paths: Sequence[str], where: str) -> None:
-    for text in left_out(paths, where):
+    for text in broken_warnings(paths, where):
         report.note(f"warning: {text}")
 
 

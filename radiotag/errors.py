@@ -23,7 +23,7 @@ class Unmarkable(BrokenImage):
         self.kind = kind  # what such images have in common
 
 
-def left_out(paths: Sequence[str], where: str) -> list[str]:
+def broken_warnings(paths: Sequence[str], where: str) -> list[str]:
     """A warning that names images which could not be read; nothing if there are none."""
     if not paths:
         return []

@@ -31,6 +31,7 @@ INDEX = re.compile(  # files of checksums (BagIt's among them), and indexes of s
     r"(?:sha|md)\d+(?:sums?)?(?:\.txt)?|checksums?.*|.*\.(?:sha\d+|md5|sfv|idx|tfindex)|(?:tag)?manifest-(?:sha|md)\d+\.txt",
     re.IGNORECASE,
 )
+EARLIER: dict[str, object] = {"choose": "random", "spread": True, "exclude": []}  # settings that were not recorded
 ALIKE_PSNR = 15.0  # dB; a marked image and its source have more, two different images have about 10
 
 
@@ -378,9 +379,7 @@ def _check_links(plan: Plan) -> None:
 def _check_settings(plan: Plan, recorded: Row) -> None:
     """Refuse to go on with other settings; the fraction may be raised."""
     for name, value in plan.header.items():
-        before = recorded.get(
-            name, {"choose": "random", "spread": True, "exclude": []}.get(name)
-        )  # as earlier versions did
+        before = recorded.get(name, EARLIER.get(name))
         more = name == "fraction" and isinstance(before, float) and before < value  # what was marked stays so
         if before != value and not more:
             raise RadiotagError(

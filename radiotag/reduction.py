@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radiotag.bands import FEW, LARGE, bands, sampled
+from radiotag.images import Pixels
 from radiotag.networks import channels_first
 from radiotag.radioactive import texture_mask
 
@@ -22,7 +23,6 @@ COPY = 2**19  # pixels of a reduced copy, at least
 SHORTEST = 256  # pixels on the short side of a reduced copy, at least: what depends on the size stays as it is
 HALO = 6  # rows beyond a band that the mask of its pixels depends on
 Change = Callable[[slice], NDArray[np.float32]]  # rows → (h, W, 3) change of these rows, in units of 1/255
-Pixels = NDArray[np.uint8] | NDArray[np.float32]  # (H, W, 3) in [0, 255]
 
 
 def reduction(height: int, width: int) -> int:
@@ -86,8 +86,12 @@ def enlarged(copy: Reduced, moved: Tensor) -> Change:
         mask = torch.from_numpy(copy.full_mask[wanted]).to(large.dtype) / 255  # (h, W)
         return (large * mask).permute(1, 2, 0).numpy()
 
-    sample = [rows(part) for part in sampled(height, width, each=FEW)]
-    energy = sum(float(np.square(part, dtype=np.float64).sum()) for part in sample) / sum(part.size for part in sample)
-    wanted = float((moved - copy.image).square().mean())
+    energy, wanted = mean_square(rows, height, width), float((moved - copy.image).square().mean())
     gain = np.float32(math.sqrt(wanted / energy)) if energy > 0 else np.float32(1)
     return lambda part: rows(part) * gain
+
+
+def mean_square(change: Change, height: int, width: int) -> float:
+    """The mean square of a change, in units of 1/255²; of a large image, of some rows."""
+    parts = [change(rows) for rows in sampled(height, width, each=FEW)]
+    return sum(float(np.square(part, dtype=np.float64).sum()) for part in parts) / sum(part.size for part in parts)

@@ -8,37 +8,10 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-LAYOUT = (
-    frozenset(  # tags for the storage of pixels, which the writer sets itself; the ICC profile is passed separately
-        (
-            *(
-                254,
-                255,
-                256,
-                257,
-                258,
-                259,
-                262,
-                266,
-                273,
-                277,
-                278,
-                279,
-                284,
-                288,
-                289,
-                317,
-                320,
-                322,
-                323,
-                324,
-                325,
-                330,
-            ),
-            *(338, 339, 340, 341, 347, 512, 513, 514, 530, 531, 532, 34675),
-        )
-    )
-)
+LAYOUT = frozenset({  # of the storage of pixels, which the writer sets itself; the ICC profile is passed separately
+    254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 288, 289, 317, 320, 322, 323, 324, 325, 330,
+    338, 339, 340, 341, 347, 512, 513, 514, 530, 531, 532, 34675,
+})  # fmt: skip
 FOLDERS = frozenset({0x8769, 0x8825, 0xA005})  # tags that point to further tags: EXIF, GPS, interoperability
 WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 UNITS = WIDTHS | {5: 4, 10: 4}  # a fraction is two numbers

@@ -22,7 +22,7 @@ from radiotag import blackbox
 from radiotag.answers import NOT_FINITE, NotAnswered, ask_function, read_answers
 from radiotag.calibration import Calibration, calibrate
 from radiotag.conventions import settle_convention, some
-from radiotag.errors import RadiotagError, left_out, none_readable, out_of_memory
+from radiotag.errors import RadiotagError, broken_warnings, none_readable, out_of_memory
 from radiotag.files import file_hash
 from radiotag.keys import Key
 from radiotag.manifest import marked_rows, recorded_classes
@@ -332,7 +332,12 @@ def verify(
         rows = examined.pairing.image_rows(reference.labels)
         own = _in_memory(partial(images_log10_p, reference, rows, key), batching)
         finding = _white_box_finding(model, examined, result, options)
-        told = (*_disguised(own), *restated, *(left_out(data.broken, data.name) if data else ()), *finding.warnings)
+        told = (
+            *_disguised(own),
+            *restated,
+            *(broken_warnings(data.broken, data.name) if data else ()),
+            *finding.warnings,
+        )
         finding = replace(finding, images_log10_p=own, warnings=told)
         if options.calibrate:
             arguments = examined.vectors, examined.pairing.rows, key, result, options.calibrate, batching.tell
